@@ -1,0 +1,264 @@
+"""Every setting of a run: one frozen dataclass per TOML section.
+
+The string under each field is its documentation; `train.py --help` prints it. Units stand in brackets.
+A field whose name is a Python keyword carries a trailing underscore here and none in TOML (`async_` is `async`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives and how repeatable it is."""
+
+    dir: str = "runs/default"
+    """Folder of the run: resolved config, metrics, TensorBoard files and checkpoints."""
+    seed: int = 1234
+    """Seed of everything random; each use derives its own stream from this number and a name."""
+    determinism: Literal["fast", "bitwise"] = "fast"
+    """"bitwise" repeats every number exactly at a fixed layout, through a kill and a resume; "fast" lets kernels choose."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on; "auto" takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The NeoX decoder."""
+
+    num_layers: int = 6
+    """Transformer blocks."""
+    hidden_size: int = 512
+    """Width of the residual stream [channels]."""
+    num_heads: int = 8
+    """Attention heads; must divide hidden_size."""
+    num_kv_heads: int = 0
+    """Key and value heads for grouped-query attention; 0 means num_heads (multi-head attention)."""
+    ffn_hidden_size: int = 0
+    """Width of the feed-forward layer [channels]; 0 means 4 * hidden_size."""
+    seq_length: int = 2048
+    """Sequence length of training [tokens]."""
+    vocab_size: int = 50277
+    """Token ids that data may contain: 0 .. vocab_size - 1."""
+    vocab_multiple_of: int = 128
+    """The embedding and the head have vocab_size rounded up to a multiple of this many rows, whatever the mesh."""
+    pos_emb: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = "rotary"
+    """Position embedding."""
+    rotary_pct: float = 0.25
+    """Share of each head's channels that rotary embedding turns [fraction]."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    parallel_residual: bool = True
+    """True: x + attention(norm1(x)) + mlp(norm2(x)); False: the two one after the other."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation."""
+    norm_eps: float = 1e-5
+    """Added to the variance inside the normalisation."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu", "geglu", "swiglu", "reglu"] = "gelu"
+    """Activation of the feed-forward layer; geglu, swiglu and reglu add a gate projection."""
+    attention_bias: bool = True
+    """Biases on the query-key-value and the attention output projections."""
+    mlp_bias: bool = True
+    """Biases on the feed-forward projections."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output head."""
+    hidden_dropout: float = 0.0
+    """Dropout on the embedding and on each branch's output [probability]."""
+    attention_dropout: float = 0.0
+    """Dropout on attention weights [probability]."""
+    init: Literal["small_init", "wang_init", "normal", "scaled_normal"] = "small_init"
+    """Initialisation of embeddings, query-key-value, MLP-in and head."""
+    output_init: Literal["small_init", "wang_init", "normal", "scaled_normal"] = "wang_init"
+    """Initialisation of attention-out and MLP-out."""
+    init_std: float = 0.02
+    """Standard deviation of "normal" and "scaled_normal"."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the head."""
+        return -(-self.vocab_size // self.vocab_multiple_of) * self.vocab_multiple_of
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Feed-forward width, resolved [channels]."""
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer has a gate projection."""
+        return self.activation in ("geglu", "swiglu", "reglu")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the model reads, and in which order."""
+
+    train: str | list[dict] = "builtin:python-stdlib"
+    """Training data: a prefix of .idx/.bin files, a list of {path, weight}, or "builtin:python-stdlib"."""
+    valid: str | list[dict] = ""
+    """Validation data; empty takes the second part of `split` of the training data."""
+    test: str | list[dict] = ""
+    """Test data; empty takes the third part of `split` of the training data."""
+    split: str = "969,30,1"
+    """Shares of train, validation and test documents where they come from the same files."""
+    tokenizer: str = "byte"
+    """Tokenizer that made the data: "byte"."""
+    order: Literal["neox"] = "neox"
+    """Order of the samples: "neox" is GPT-NeoX's, to the token."""
+    cache_dir: str = "~/.cache/neox_native"
+    """Folder in which built-in corpora are prepared, once per machine."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The optimisation loop."""
+
+    steps: int = 1000
+    """Optimizer updates of the whole run [steps]."""
+    global_batch_size: int = 32
+    """Sequences per update over all ranks [sequences]."""
+    micro_batch_size: int = 4
+    """Sequences per forward pass of one rank [sequences]."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of parameters and activations; bf16 and fp16 keep fp32 master weights and accumulate gradients in fp32."""
+    clip_grad_norm: float = 1.0
+    """Largest global L2 norm of the gradient; 0 switches clipping off."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """"full" keeps only each block's input and recomputes the rest in the backward pass (4/3 of the FLOPs)."""
+    initial_loss_scale: float = 4096.0
+    """fp16: first dynamic loss scale."""
+    loss_scale_window: int = 1000
+    """fp16: steps without overflow after which the loss scale doubles [steps]."""
+    loss_scale_hysteresis: int = 2
+    """fp16: overflows in a row that halve the loss scale [steps]."""
+    min_loss_scale: float = 1.0
+    """fp16: smallest loss scale."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The update rule. Biases and norms are never decayed."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """Update rule."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's decay rates of the two moments."""
+    eps: float = 1e-8
+    """AdamW's term in the denominator."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+
+
+@dataclass(frozen=True)
+class LrSchedule:
+    """Learning rate over the steps."""
+
+    kind: Literal["cosine", "linear", "exponential", "constant", "inverse_sqrt", "wsd"] = "cosine"
+    """Shape after warmup."""
+    warmup_fraction: float = 0.01
+    """Share of decay_steps in which the rate rises linearly from zero [fraction]."""
+    decay_steps: int = 0
+    """Steps until min_lr is reached; 0 means training.steps [steps]."""
+    min_lr: float = 0.0
+    """Rate at the end of the decay and ever after."""
+    cooldown_fraction: float = 0.1
+    """wsd: share of decay_steps in which the rate falls at the end [fraction]."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the ranks are laid out: pp * dp * tp = number of ranks."""
+
+    pp: int = 1
+    """Pipeline-parallel degree [ranks]."""
+    dp: int = -1
+    """Data-parallel degree [ranks]; -1 takes the ranks that pp and tp leave."""
+    tp: int = 1
+    """Tensor-parallel degree [ranks]."""
+    sequence_parallel: bool = False
+    """Shard norms, residual stream and dropout along the sequence over the tp axis."""
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv"] = "1f1b"
+    """Order of forward and backward passes in the pipeline."""
+    virtual_stages: int = 1
+    """Stages per pipeline rank; looped schedules take 2 or more."""
+    stage_layers: list[int] = field(default_factory=list)
+    """Layers of each stage, first to last; empty lets the code balance them, embedding and head weighed in."""
+    zero_stage: int = 0
+    """ZeRO stage: 0 keeps everything, 1 shards optimizer state, 2 also gradients, 3 also parameters, over dp."""
+
+
+@dataclass(frozen=True)
+class Compile:
+    """torch.compile."""
+
+    enabled: bool = False
+    """Compile each block."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saving and resuming."""
+
+    save_every: int = 0
+    """Save after every so many steps; 0 saves only at the end [steps]."""
+    save_steps: str | list[int] = ""
+    """More steps to save at: a list, or "pythia" for 0, 1, 2, 4, ... 512 and every 1000."""
+    keep_last: int = 0
+    """Newest checkpoints kept; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step are kept for ever [steps]; 0 exempts none."""
+    resume: str = "auto"
+    """"auto" continues the run folder's newest complete checkpoint, "none" starts anew, else the path of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss on the validation split."""
+
+    every: int = 0
+    """Evaluate after every so many steps and at the end; 0 never does [steps]."""
+    batches: int = 10
+    """Global batches per evaluation."""
+
+
+@dataclass(frozen=True)
+class Logging:
+    """What is written down."""
+
+    every: int = 10
+    """Log after every so many steps; nothing waits for the device in between [steps]."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars beside metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = field(default_factory=Data)
+    training: Training = Training()
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_schedule: LrSchedule = LrSchedule()
+    parallel: Parallel = field(default_factory=Parallel)
+    compile: Compile = Compile()
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluation: Evaluation = Evaluation()
+    logging: Logging = Logging()

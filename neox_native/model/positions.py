@@ -1,0 +1,78 @@
+"""Position information: rotary, sinusoidal and ALiBi tables, and the attention mask of packed documents.
+
+Shapes: B microbatch, T sequence, N heads, H head dim, R rotary dim, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass needs to know about positions."""
+
+    cos_TR: Tensor | None
+    """fp32 cosines [T, 1, R], or [B, T, 1, R] where positions restart inside a row; None without rotary."""
+    sin_TR: Tensor | None
+    """The sines beside them."""
+    mask: Tensor | None
+    """None: plain causal attention. Boolean [B, 1, T, T]: True where a query may look. Float [B or 1, N, T, T]:
+    added to the attention scores."""
+
+
+def rotary_tables(rotary_dim: int, seq_length: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """fp32 cosines and sines [T, 1, R] for the half-split rotation (Su et al. 2021 §3.4; GPT-NeoX's layout)."""
+    channels_R = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32)
+    angles_TR = torch.outer(torch.arange(seq_length, device=device).float(), base ** (-channels_R / rotary_dim))
+    angles_TR = torch.cat((angles_TR, angles_TR), dim=-1)[:, None, :]
+    return angles_TR.cos(), angles_TR.sin()
+
+
+def rotate(x_BTNH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Turn the first R channels of each head by its position's angles, in fp32; the rest passes unchanged."""
+    seq_length, rotary_dim = x_BTNH.shape[1], cos_TR.shape[-1]
+    cos_TR, sin_TR = cos_TR[..., :seq_length, :, :], sin_TR[..., :seq_length, :, :]
+    turned, passed = x_BTNH[..., :rotary_dim].float(), x_BTNH[..., rotary_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos_TR + torch.cat((-second, first), dim=-1) * sin_TR
+    return torch.cat((turned.to(x_BTNH.dtype), passed), dim=-1)
+
+
+def sinusoidal_table(seq_length: int, hidden_size: int, device: torch.device) -> Tensor:
+    """fp32 [T, D]: sines in the first half of the channels, cosines in the second (Vaswani et al. 2017 §3.5)."""
+    frequencies_D = 10000.0 ** (-torch.arange(0, hidden_size, 2, device=device).float() / hidden_size)
+    angles_TD = torch.outer(torch.arange(seq_length, device=device).float(), frequencies_D)
+    return torch.cat((angles_TD.sin(), angles_TD.cos()), dim=-1)
+
+
+def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
+    """fp32 [N] slopes 2^(-8(i+1)/n) (Press et al. 2022). Where N is no power of two: the slopes of the power of two
+    below, then every second slope of the one above."""
+
+    def of_power(n: int) -> list[float]:
+        return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
+
+    below = 2 ** int(math.log2(num_heads))
+    slopes = of_power(below) + of_power(2 * below)[::2][: num_heads - below]
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
+
+
+def causal_mask(seq_length: int, documents_BT: Tensor | None, device: torch.device) -> Tensor:
+    """Boolean [1 or B, 1, T, T]: True where the query (dim -2) may look at the key (dim -1): not ahead of it and,
+    where documents are told apart, only inside its own document."""
+    mask = torch.ones(seq_length, seq_length, dtype=torch.bool, device=device).tril()[None, None]
+    if documents_BT is not None:
+        mask = mask & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
+    return mask
+
+
+def alibi_bias(slopes_N: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """[1 or B, N, T, T] to add to the scores: -slope * distance where the mask allows, -inf elsewhere."""
+    positions_T = torch.arange(mask.shape[-1], device=mask.device)
+    distance_TT = (positions_T[None, :] - positions_T[:, None]).float()
+    bias = slopes_N[:, None, None] * distance_TT
+    return bias.masked_fill(~mask, float("-inf")).to(dtype)

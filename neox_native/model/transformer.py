@@ -1,0 +1,111 @@
+"""The NeoX decoder, whole or in part.
+
+Shapes: B microbatch, T sequence, D hidden, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from neox_native.config.schema import Model
+from neox_native.model import positions
+from neox_native.model.layers import Affine, Block, Normalize
+
+
+class Transformer(nn.Module):
+    """A decoder, or the part of one that holds some of its layers.
+
+    Parameter names are GPT-NeoX's and carry global layer numbers, so that a part's state is a subset of the whole's.
+
+    Args:
+        model: the [model] section.
+        layers: global numbers of the layers to hold; all of them by default.
+        first: hold the embedding; without it `forward` takes hidden states instead of tokens.
+        last: hold the final norm and the head; without them `forward` returns hidden states.
+    """
+
+    def __init__(self, model: Model, layers: Iterable[int] | None = None, first: bool = True, last: bool = True):
+        super().__init__()
+        self.config = model
+        layers = range(model.num_layers) if layers is None else layers
+        vocab_size, hidden_size = model.padded_vocab_size, model.hidden_size
+        self.embed_in = nn.Embedding(vocab_size, hidden_size) if first else None
+        self.embed_pos = nn.Embedding(model.seq_length, hidden_size) if first and model.pos_emb == "learned" else None
+        self.embedded = nn.Identity()  # see [Note: seams]
+        self.dropout = nn.Dropout(model.hidden_dropout)
+        self.layers = nn.ModuleDict({str(number): Block(model) for number in layers})
+        self.normalize = Normalize(model) if last else None
+        self.final_layer_norm = Affine(model) if last else None
+        self.embed_out = nn.Linear(hidden_size, vocab_size, bias=False) if last else None
+        self.tie()
+        self.build_tables(torch.get_default_device())
+
+    def tie(self) -> None:
+        """Make the head's matrix the embedding's, where the config ties them and both are here."""
+        if self.config.tie_embeddings and self.embed_in is not None and self.embed_out is not None:
+            self.embed_out.weight = self.embed_in.weight
+
+    def global_name(self, name: str) -> str:
+        """The name under which a parameter of this part is known in the whole model."""
+        return "embed_in.weight" if self.config.tie_embeddings and name == "embed_out.weight" else name
+
+    def build_tables(self, device: torch.device) -> None:
+        """Compute the constant position tables, in fp32, on `device`; again after a move from the meta device."""
+        model, cos, sin, table, slopes = self.config, None, None, None, None
+        if model.pos_emb == "rotary":
+            rotary_dim = int(model.head_dim * model.rotary_pct)
+            cos, sin = positions.rotary_tables(rotary_dim, model.seq_length, model.rotary_base, device)
+        elif model.pos_emb == "sinusoidal":
+            table = positions.sinusoidal_table(model.seq_length, model.hidden_size, device)
+        elif model.pos_emb == "alibi":
+            slopes = positions.alibi_slopes(model.num_heads, device)
+        for name, tensor in (("cos", cos), ("sin", sin), ("sinusoids", table), ("slopes", slopes)):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def embed(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
+        """Token embeddings plus, where the config has them, absolute position embeddings: [B, T] -> [B, T, D]."""
+        x_BTD = self.embed_in(tokens_BT)
+        if self.embed_pos is not None:
+            if positions_BT is None:
+                positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+            x_BTD = x_BTD + self.embed_pos(positions_BT)
+        elif self.sinusoids is not None:
+            table = self.sinusoids[: tokens_BT.shape[1]] if positions_BT is None else self.sinusoids[positions_BT]
+            x_BTD = x_BTD + table.to(x_BTD.dtype)
+        return self.dropout(self.embedded(x_BTD))
+
+    def context(self, seq_length: int, positions_BT: Tensor | None, documents_BT: Tensor | None) -> positions.Context:
+        """What the blocks need of positions for rows of `seq_length` tokens."""
+        cos, sin, mask = self.cos, self.sin, None
+        if cos is not None and positions_BT is not None:
+            cos, sin = cos[positions_BT], sin[positions_BT]
+        if documents_BT is not None or self.slopes is not None:
+            device = documents_BT.device if documents_BT is not None else self.slopes.device
+            mask = positions.causal_mask(seq_length, documents_BT, device)
+            if self.slopes is not None:
+                mask = positions.alibi_bias(self.slopes, mask, next(self.parameters()).dtype)
+        return positions.Context(cos, sin, mask)
+
+    def forward(
+        self, x: Tensor, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None
+    ) -> Tensor:
+        """Tokens [B, T] (hidden states [B, T, D] without the embedding) -> logits [B, T, V] (hidden states [B, T, D]
+        without the head).
+
+        Args:
+            positions_BT: position of each token where it is not its index in the row.
+            documents_BT: document number of each token; attention then stays inside a document.
+        """
+        seq_length = x.shape[1] if self.embed_in is not None else self.config.seq_length
+        context = self.context(seq_length, positions_BT, documents_BT)
+        if self.embed_in is not None:
+            x = self.embed(x, positions_BT)
+        for layer in self.layers.values():
+            x = layer(x, context)
+        if self.embed_out is not None:
+            x = self.embed_out(self.final_layer_norm(self.normalize(x)))
+        return x

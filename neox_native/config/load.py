@@ -1,0 +1,158 @@
+"""Config files and command lines -> Config, and back. The only reader of config files.
+
+[Note: Where a setting comes from] The defaults of `schema.py`, then the file that `extends` names (and the files that
+it extends), then the file itself, then the command line: each overrides single settings of those before.
+Every value is checked where it is read, so that an error names the file that holds it.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from neox_native.config.schema import Config
+from neox_native.config.settings import SECTIONS, SETTINGS, Setting, help_text, nearest
+from neox_native.config.values import Mismatch, convert, describe, from_text, to_toml
+from neox_native.errors import UserError
+
+CONFIGS_FOLDER = Path(__file__).resolve().parents[2] / "configs"
+COMMAND_LINE = "the command line"
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read the config file at path (None: the defaults alone) and apply overrides such as
+    ["--parallel.tp", "2", "--optimizer.lr=3e-4"].
+
+    Raises UserError for a file that cannot be read, an unknown setting or a value of the wrong type.
+    """
+    values = {} if path is None else _read(Path(path), ())
+    values |= _overrides(overrides)
+    sections = {
+        section: section_class(**{s.name: values[s.dotted] for s in SETTINGS.values()
+                                  if s.section == section and s.dotted in values})
+        for section, section_class in SECTIONS.items()
+    }
+    return Config(**sections)
+
+
+def from_command_line(arguments: Sequence[str]) -> Config:
+    """The Config that `train.py ARGUMENTS` asks for; `--help` prints every setting and exits.
+
+    Raises UserError as `load` does, and where `--config` is missing.
+    """
+    path, rest = None, []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument in ("--help", "-h"):
+            sys.stdout.write(help_text())
+            raise SystemExit(0)
+        if argument == "--config":
+            path = next(remaining, None)
+        elif argument.startswith("--config="):
+            path = argument.removeprefix("--config=")
+        else:
+            rest.append(argument)
+    if not path:
+        raise UserError("No config file given: say --config FILE, for example --config configs/quickstart.toml; "
+                        "--help lists every setting.")
+    return load(path, rest)
+
+
+def dump(config: Config) -> str:
+    """The whole config as TOML that loads back to an equal Config, under a comment that says how to repeat the run."""
+    parallel = config.parallel
+    ranks = "RANKS" if parallel.dp == -1 else parallel.pp * parallel.dp * parallel.tp
+    lines = [
+        "# Every setting of this run. To repeat it in a new folder:",
+        f"#   torchrun --standalone --nproc-per-node {ranks} train.py --config THIS_FILE --run.dir NEW_FOLDER",
+    ]
+    for section in SECTIONS:
+        lines += ["", f"[{section}]"]
+        for setting in SETTINGS.values():
+            if setting.section == section:
+                lines.append(f"{setting.dotted.removeprefix(section + '.')} = {to_toml(setting.of(config))}")
+    return "\n".join(lines) + "\n"
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    """Settings of the file and of what it extends, by dotted name. `chain` holds the files that led here."""
+    if path.resolve() in [above.resolve() for above in chain]:
+        raise UserError(f"{' extends '.join(map(str, (*chain, path)))}: a circle; take one `extends` out.")
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read the config file {path}: {error.strerror}.") from error
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        raise UserError(f"{path} is not valid TOML: {error}.") from error
+    values: dict[str, Any] = {}
+    if "extends" in document:
+        values = _read(_base(document.pop("extends"), path), (*chain, path))
+    return values | _checked(document, path)
+
+
+def _base(extends: Any, path: Path) -> Path:
+    """The file that `extends` in path means: beside path, or in the repository's configs/."""
+    if not isinstance(extends, str):
+        raise UserError(f"{path}: extends = {extends!r} must be one file name, such as \"pythia/70m.toml\".")
+    places = [path.parent / extends, CONFIGS_FOLDER / extends]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(f"{path}: extends = \"{extends}\" names no file: neither {places[0]} nor {places[1]} exists.")
+    return found
+
+
+def _checked(document: dict[str, Any], path: Path) -> dict[str, Any]:
+    values = {}
+    for section, table in document.items():
+        if section not in SECTIONS:
+            near = nearest(section, list(SECTIONS))
+            raise UserError(f"{path}: there is no section [{section}]; the nearest is [{near}].")
+        if not isinstance(table, dict):
+            raise UserError(f"{path}: {section} = {table!r} must be a section: write [{section}], its settings below.")
+        for key, value in table.items():
+            setting = _setting(f"{section}.{key}", path)
+            try:
+                values[setting.dotted] = convert(value, setting.annotation)
+            except Mismatch:
+                raise _wrong_type(setting, to_toml(value), path) from None
+    return values
+
+
+def _overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Settings of the command line. A value is the text after "=" or the next word; a true-or-false one needs none."""
+    values: dict[str, Any] = {}
+    position = 0
+    while position < len(words):
+        dotted, equals, text = words[position].removeprefix("--").partition("=")
+        if not words[position].startswith("--"):
+            raise UserError(f"{words[position]!r} on the command line is no setting: write --SECTION.NAME VALUE, "
+                            "such as --parallel.tp 2.")
+        setting = _setting(dotted, COMMAND_LINE)
+        position += 1
+        if not equals:
+            if position < len(words) and not words[position].startswith("--"):
+                text = words[position]
+                position += 1
+            elif setting.annotation is bool:
+                text = "true"
+            else:
+                raise UserError(f"--{dotted} needs a value: {describe(setting.annotation)}.")
+        try:
+            values[dotted] = from_text(text, setting.annotation)
+        except Mismatch:
+            raise _wrong_type(setting, text, COMMAND_LINE) from None
+    return values
+
+
+def _setting(dotted: str, source: Path | str) -> Setting:
+    if dotted not in SETTINGS:
+        raise UserError(f"{source}: there is no setting {dotted}; the nearest is {nearest(dotted, list(SETTINGS))}.")
+    return SETTINGS[dotted]
+
+
+def _wrong_type(setting: Setting, value: str, source: Path | str) -> UserError:
+    return UserError(f"{source}: {setting.dotted} = {value} must be {describe(setting.annotation)}, "
+                     f"such as {to_toml(setting.default)}.")

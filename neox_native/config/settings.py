@@ -1,0 +1,96 @@
+"""The index of all settings: dotted name -> section, annotation, default and documentation, read off `schema.py`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import textwrap
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from neox_native.config import schema
+from neox_native.config.values import describe, to_toml
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One field of one section."""
+
+    dotted: str
+    """Name in TOML and on the command line: "parallel.tp"."""
+    section: str
+    """Attribute of Config."""
+    name: str
+    """Attribute of the section's dataclass; where it is a Python keyword it ends in an underscore."""
+    annotation: Any
+    """Type of its values."""
+    default: Any
+    """Value where nothing is said."""
+
+    def of(self, config: schema.Config) -> Any:
+        """This setting's value in config."""
+        return getattr(getattr(config, self.section), self.name)
+
+
+SECTIONS: dict[str, type] = get_type_hints(schema.Config)
+
+
+def _index() -> dict[str, Setting]:
+    defaults = schema.Config()
+    found = [
+        Setting(f"{section}.{name.removesuffix('_')}", section, name, annotation,
+                default=getattr(getattr(defaults, section), name))
+        for section, section_class in SECTIONS.items()
+        for name, annotation in get_type_hints(section_class).items()
+    ]
+    return {setting.dotted: setting for setting in found}
+
+
+SETTINGS: dict[str, Setting] = _index()
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """The valid name that looks most like name."""
+    return difflib.get_close_matches(name, valid, n=1, cutoff=0.0)[0]
+
+
+@cache
+def _documentation() -> dict[tuple[str, str], str]:
+    """(class, field) -> the string under the field in schema.py; (class, "") -> the class's own docstring."""
+    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
+    found: dict[tuple[str, str], str] = {}
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        found[node.name, ""] = ast.get_docstring(node) or ""
+        for statement, below in zip(node.body, node.body[1:]):
+            match statement, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[node.name, name] = " ".join(text.split())
+    return found
+
+
+def documentation(setting: Setting) -> str:
+    """What the setting means, with its unit."""
+    return _documentation().get((SECTIONS[setting.section].__name__, setting.name), "")
+
+
+def help_text() -> str:
+    """Every setting with its values, default and documentation: what `train.py --help` prints."""
+    lines = [
+        "usage: torchrun --standalone --nproc-per-node RANKS train.py --config FILE [--SECTION.NAME VALUE] ...",
+        "",
+        "FILE is TOML with the sections below; `extends = \"other.toml\"` at its top starts from another file.",
+        "The command line wins over FILE; --SECTION.NAME=VALUE is the same as --SECTION.NAME VALUE, and a bare",
+        "--SECTION.NAME switches a true-or-false setting on.",
+    ]
+    for section, section_class in SECTIONS.items():
+        lines += ["", f"[{section}]  {_documentation()[section_class.__name__, '']}"]
+        for setting in SETTINGS.values():
+            if setting.section == section:
+                values, default = describe(setting.annotation), to_toml(setting.default)
+                lines.append(f"  --{setting.dotted}  {values}; default {default}")
+                lines += textwrap.wrap(documentation(setting), 116, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,227 @@
+"""Save and load the state of a run with DCP: complete or absent, whole or refused, in any layout.
+
+[Note: state] The state is a flat dict from a global name to a tensor: a DTensor (each rank writes its boxes; replicated ones are
+written once), a plain tensor that is the same on every rank that holds it, or a plain tensor under a name of its own for each rank
+(a random generator's state, with the rank's coordinates in the name). Names and shapes are those of the whole model, so a
+checkpoint knows nothing of the layout that wrote it and loads in any other.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from neox_native.checkpoint import files
+from neox_native.checkpoint.agree import Ranks
+from neox_native.checkpoint.safe import INDEX, SafeLoadPlanner, SafeReader, read_index
+from neox_native.errors import UserError
+
+State = dict[str, torch.Tensor]
+NAMES_SHOWN = 5
+
+
+class _RecordingFileSystem(FileSystem):
+    """DCP's file system, noting size and checksum of what is written."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, files.Record] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[files.ChecksumStream]:
+        assert mode == "wb", f"a checkpoint is written in one go, not in mode {mode}"
+        with files.ChecksumStream(Path(path)) as stream:
+            yield stream
+        self.records[Path(path).name] = stream.record
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's file writer over the recording file system; the index does not tell where it was written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.fs = _RecordingFileSystem()
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
+
+
+class SavePlanner(dcp.DefaultSavePlanner):
+    """DCP's planner for a flat dict of tensors, which may read the numbers from copies on the host."""
+
+    def __init__(self, host_copies: State | None = None) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.host_copies = host_copies
+
+    def lookup_object(self, index: Any) -> torch.Tensor:
+        if self.host_copies is not None:
+            return self.host_copies[index.fqn]
+        return super().lookup_object(index)
+
+
+def save(
+    directory: Path, step: int, state: State, metadata: dict[str, Any], ranks: Ranks, host_copies: State | None = None
+) -> Path:
+    """Write `state` and `metadata` (JSON) as the checkpoint of `step`; returns its folder. A collective over all ranks.
+
+    `host_copies` holds a local tensor per name of `state`; where given, the numbers come from there and `state` only describes
+    them. When this returns, the checkpoint is on the disk under its final name. An error on one rank (a full disk) raises the
+    same `UserError` on all of them and leaves nothing behind.
+    """
+    assert all(isinstance(value, torch.Tensor) for value in state.values()), "the state holds tensors only, see [Note: state]"
+    doing = f"Saving the checkpoint of step {step} in {directory}"
+    final = files.step_folder(directory, step)
+    temporary = final.with_name(final.name + files.TEMPORARY + ranks.from_first(secrets.token_hex(4)))
+    try:
+        with ranks.together(doing):
+            if ranks.rank == 0:
+                temporary.mkdir(parents=True)
+        with ranks.together(doing):
+            if not temporary.is_dir():
+                raise UserError(f"{temporary} was made by rank 0 and is not seen here; run.dir must be a folder that all nodes share")
+        records = _write(temporary, state, ranks, doing, SavePlanner(host_copies))
+        with ranks.together(doing):
+            if ranks.rank == 0:
+                records[files.METADATA] = files.write_json(temporary / files.METADATA, metadata)
+                files.write_json(temporary / files.MANIFEST, {"files": records})
+                files.sync_folder(temporary)
+                _rename(temporary, final)
+    except BaseException:
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _write(path: Path, state: State, ranks: Ranks, doing: str, planner: SavePlanner) -> dict[str, files.Record]:
+    """Write the shards and the index; returns the records of all ranks' files."""
+    writer = _Writer(path)
+    with ranks.together(doing), _dcp(ranks):
+        dcp.save(state, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.group is None)
+    return {name: record for records in ranks.gather(writer.fs.records) for name, record in records.items()}
+
+
+def _rename(temporary: Path, final: Path) -> None:
+    """Give a finished folder its final name; one that is there already (damaged, or saved before) makes way first."""
+    replaced = final.with_name(final.name + files.TEMPORARY + "replaced")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    temporary.rename(final)
+    files.sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _dcp(ranks: Ranks) -> Iterator[None]:
+    """Run a collective of DCP. Of its error, which brings every rank the errors of all, each rank raises its own alone,
+    for `together` to name; its warning that one process works alone is silenced, because that is what was asked for."""
+    with warnings.catch_warnings():
+        if ranks.group is None:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as failure:
+            if ranks.rank in failure.failures:
+                raise failure.failures[ranks.rank][0] from None
+
+
+def find_damage(path: Path, ranks: Ranks) -> list[str]:
+    """Check every file of a checkpoint against its manifest, shared out over the ranks; the complaints, the same on all ranks."""
+    complaints = []
+    try:
+        records = files.read_manifest(path)
+        for number, (name, record) in enumerate(sorted(records.items())):
+            if number % ranks.size == ranks.rank:
+                complaints.append(files.damage(Path(path) / name, record))
+        complaints += [f"{path / name} is missing from the manifest" for name in (INDEX, files.METADATA) if name not in records]
+    except (UserError, OSError) as error:
+        complaints.append(str(error).rstrip("."))
+    return sorted({complaint for part in ranks.gather(complaints) for complaint in part if complaint is not None})
+
+
+def newest(directory: Path, ranks: Ranks, report: Any = print) -> Path | None:
+    """Folder of the newest checkpoint that is whole, or None. Damaged ones are reported by file and skipped. A collective."""
+    for path in ranks.from_first(files.finished(directory)):
+        complaints = find_damage(path, ranks)
+        if not complaints:
+            return path
+        if ranks.rank == 0:
+            report(f"Skipping the checkpoint {path.name}: " + "; ".join(complaints[:NAMES_SHOWN]) + ".")
+    return None
+
+
+def load(
+    path: Path, state: State, ranks: Ranks, only: str = "", lenient: tuple[str, ...] = ("rng.",), verified: bool = False
+) -> dict[str, Any]:
+    """Fill `state` in place from the checkpoint in `path`, in any layout; returns its metadata. A collective over all ranks.
+
+    Saved names that do not start with `only` are left alone (`only="model."` takes the weights). Names that start with one of
+    `lenient` are loaded where both sides have them. `verified` skips the checksums, after `newest` has checked them.
+    Raises `UserError` on all ranks where the checkpoint is damaged, hostile, or of another architecture (names and shapes).
+    """
+    if not verified:
+        complaints = find_damage(path, ranks)
+        if complaints:
+            raise UserError(f"The checkpoint {path} is damaged: " + "; ".join(complaints[:NAMES_SHOWN]) + ".")
+    doing = f"Loading the checkpoint {path}"
+    with ranks.together(doing):
+        index, metadata = read_index(path), files.read_metadata(path)
+    wanted = {name: value for name, value in state.items() if not (name.startswith(lenient) and name not in index.state_dict_metadata)}
+    _check_fit(path, wanted, index, ranks, only, lenient)
+    with ranks.together(doing), _dcp(ranks):
+        dcp.load(
+            wanted, storage_reader=SafeReader(path, index), planner=SafeLoadPlanner(),
+            process_group=ranks.group, no_dist=ranks.group is None,
+        )
+    return metadata
+
+
+def _check_fit(path: Path, wanted: State, index: Metadata, ranks: Ranks, only: str, lenient: tuple[str, ...]) -> None:
+    """Raise `UserError` where names or shapes of the checkpoint are not those of the model of all ranks together."""
+    everyone = ranks.gather({name: tuple(value.shape) for name, value in wanted.items()})
+    here = {name: shape for part in everyone for name, shape in part.items()}
+    saved = {name: entry for name, entry in index.state_dict_metadata.items() if name in here or name.startswith(only)}
+    complaints = [
+        _listed("the model has no", [n for n in saved if n not in here and not n.startswith(lenient)]),
+        _listed("the checkpoint has no", [n for n in here if n not in saved]),
+        _listed("different shapes:", [
+            f"{name} {_shape(saved[name])} in the checkpoint, {shape} in the model"
+            for name, shape in here.items() if name in saved and _shape(saved[name]) != shape
+        ]),
+        _listed("parts are missing of", [n for n in here if n in saved and not _covered(saved[n])]),
+    ]
+    found = [complaint for complaint in complaints if complaint]
+    if found:
+        raise UserError(f"The checkpoint {path} does not fit this model: " + "; ".join(found) + ".")
+
+
+def _listed(what: str, names: list[str]) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > NAMES_SHOWN else ""
+    return f"{what} {', '.join(sorted(names)[:NAMES_SHOWN])}{more}" if names else ""
+
+
+def _shape(entry: Any) -> tuple[int, ...] | str:
+    return tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else "(a pickled object)"
+
+
+def _covered(entry: Any) -> bool:
+    """Whether the boxes of a saved tensor have as many elements as the tensor."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return True
+    return sum(torch.Size(chunk.sizes).numel() for chunk in entry.chunks) == torch.Size(entry.size).numel()

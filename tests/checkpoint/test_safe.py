@@ -1,0 +1,95 @@
+"""A checkpoint from a stranger cannot run code here."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from neox_native.checkpoint import files, safe, store
+from neox_native.checkpoint.agree import Ranks
+from neox_native.errors import UserError
+
+
+class Hostile:
+    """Unpickling this writes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return store.save(tmp_path, 1, {"model.a": torch.ones(3)}, {"step": 1}, Ranks())
+
+
+def rewrite(file: Path, data: bytes) -> None:
+    """Replace a file as an attacker would: with a manifest that agrees."""
+    file.write_bytes(data)
+    records = files.read_manifest(file.parent)
+    records[file.name] = {"bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
+    (file.parent / files.MANIFEST).write_text(json.dumps({"files": records}))
+
+
+def test_hostile_index_is_refused_and_does_not_run(path: Path, tmp_path: Path) -> None:
+    rewrite(path / ".metadata", pickle.dumps(Hostile(tmp_path / "ran")))
+    with pytest.raises(UserError, match=r"\.metadata is refused: it asks for posix.system"):
+        store.load(path, {"model.a": torch.zeros(3)}, Ranks())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_hostile_shard_is_refused_and_does_not_run(path: Path, tmp_path: Path) -> None:
+    (shard,) = path.glob("*.distcp")
+    stream = io.BytesIO()
+    torch.save(Hostile(tmp_path / "ran"), stream)
+    index = safe.read_index(path)
+    for place in index.storage_data.values():
+        place.length = len(stream.getvalue())
+    rewrite(path / ".metadata", pickle.dumps(index))
+    rewrite(shard, stream.getvalue())
+    with pytest.raises(UserError, match="holds pickled objects where tensors belong"):
+        store.load(path, {"model.a": torch.zeros(3)}, Ranks())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_object_in_place_of_a_tensor_is_refused(path: Path) -> None:
+    index = safe.read_index(path)
+    index.state_dict_metadata["model.a"] = BytesStorageMetadata()
+    rewrite(path / ".metadata", pickle.dumps(index))
+    with pytest.raises(UserError, match=r"model.a \(a pickled object\) in the checkpoint"):
+        store.load(path, {"model.a": torch.zeros(3)}, Ranks())
+
+
+def test_index_may_not_point_outside_the_checkpoint(path: Path) -> None:
+    index = safe.read_index(path)
+    for place in index.storage_data.values():
+        place.relative_path = "../secret"
+    rewrite(path / ".metadata", pickle.dumps(index))
+    with pytest.raises(UserError, match=r"points at ../secret"):
+        safe.read_index(path)
+
+
+def test_tensor_with_a_missing_part_is_refused(path: Path) -> None:
+    index = safe.read_index(path)
+    index.state_dict_metadata["model.a"].chunks.clear()
+    rewrite(path / ".metadata", pickle.dumps(index))
+    with pytest.raises(UserError, match="parts are missing of model.a"):
+        store.load(path, {"model.a": torch.zeros(3)}, Ranks())
+
+
+def test_unpickler_admits_what_plain_dcp_writes(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save({"a": torch.ones(2), "b": {"c": torch.ones(2, dtype=torch.bfloat16)}}, checkpoint_id=tmp_path / "plain")
+    with open(tmp_path / "plain" / ".metadata", "rb") as file:
+        assert set(safe._DcpUnpickler(file).load().state_dict_metadata) == {"a", "b.c"}

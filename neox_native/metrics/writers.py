@@ -1,0 +1,141 @@
+"""What a run writes down: a console line and one JSON object per logged step, TensorBoard scalars, and events."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of metrics.jsonl. A loss or norm that is not finite is written as null, because JSON has no word for it."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    consumed_samples: int
+    tokens_per_second: float
+    step_seconds: float
+    tflops_per_device: float
+    mfu: float | None
+    peak_memory_bytes: int
+    batch_hash: str
+
+
+def strict_json(values: dict[str, Any]) -> str:
+    """One line of JSON that every parser takes: floats in full precision, null where a float is not finite."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite, allow_nan=False)
+
+
+def console_line(record: StepRecord, total_steps: int, extra: dict[str, Any] | None = None) -> str:
+    """A step for a human: loss, rate, norm, speed, memory and the time left at this speed."""
+    left = datetime.timedelta(seconds=round((total_steps - record.step) * record.step_seconds))
+    parts = [
+        f"step {record.step:>{len(str(total_steps))}}/{total_steps}",
+        f"loss {record.loss:.4f}",
+        f"lr {record.learning_rate:.2e}",
+        f"grad norm {record.grad_norm:.3f}",
+        f"{record.tokens_per_second:,.0f} tokens/s",
+        f"{record.tflops_per_device:.3g} TFLOP/s",
+        *([] if record.mfu is None else [f"MFU {record.mfu:.1%}"]),
+        f"{record.peak_memory_bytes / 1e9:.2f} GB",
+        f"left {left}",
+        *(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in (extra or {}).items()),
+    ]
+    return "  ".join(parts)
+
+
+def cut_off(file: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl beyond `step` and a line torn by a kill, so that a resumed run writes no step twice."""
+    if not file.is_file():
+        return
+    lines = file.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) <= step]
+    if len(kept) == len(lines):
+        return
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "w") as stream:
+        stream.writelines(kept)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.rename(file)
+
+
+def _step_of(line: str) -> float:
+    """The line's step; infinity for a line that is not whole."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class Writers:
+    """Everything that one rank writes about a run; the others hold none.
+
+    Args:
+        folder: the run's folder.
+        resumed_step: steps already done (0 for a new run); what was logged beyond is cut off.
+        total_steps: of the run, for the time left.
+        config_text: the resolved config, shown by TensorBoard as text.
+        tensorboard: write TensorBoard files beside metrics.jsonl.
+        show: takes the console's lines.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        resumed_step: int,
+        total_steps: int,
+        config_text: str,
+        tensorboard: bool,
+        show: Callable[[str], None] = print,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        cut_off(folder / METRICS, resumed_step)
+        self._metrics: TextIO = open(folder / METRICS, "a", buffering=1)
+        self._events: TextIO = open(folder / EVENTS, "a", buffering=1)
+        self._total_steps, self._show = total_steps, show
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # half a second that other processes need not spend
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+            self._board.add_text("config", "```toml\n" + config_text + "\n```", resumed_step)
+
+    def step(self, record: StepRecord, extra: dict[str, Any] | None = None) -> None:
+        """Write one logged step. `extra` (a loss scale, a step's stall) goes to the console and TensorBoard."""
+        self._metrics.write(strict_json(asdict(record)) + "\n")
+        self._show(console_line(record, self._total_steps, extra))
+        self._scalars({**asdict(record), **(extra or {})}, record.step, "train")
+
+    def event(self, kind: str, step: int, message: str, **values: Any) -> None:
+        """Write something that is no training step: an evaluation, a skipped update, a checkpoint, a straggler."""
+        line = {"time": datetime.datetime.now(datetime.timezone.utc).isoformat(), "kind": kind, "step": step, "message": message}
+        self._events.write(strict_json({**line, **values}) + "\n")
+        self._show(message)
+        self._scalars(values, step, kind)
+
+    def _scalars(self, values: dict[str, Any], step: int, prefix: str) -> None:
+        if self._board is None:
+            return
+        for name, value in values.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._board.add_scalar(f"{prefix}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        self._metrics.close()
+        self._events.close()
+        if self._board is not None:
+            self._board.close()

@@ -1,0 +1,86 @@
+"""One line per logged step, in full precision, and no step twice."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from neox_native.metrics.writers import StepRecord, Writers, console_line, strict_json
+
+RECORD = StepRecord(
+    step=10, loss=0.1 + 0.2, grad_norm=1 / 3, learning_rate=1e-3, consumed_samples=320, tokens_per_second=12345.6,
+    step_seconds=0.5, tflops_per_device=0.25, mfu=None, peak_memory_bytes=10**9, batch_hash="0123456789abcdef",
+)
+KEYS = [
+    "step", "loss", "grad_norm", "learning_rate", "consumed_samples", "tokens_per_second", "step_seconds",
+    "tflops_per_device", "mfu", "peak_memory_bytes", "batch_hash",
+]
+
+
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def writers(folder: Path, resumed_step: int = 0, tensorboard: bool = False) -> tuple[Writers, list[str]]:
+    shown: list[str] = []
+    return Writers(folder, resumed_step, 1000, "[run]", tensorboard, shown.append), shown
+
+
+def test_line_has_exactly_the_promised_keys_and_bits(tmp_path: Path) -> None:
+    writer, _ = writers(tmp_path)
+    writer.step(RECORD, {"loss scale": 4096.0})
+    # Read before closing: a killed run has lost nothing that was logged.
+    (line,) = lines(tmp_path)
+    assert list(line) == KEYS
+    assert line["loss"] == 0.1 + 0.2 and line["grad_norm"] == 1 / 3 and line["mfu"] is None
+    writer.close()
+
+
+def test_resuming_cuts_off_what_lies_beyond_and_torn_lines(tmp_path: Path) -> None:
+    writer, _ = writers(tmp_path)
+    for step in (10, 20, 30):
+        writer.step(replace(RECORD, step=step))
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "lo')
+    writer, _ = writers(tmp_path, resumed_step=20)
+    writer.step(replace(RECORD, step=30, loss=7.0))
+    writer.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(10, 0.1 + 0.2), (20, 0.1 + 0.2), (30, 7.0)]
+
+
+def test_number_that_is_not_finite_is_null() -> None:
+    assert json.loads(strict_json({"loss": math.nan, "grad_norm": math.inf, "step": 1})) == {
+        "loss": None, "grad_norm": None, "step": 1,
+    }
+
+
+def test_console_line_says_it_all() -> None:
+    line = console_line(replace(RECORD, mfu=0.412), 1000, {"stall": 0.25, "skipped": 1})
+    assert line == (
+        "step   10/1000  loss 0.3000  lr 1.00e-03  grad norm 0.333  12,346 tokens/s  0.25 TFLOP/s  MFU 41.2%  "
+        "1.00 GB  left 0:08:15  stall 0.25  skipped 1"
+    )
+    assert "MFU" not in console_line(RECORD, 1000)
+
+
+def test_events_are_kept_and_shown(tmp_path: Path) -> None:
+    writer, shown = writers(tmp_path)
+    writer.event("evaluation", 10, "step 10: validation loss 2.1", loss=2.1)
+    (event,) = lines(tmp_path, "events.jsonl")
+    assert event["kind"] == "evaluation" and event["loss"] == 2.1 and shown == ["step 10: validation loss 2.1"]
+    writer.close()
+
+
+def test_tensorboard_holds_scalars_and_the_config(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer, _ = writers(tmp_path, tensorboard=True)
+    writer.step(RECORD)
+    writer.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert {"train/loss", "train/grad_norm", "train/tokens_per_second"} <= set(board.Tags()["scalars"])
+    assert board.Tags()["tensors"] == ["config/text_summary"]

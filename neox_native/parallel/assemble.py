@@ -1,0 +1,55 @@
+"""The one order in which a model is taken apart: split, shard, recompute, compile. Materialising comes last and is
+the optimizer's, which knows what this rank keeps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from neox_native.config.schema import Compile, Model, Parallel, Training
+from neox_native.model.transformer import Transformer
+from neox_native.parallel import tensor
+from neox_native.parallel.recompute import recompute
+from neox_native.parallel.stages import stage_layers, stages_of_rank
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def assemble(
+    model: Model, parallel: Parallel, training: Training, compilation: Compile, mesh: DeviceMesh
+) -> dict[int, Transformer]:
+    """This rank's parts of the model, on the meta device: global stage number -> part.
+
+    Parameters have the training dtype and, where tp > 1, are DTensors over the tp axis.
+    """
+    num_stages = parallel.pp * parallel.virtual_stages
+    layers = stage_layers(model, num_stages, parallel.stage_layers)
+    pp_rank = mesh.get_local_rank("pp")
+    parts = {}
+    for number in stages_of_rank(pp_rank, parallel.pp, parallel.virtual_stages, parallel.pipeline_schedule):
+        with torch.device("meta"):
+            part = Transformer(model, layers[number], first=number == 0, last=number == num_stages - 1)
+        part.to(DTYPES[training.precision])
+        if parallel.tp > 1:
+            tensor.apply(part, mesh["tp"], parallel.sequence_parallel)
+        for block in part.layers.values():
+            if training.activation_checkpointing == "full":
+                recompute(block, has_dropout=model.hidden_dropout > 0 or model.attention_dropout > 0)
+            if compilation.enabled:
+                # The bound method, not the module: names stay, and hooks on the block run outside the graph.
+                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        parts[number] = part
+    if model.tie_embeddings and 0 in parts and num_stages - 1 in parts:
+        parts[num_stages - 1].embed_out.weight = parts[0].embed_in.weight
+    return parts
+
+
+def local_slice(full: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank holds of a full tensor that is laid out like `parameter`."""
+    if isinstance(parameter, DTensor):
+        for placement, size, rank in zip(parameter.placements, parameter.device_mesh.shape, parameter.device_mesh.get_coordinate()):
+            if isinstance(placement, Shard):
+                full = full.chunk(size, dim=placement.dim)[rank]
+    return full

@@ -1,0 +1,218 @@
+"""Pipeline parallelism on torch's schedules: stages, one training step, and a forward-only pass for evaluation.
+
+Shapes: M microbatches of a step, B sequences of a microbatch, T sequence, D hidden, V vocabulary (this rank's share).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
+
+from neox_native.model.transformer import Transformer
+from neox_native.parallel.stages import rank_of_stage
+
+SCHEDULES = {
+    "gpipe": "GPipe",
+    "1f1b": "1F1B",
+    "interleaved_1f1b": "Interleaved1F1B",
+    "looped_bfs": "LoopedBFS",
+    "interleaved_zero_bubble": "InterleavedZeroBubble",
+    "zbv": "ZBVZeroBubble",
+}
+"""Our name of a schedule -> torch's."""
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class GradientSink(Protocol):
+    """Who collects gradients while the schedule runs (the ZeRO optimizer)."""
+
+    def microbatch(self, stage_index: int, last: bool) -> None:
+        """A backward pass of this stage begins; `last` if no other microbatch of the step follows."""
+
+    def absorb(self, stage_index: int) -> None:
+        """A weight-gradient pass of this stage ended; its gradients lie in `.grad`, no hook saw them."""
+
+
+class Stopwatch:
+    """Seconds of compute on this rank since the last reading, without waiting for the device."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.events = device, 0.0, []
+
+    @contextmanager
+    def running(self):
+        """Count the time until the block ends (the device's time, where there is a GPU)."""
+        if self.device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self.events.append((begin, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - begin
+
+    def read(self) -> float:
+        """Seconds counted since the last call. On a GPU it waits for the events: call it at logged steps."""
+        for begin, end in self.events:
+            end.synchronize()
+            self.seconds += begin.elapsed_time(end) / 1e3
+        seconds, self.seconds = self.seconds, 0.0
+        self.events.clear()
+        return seconds
+
+
+class Stage(PipelineStage):
+    """torch's stage, which also tells the gradient sink where in the step it is, and times its compute."""
+
+    sink: GradientSink
+    stopwatch: Stopwatch
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward of one microbatch."""
+        with self.stopwatch.running():
+            return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, loss=None, full_backward: bool = True, last_backward: bool = False):
+        """Backward of one microbatch, or its input half."""
+        self.sink.microbatch(self.stage_index, last_backward and full_backward)
+        with self.stopwatch.running():
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """The weight half of a split backward."""
+        self.sink.microbatch(self.stage_index, False)
+        with self.stopwatch.running():
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        self.sink.absorb(self.stage_index)
+
+
+class Pipeline:
+    """Runs a step's microbatches through this rank's stages.
+
+    Args:
+        parts: this rank's stages: global stage number -> part of the model.
+        num_stages: stages of the whole pipeline.
+        schedule: a name from `SCHEDULES`.
+        num_microbatches: M.
+        microbatch_shape: (B, T).
+        hidden_length: T, or this rank's share of it under sequence parallelism.
+        dtype: of the hidden states that travel between stages.
+        pp_group: the pipeline's ranks.
+    """
+
+    def __init__(
+        self,
+        parts: dict[int, Transformer],
+        num_stages: int,
+        schedule: str,
+        num_microbatches: int,
+        microbatch_shape: tuple[int, int],
+        hidden_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pp_group: dist.ProcessGroup,
+        sink: GradientSink,
+    ):
+        self.parts, self.num_stages, self.schedule_name, self.group, self.device = parts, num_stages, schedule, pp_group, device
+        self.num_microbatches = num_microbatches
+        self.stopwatch = Stopwatch(device)
+        model = next(iter(parts.values())).config
+        hidden = torch.empty(microbatch_shape[0], hidden_length, model.hidden_size, dtype=dtype, device="meta")
+        self.hidden_meta = hidden.requires_grad_()
+        tokens = torch.empty(microbatch_shape, dtype=torch.int64, device="meta")
+        self.stages = []
+        for number, part in parts.items():
+            # Static shapes: without them torch runs a whole forward and backward pass to learn them.
+            output = self.hidden_meta if part.embed_out is None else self._logits_meta(part, microbatch_shape, dtype)
+            inputs = tokens if number == 0 else self.hidden_meta
+            stage = Stage(part, number, num_stages, device, input_args=inputs, output_args=output, group=pp_group)
+            stage.sink, stage.stopwatch = sink, self.stopwatch
+            self.stages.append(stage)
+        schedule_class = get_schedule_class(SCHEDULES[schedule])
+        stages = self.stages if issubclass(schedule_class, PipelineScheduleMulti) else self.stages[0]
+        self.schedule = schedule_class(stages, num_microbatches, loss_fn=self._loss, scale_grads=False)
+        self.loss_function: LossFunction | None = None
+
+    @staticmethod
+    def _logits_meta(part: Transformer, microbatch_shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        weight = part.embed_out.weight
+        rows = weight.to_local().shape[0] if hasattr(weight, "to_local") else weight.shape[0]
+        return torch.empty(*microbatch_shape, rows, dtype=dtype, device="meta", requires_grad=True)
+
+    def _loss(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        return self.loss_function(logits_BTV, targets_BT)
+
+    def forward_backward(
+        self, inputs_MBT: Tensor, targets_MBT: Tensor, extras: dict[str, Tensor], loss_function: LossFunction
+    ) -> Tensor:
+        """One step's microbatches forward and backward; gradients go to the sink.
+
+        Args:
+            extras: more arguments of the model's forward, each [M, B, T].
+            loss_function: (logits, targets) of a microbatch -> scalar to differentiate.
+        Returns:
+            the sum of the microbatches' losses, detached; zero on ranks without the last stage.
+        """
+        self.loss_function = loss_function
+        first, last = 0 in self.parts, self.num_stages - 1 in self.parts
+        losses: list[Tensor] = []
+        self.schedule.step(
+            *((inputs_MBT.flatten(0, 1),) if first else ()),
+            target=targets_MBT.flatten(0, 1) if last else None,
+            losses=losses if last else None,
+            return_outputs=False,
+            **{name: tensor.flatten(0, 1) for name, tensor in extras.items()},
+        )
+        return torch.stack([loss.detach() for loss in losses]).sum() if last else torch.zeros((), device=self.device)
+
+    @torch.no_grad()
+    def forward(
+        self, inputs_MBT: Tensor, targets_MBT: Tensor, extras: dict[str, Tensor], loss_function: LossFunction
+    ) -> Tensor:
+        """Forward only, for evaluation; the same for every schedule. Returns what `forward_backward` returns.
+
+        Each microbatch walks through all stages in order, so that the ranks' sends and receives cannot wait for each
+        other in a circle. With one stage per rank the microbatches still follow one another like a pipeline.
+        """
+        total = torch.zeros((), device=self.device)
+        for index in range(inputs_MBT.shape[0]):
+            arguments = {name: tensor[index] for name, tensor in extras.items()}
+            hidden: Tensor | None = None
+            for stage in range(self.num_stages):
+                if stage in self.parts:
+                    x = inputs_MBT[index] if stage == 0 else self._receive(stage, hidden)
+                    hidden = self.parts[stage](x, **arguments)
+                    self._send(stage, hidden)
+            if self.num_stages - 1 in self.parts:
+                total += loss_function(hidden, targets_MBT[index])
+        return total
+
+    def _peer(self, stage: int) -> int | None:
+        """The pipeline rank of a neighbouring stage; None where that stage is this rank's own or does not exist."""
+        if stage == self.num_stages or stage in self.parts:
+            return None
+        return rank_of_stage(stage, dist.get_world_size(self.group), self.schedule_name)
+
+    def _receive(self, stage: int, own: Tensor | None) -> Tensor:
+        peer = self._peer(stage - 1)
+        if peer is None:
+            return own
+        buffer = torch.empty_like(self.hidden_meta, device=self.device, requires_grad=False)
+        dist.recv(buffer, group=self.group, group_src=peer)
+        return buffer
+
+    def _send(self, stage: int, hidden: Tensor) -> None:
+        peer = self._peer(stage + 1)
+        if peer is not None:
+            dist.send(hidden.contiguous(), group=self.group, group_dst=peer)

@@ -1,0 +1,130 @@
+"""Forward and backward of one step on any mesh, without an optimizer, and its serial twin."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from neox_native.config.schema import Compile, Model, Parallel, Training
+from neox_native.mesh import build_mesh
+from neox_native.model import initialize
+from neox_native.model.transformer import Transformer
+from neox_native.parallel.assemble import assemble, local_slice
+from neox_native.parallel.loss import cross_entropy_sum
+from neox_native.parallel.pipeline import Pipeline
+from neox_native.parallel.tensor import shard_tables
+
+MODEL = Model(num_layers=4, hidden_size=32, num_heads=4, seq_length=16, vocab_size=60, vocab_multiple_of=16)
+CPU = torch.device("cpu")
+
+
+class NoSink:
+    """Leaves gradients where autograd puts them."""
+
+    def microbatch(self, stage_index: int, last: bool) -> None:
+        pass
+
+    def absorb(self, stage_index: int) -> None:
+        pass
+
+
+def batch(model: Model, microbatches: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets [M, B, T]."""
+    generator = torch.Generator().manual_seed(11)
+    tokens = torch.randint(0, model.vocab_size, (microbatches, size, model.seq_length + 1), generator=generator)
+    return tokens[..., :-1], tokens[..., 1:]
+
+
+def fill(part: Transformer) -> None:
+    """Materialise a part of the model with values that make every parameter matter."""
+    for module in part.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device="cpu")
+                module.register_parameter(name, torch.nn.Parameter(empty))
+    part.tie()
+    with torch.no_grad():
+        for name, parameter in part.named_parameters():
+            full = draw(part.global_name(name), parameter.shape, part.config)
+            target = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            target.copy_(local_slice(full, parameter))
+    part.build_tables(CPU)
+
+
+def draw(name: str, shape: torch.Size, model: Model) -> torch.Tensor:
+    """Initial values, with biases and norms moved off zero and one."""
+    full = initialize.draw(name, shape, replace(model, init_std=0.1), seed=5)
+    if full.ndim == 1:
+        full = full + 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(initialize.seed_of(1, name)))
+    return full
+
+
+def serial(model: Model, microbatches: int, size: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one process."""
+    with torch.device("meta"):
+        whole = Transformer(model)
+    fill(whole)
+    inputs, targets = batch(model, microbatches, size)
+    total = 0.0
+    for x, y in zip(inputs, targets):
+        loss = cross_entropy_sum(whole(x), y, None) / targets.numel()
+        loss.backward()
+        total += loss.item()
+    return total, {name: parameter.grad for name, parameter in whole.named_parameters()}
+
+
+def on_mesh(
+    model: Model, parallel: Parallel, microbatches: int, size: int, compiled: bool = False, recompute: str = "none"
+) -> tuple[float, dict[str, torch.Tensor], float]:
+    """What one rank of a pp x tp mesh sees: the step's loss, its whole gradients, and the evaluation loss."""
+    mesh = build_mesh(parallel, CPU)
+    training = Training(activation_checkpointing=recompute)
+    parts = assemble(model, parallel, training, Compile(enabled=compiled), mesh)
+    for part in parts.values():
+        fill(part)
+        if parallel.tp > 1:
+            shard_tables(part, mesh["tp"])
+    num_stages = parallel.pp * parallel.virtual_stages
+    if model.tie_embeddings and len(parts) > 1 and 0 in parts and num_stages - 1 in parts:
+        parts[num_stages - 1].embed_out.weight = parts[0].embed_in.weight
+    inputs, targets = batch(model, microbatches, size)
+    group = mesh.get_group("tp") if parallel.tp > 1 else None
+
+    def loss_function(logits, target):
+        return cross_entropy_sum(logits, target, group) / targets.numel()
+
+    if parallel.pp == 1:
+        (part,) = parts.values()
+        losses = [loss_function(part(x), y) for x, y in zip(inputs, targets)]
+        evaluated = torch.stack(losses).sum().detach()
+        for loss in losses:
+            loss.backward()
+        total = evaluated
+    else:
+        hidden_length = model.seq_length // (parallel.tp if parallel.sequence_parallel else 1)
+        pipeline = Pipeline(
+            parts, num_stages, parallel.pipeline_schedule, microbatches, (size, model.seq_length), hidden_length,
+            torch.float32, CPU, mesh.get_group("pp"), NoSink(),
+        )  # fmt: skip
+        evaluated = pipeline.forward(inputs, targets, {}, loss_function)
+        total = pipeline.forward_backward(inputs, targets, {}, loss_function)
+        for value in (evaluated, total):
+            dist.all_reduce(value, group=mesh.get_group("pp"))
+    return total.item(), whole_gradients(parts), evaluated.item()
+
+
+def whole_gradients(parts: dict[int, Transformer]) -> dict[str, torch.Tensor]:
+    """Global name -> full gradient of every parameter on this rank."""
+    gradients: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for part in parts.values():
+        for name, parameter in part.named_parameters():
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            gradient = parameter.grad
+            gradients[part.global_name(name)] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return gradients

@@ -1,7 +1,8 @@
 """The ranks that save and load together: they share what they know and fail together.
 
-A rank that meets a full disk must not leave its peers waiting in a collective. So every piece of local work that can fail
-runs inside `Ranks.together`, which ends with a collective: either all ranks go on, or all raise the same sentence.
+A rank that meets a full disk must not leave its peers waiting in a collective. So every piece of local work that can
+fail runs inside `Ranks.together`, which ends with a collective: either all ranks go on, or all raise the same
+sentence.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ class _Failure:
 class Ranks:
     """All ranks of the job, with a gloo group of their own, or this process alone.
 
-    The own group lets a background thread save while the main thread's collectives go on, and keeps objects off the GPU.
-    Creating one is a collective over the world. Object collectives unpickle what the *ranks of this job* send, never a file.
+    The own group lets a background thread save while the main thread's collectives go on, and keeps objects off the
+    GPU. Creating one is a collective over the world. Object collectives unpickle what the *ranks of this job* send,
+    never a file.
     """
 
     def __init__(self) -> None:
@@ -58,8 +60,9 @@ class Ranks:
     def together(self, doing: str) -> Iterator[None]:
         """Run the body on every rank, then agree on how it went; a collective at the end, whatever happened.
 
-        Where a body raised, every rank raises: `UserError` with the same sentence for a `UserError` or an operating system
-        error (a full disk, a missing permission); for a bug, the failing rank's own error and a `RuntimeError` elsewhere.
+        Where a body raised, every rank raises: `UserError` with the same sentence for a `UserError` or an operating
+        system error (a full disk, a missing permission); for a bug, the failing rank's own error and a `RuntimeError`
+        elsewhere.
         """
         error: Exception | None = None
         try:
@@ -71,16 +74,17 @@ class Ranks:
             return
         first = failures[0]
         others = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
-        sentence = f"{doing} failed on rank {first.rank}{others}, host {first.host}: {first.message}"
+        where = f"{doing} failed on rank {first.rank}{others}, host {first.host}"
         if all(failure.of_the_user for failure in failures):
-            raise UserError(sentence) from error
+            raise UserError(f"{where}: {first.message}") from error
         if error is not None:
             raise error
-        raise RuntimeError(f"{doing} failed on rank {first.rank}{others}, host {first.host}: {first.kind}: {first.message}")
+        raise RuntimeError(f"{where}: {first.kind}: {first.message}")
 
     def _describe(self, error: Exception | None) -> _Failure | None:
         if error is None:
             return None
-        message = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.filename else str(error)
+        named = isinstance(error, OSError) and error.filename is not None
+        message = f"{error.strerror} ({error.filename})" if named else str(error)
         of_the_user = isinstance(error, (UserError, OSError))
         return _Failure(self.rank, socket.gethostname(), type(error).__name__, message, of_the_user)

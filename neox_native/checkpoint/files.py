@@ -6,9 +6,10 @@
         metadata.json                     what the run says about itself: step, consumed samples, model, data, layout
         manifest.json                     size and crc32 of every other file; written last
 
-A checkpoint is written as `step_000000100.tmp-<token>`, flushed to the disk and renamed when all ranks are done: a folder that
-bears the final name was complete when it got it. The checksum is crc32 (zlib's): it finds every flipped bit and every burst of up
-to 32, and at 4 GB/s a core it costs less than the disk. It is no defence against a forger; `safe.py` is.
+A checkpoint is written as `step_000000100.tmp-<token>`, flushed to the disk and renamed when all ranks are done: a
+folder that bears the final name was complete when it got it. The checksum is crc32 (zlib's): it finds every flipped
+bit and every burst of up to 32, and at 4 GB/s a core it costs less than the disk. It is no defence against a forger;
+`safe.py` is.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def damage(file: Path, record: Record) -> str | None:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What the run said about itself when it saved: the JSON given to `save`. Raises `UserError` where it is not whole."""
+    """What the run said about itself when it saved: the JSON given to `save`. Raises `UserError` where it is not
+    whole."""
     file = Path(path) / METADATA
     record = read_manifest(path).get(METADATA)
     if record is None:

@@ -13,6 +13,7 @@ def should_save(step: int, config: Checkpoint, total_steps: int) -> bool:
     """Whether to save after `step` updates (0: before the first). The last step is always saved.
 
     Raises `UserError` where `save_steps` is a word other than "pythia".
+   
     """
     if step == total_steps:
         return True
@@ -22,7 +23,8 @@ def should_save(step: int, config: Checkpoint, total_steps: int) -> bool:
         return step in PYTHIA_DENSE_STEPS or step % 1000 == 0
     if isinstance(config.save_steps, str) and config.save_steps:
         raise UserError(
-            f'checkpoint.save_steps = "{config.save_steps}" is not known; give "pythia" or a list of steps such as [1, 10].'
+            f'checkpoint.save_steps = "{config.save_steps}" is not known; '
+            'give "pythia" or a list of steps such as [1, 10].'
         )
     return step in config.save_steps if config.save_steps else False
 
@@ -30,7 +32,8 @@ def should_save(step: int, config: Checkpoint, total_steps: int) -> bool:
 def to_delete(saved_steps: list[int], keep_last: int, keep_every: int) -> list[int]:
     """Steps whose checkpoints may go, oldest first, given the steps of all complete ones.
 
-    The newest `keep_last` stay (0: all stay), multiples of `keep_every` stay (0: no such rule), and the newest always stays.
+    The newest `keep_last` stay (0: all stay), multiples of `keep_every` stay (0: no such rule), and the newest always
+    stays.
     """
     if keep_last <= 0:
         return []

@@ -1,8 +1,8 @@
 """Reading a checkpoint runs no code of its author.
 
-DCP's index `.metadata` is a pickle, and an ordinary unpickler imports and calls whatever the file names. Here the unpickler knows
-DCP's own data classes and nothing else; tensors are read with `weights_only=True`; entries that are pickled objects rather than
-tensors are refused; and the index may only point at files that the manifest lists.
+DCP's index `.metadata` is a pickle, and an ordinary unpickler imports and calls whatever the file names. Here the
+unpickler knows DCP's own data classes and nothing else; tensors are read with `weights_only=True`; entries that are
+pickled objects rather than tensors are refused; and the index may only point at files that the manifest lists.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ ALLOWED = frozenset(
         "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata",
         "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
     )]
-    + [("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"), ("torch.serialization", "_get_layout")]
+    + [("torch.distributed.checkpoint.filesystem", "_StorageInfo")]
+    + [("torch", "Size"), ("torch.serialization", "_get_layout")]
     + [(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")]
 )
 """(module, name) of everything that DCP writes into its index: plain data classes without side effects."""
@@ -49,6 +50,7 @@ def read_index(path: Path) -> Metadata:
     """DCP's index of the checkpoint in `path`, read without running code.
 
     Raises `UserError` where it asks for anything but DCP's data classes, is no index, or points outside the checkpoint.
+   
     """
     file = Path(path) / INDEX
     try:
@@ -63,8 +65,9 @@ def read_index(path: Path) -> Metadata:
         raise UserError(f"{file} is refused: it holds a {type(index).__name__}, not DCP's index.")
     files = read_manifest(path)
     for place in index.storage_data.values():
-        if place.relative_path not in files or Path(place.relative_path).name != place.relative_path:
-            raise UserError(f"{file} is refused: it points at {place.relative_path}, which is no file of this checkpoint.")
+        name = place.relative_path
+        if name not in files or Path(name).name != name:
+            raise UserError(f"{file} is refused: it points at {name}, which is no file of this checkpoint.")
     return index
 
 
@@ -82,7 +85,8 @@ class SafeReader(FileSystemReader):
         try:
             return super().read_data(plan, planner)
         except pickle.UnpicklingError:
-            raise UserError(f"a shard of {self.path} is refused: it holds pickled objects where tensors belong.") from None
+            message = f"a shard of {self.path} is refused: it holds pickled objects where tensors belong."
+            raise UserError(message) from None
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):

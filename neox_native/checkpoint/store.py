@@ -1,9 +1,9 @@
 """Save and load the state of a run with DCP: complete or absent, whole or refused, in any layout.
 
-[Note: state] The state is a flat dict from a global name to a tensor: a DTensor (each rank writes its boxes; replicated ones are
-written once), a plain tensor that is the same on every rank that holds it, or a plain tensor under a name of its own for each rank
-(a random generator's state, with the rank's coordinates in the name). Names and shapes are those of the whole model, so a
-checkpoint knows nothing of the layout that wrote it and loads in any other.
+[Note: state] The state is a flat dict from a global name to a tensor: a DTensor (each rank writes its boxes;
+replicated ones are written once), a plain tensor that is the same on every rank that holds it, or a plain tensor
+under a name of its own for each rank (a random generator's state, with the rank's coordinates in the name). Names and
+shapes are those of the whole model, so a checkpoint knows nothing of the layout that wrote it and loads in any other.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def save(
 ) -> Path:
     """Write `state` and `metadata` (JSON) as the checkpoint of `step`; returns its folder. A collective over all ranks.
 
-    `host_copies` holds a local tensor per name of `state`; where given, the numbers come from there and `state` only describes
-    them. When this returns, the checkpoint is on the disk under its final name. An error on one rank (a full disk) raises the
-    same `UserError` on all of them and leaves nothing behind.
+    `host_copies` holds a local tensor per name of `state`; where given, the numbers come from there and `state` only
+    describes them. When this returns, the checkpoint is on the disk under its final name. An error on one rank (a
+    full disk) raises the same `UserError` on all of them and leaves nothing behind.
     """
-    assert all(isinstance(value, torch.Tensor) for value in state.values()), "the state holds tensors only, see [Note: state]"
+    assert all(isinstance(value, torch.Tensor) for value in state.values()), "tensors only, see [Note: state]"
     doing = f"Saving the checkpoint of step {step} in {directory}"
     final = files.step_folder(directory, step)
     temporary = final.with_name(final.name + files.TEMPORARY + ranks.from_first(secrets.token_hex(4)))
@@ -93,7 +93,7 @@ def save(
                 temporary.mkdir(parents=True)
         with ranks.together(doing):
             if not temporary.is_dir():
-                raise UserError(f"{temporary} was made by rank 0 and is not seen here; run.dir must be a folder that all nodes share")
+                raise UserError(f"{temporary}, made by rank 0, is not seen here; all nodes must share the folder run.dir")
         records = _write(temporary, state, ranks, doing, SavePlanner(host_copies))
         with ranks.together(doing):
             if ranks.rank == 0:
@@ -142,21 +142,24 @@ def _dcp(ranks: Ranks) -> Iterator[None]:
 
 
 def find_damage(path: Path, ranks: Ranks) -> list[str]:
-    """Check every file of a checkpoint against its manifest, shared out over the ranks; the complaints, the same on all ranks."""
+    """Check every file of a checkpoint against its manifest, shared out over the ranks; the complaints, the same on
+    all ranks."""
     complaints = []
     try:
         records = files.read_manifest(path)
         for number, (name, record) in enumerate(sorted(records.items())):
             if number % ranks.size == ranks.rank:
                 complaints.append(files.damage(Path(path) / name, record))
-        complaints += [f"{path / name} is missing from the manifest" for name in (INDEX, files.METADATA) if name not in records]
+        unlisted = [name for name in (INDEX, files.METADATA) if name not in records]
+        complaints += [f"{path / name} is missing from the manifest" for name in unlisted]
     except (UserError, OSError) as error:
         complaints.append(str(error).rstrip("."))
     return sorted({complaint for part in ranks.gather(complaints) for complaint in part if complaint is not None})
 
 
 def newest(directory: Path, ranks: Ranks, report: Any = print) -> Path | None:
-    """Folder of the newest checkpoint that is whole, or None. Damaged ones are reported by file and skipped. A collective."""
+    """Folder of the newest checkpoint that is whole, or None. Damaged ones are reported by file and skipped. A
+    collective."""
     for path in ranks.from_first(files.finished(directory)):
         complaints = find_damage(path, ranks)
         if not complaints:
@@ -169,11 +172,14 @@ def newest(directory: Path, ranks: Ranks, report: Any = print) -> Path | None:
 def load(
     path: Path, state: State, ranks: Ranks, only: str = "", lenient: tuple[str, ...] = ("rng.",), verified: bool = False
 ) -> dict[str, Any]:
-    """Fill `state` in place from the checkpoint in `path`, in any layout; returns its metadata. A collective over all ranks.
+    """Fill `state` in place from the checkpoint in `path`, in any layout; returns its metadata. A collective over all
+    ranks.
 
-    Saved names that do not start with `only` are left alone (`only="model."` takes the weights). Names that start with one of
-    `lenient` are loaded where both sides have them. `verified` skips the checksums, after `newest` has checked them.
-    Raises `UserError` on all ranks where the checkpoint is damaged, hostile, or of another architecture (names and shapes).
+    Saved names that do not start with `only` are left alone (`only="model."` takes the weights). Names that start
+    with one of `lenient` are loaded where both sides have them. `verified` skips the checksums, after `newest` has
+    checked them.
+    Raises `UserError` on all ranks where the checkpoint is damaged, hostile, or of another architecture (names and
+    shapes).
     """
     if not verified:
         complaints = find_damage(path, ranks)
@@ -182,7 +188,8 @@ def load(
     doing = f"Loading the checkpoint {path}"
     with ranks.together(doing):
         index, metadata = read_index(path), files.read_metadata(path)
-    wanted = {name: value for name, value in state.items() if not (name.startswith(lenient) and name not in index.state_dict_metadata)}
+    saved = index.state_dict_metadata
+    wanted = {name: value for name, value in state.items() if name in saved or not name.startswith(lenient)}
     _check_fit(path, wanted, index, ranks, only, lenient)
     with ranks.together(doing), _dcp(ranks):
         dcp.load(

@@ -30,8 +30,8 @@ PEAK_FLOPS_PER_SECOND = {
 def peak_flops_per_second(device_name: str, precision: str) -> float | None:
     """Peak of a device for `precision` ("fp32" | "bf16" | "fp16"), or None where it is not known.
 
-    The longest matching name wins, so that "H100 PCIe" is not taken for "H100". fp32 has none: with TF32 on or off its peak
-    differs eightfold.
+    The longest matching name wins, so that "H100 PCIe" is not taken for "H100". fp32 has none: with TF32 on or off
+    its peak differs eightfold.
     """
     matches = [name for name in PEAK_FLOPS_PER_SECOND if name in device_name]
     if precision == "fp32" or not matches:
@@ -65,8 +65,9 @@ class Speed:
 class Throughput:
     """Times steps between two readings of the clock.
 
-    Work on a GPU is only queued when a step returns, so a single step cannot be timed without waiting for the device. The loop
-    reads the loss on logged steps, which waits once; read `speed` after that, and the mean over the steps in between is exact.
+    Work on a GPU is only queued when a step returns, so a single step cannot be timed without waiting for the device.
+    The loop reads the loss on logged steps, which waits once; read `speed` after that, and the mean over the steps in
+    between is exact.
 
     Args:
         tokens_per_step: of the global batch [tokens].
@@ -74,6 +75,7 @@ class Throughput:
         devices: ranks of the job.
         peak: `peak_flops_per_second` of one device, or None.
         clock: seconds that only grow.
+   
     """
 
     def __init__(
@@ -84,7 +86,8 @@ class Throughput:
         peak: float | None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.tokens_per_step, self.flops_per_token, self.devices, self.peak = tokens_per_step, flops_per_token, devices, peak
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.devices, self.peak = devices, peak
         self._clock = clock
         self._steps = 0
         self._since = clock()

@@ -17,7 +17,8 @@ EVENTS = "events.jsonl"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of metrics.jsonl. A loss or norm that is not finite is written as null, because JSON has no word for it."""
+    """One line of metrics.jsonl. A loss or norm that is not finite is written as null, because JSON has no word for
+    it."""
 
     step: int
     loss: float
@@ -41,6 +42,7 @@ def strict_json(values: dict[str, Any]) -> str:
 def console_line(record: StepRecord, total_steps: int, extra: dict[str, Any] | None = None) -> str:
     """A step for a human: loss, rate, norm, speed, memory and the time left at this speed."""
     left = datetime.timedelta(seconds=round((total_steps - record.step) * record.step_seconds))
+    extras = (extra or {}).items()
     parts = [
         f"step {record.step:>{len(str(total_steps))}}/{total_steps}",
         f"loss {record.loss:.4f}",
@@ -51,13 +53,14 @@ def console_line(record: StepRecord, total_steps: int, extra: dict[str, Any] | N
         *([] if record.mfu is None else [f"MFU {record.mfu:.1%}"]),
         f"{record.peak_memory_bytes / 1e9:.2f} GB",
         f"left {left}",
-        *(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in (extra or {}).items()),
+        *(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in extras),
     ]
     return "  ".join(parts)
 
 
 def cut_off(file: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl beyond `step` and a line torn by a kill, so that a resumed run writes no step twice."""
+    """Drop the lines of metrics.jsonl beyond `step` and a line torn by a kill, so that a resumed run writes no step
+    twice."""
     if not file.is_file():
         return
     lines = file.read_text().splitlines(keepends=True)
@@ -90,6 +93,7 @@ class Writers:
         config_text: the resolved config, shown by TensorBoard as text.
         tensorboard: write TensorBoard files beside metrics.jsonl.
         show: takes the console's lines.
+   
     """
 
     def __init__(
@@ -121,8 +125,8 @@ class Writers:
 
     def event(self, kind: str, step: int, message: str, **values: Any) -> None:
         """Write something that is no training step: an evaluation, a skipped update, a checkpoint, a straggler."""
-        line = {"time": datetime.datetime.now(datetime.timezone.utc).isoformat(), "kind": kind, "step": step, "message": message}
-        self._events.write(strict_json({**line, **values}) + "\n")
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self._events.write(strict_json({"time": now, "kind": kind, "step": step, "message": message, **values}) + "\n")
         self._show(message)
         self._scalars(values, step, kind)
 

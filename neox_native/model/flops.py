@@ -37,8 +37,8 @@ def total_parameters(model: Model) -> int:
 def model_flops_per_token(model: Model) -> int:
     """Forward and backward operations per token [FLOP]: 6 (N - N_lookup) + 12 L h s.
 
-    Attention counts every pair of positions, not the causal half, and recomputation is left out, as in PaLM's appendix B
-    (Chowdhery et al. 2022): that keeps MFU comparable with published numbers.
+    Attention counts every pair of positions, not the causal half, and recomputation is left out, as in PaLM's
+    appendix B (Chowdhery et al. 2022): that keeps MFU comparable with published numbers.
     """
     attention = 12 * model.num_layers * model.hidden_size * model.seq_length
     return 6 * (total_parameters(model) - lookup_parameters(model)) + attention

@@ -34,8 +34,8 @@ def state(pp: int = 1, dp: int = 1, tp: int = 1, filled: bool = True) -> dict[st
     """This rank's state, with the names' numbers or with NaN."""
     assert dist.get_world_size() == pp * dp * tp
     mesh = init_device_mesh("cpu", (pp, dp, tp), mesh_dim_names=("pp", "dp", "tp"))
-    groups = [mesh.get_group("tp"), mesh.get_group("dp")]
-    tp_dp = DeviceMesh.from_group(groups, "cpu", mesh=mesh["dp", "tp"].mesh.t().contiguous(), mesh_dim_names=("tp", "dp"))
+    groups, ranks_of = [mesh.get_group("tp"), mesh.get_group("dp")], mesh["dp", "tp"].mesh.t().contiguous()
+    tp_dp = DeviceMesh.from_group(groups, "cpu", mesh=ranks_of, mesh_dim_names=("tp", "dp"))
     coordinates = {axis: mesh.get_local_rank(axis) for axis in ("pp", "dp", "tp")}
     found: dict[str, torch.Tensor] = {}
     for name, (shape, placement) in NAMES.items():
@@ -48,7 +48,9 @@ def state(pp: int = 1, dp: int = 1, tp: int = 1, filled: bool = True) -> dict[st
         if not filled:
             local.fill_(float("nan"))
         stride = torch.empty(shape, device="meta").stride()
-        found[name] = DTensor.from_local(local, tp_dp, [placement, Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
+        found[name] = DTensor.from_local(
+            local, tp_dp, [placement, Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+        )
     found["optimizer.step"] = torch.tensor(7.0 if filled else 0.0)
     key = "rng." + "_".join(f"{axis}{number}" for axis, number in coordinates.items())
     found[key] = torch.full((4,), dist.get_rank() if filled else 99, dtype=torch.uint8)

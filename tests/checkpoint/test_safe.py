@@ -90,6 +90,7 @@ def test_tensor_with_a_missing_part_is_refused(path: Path) -> None:
 
 def test_unpickler_admits_what_plain_dcp_writes(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="single process"):
-        dcp.save({"a": torch.ones(2), "b": {"c": torch.ones(2, dtype=torch.bfloat16)}}, checkpoint_id=tmp_path / "plain")
+        state = {"a": torch.ones(2), "b": {"c": torch.ones(2, dtype=torch.bfloat16)}}
+        dcp.save(state, checkpoint_id=tmp_path / "plain")
     with open(tmp_path / "plain" / ".metadata", "rb") as file:
         assert set(safe._DcpUnpickler(file).load().state_dict_metadata) == {"a", "b.c"}

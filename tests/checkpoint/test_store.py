@@ -99,7 +99,8 @@ def test_another_architecture_is_refused_with_names_and_shapes(saved: Path) -> N
 def test_truncated_shard_is_named(copy: Path) -> None:
     file = shard(copy)
     file.write_bytes(file.read_bytes()[:-1])
-    assert store.find_damage(copy, Ranks()) == [f"{file} has {file.stat().st_size} bytes, its manifest says {file.stat().st_size + 1}"]
+    size = file.stat().st_size
+    assert store.find_damage(copy, Ranks()) == [f"{file} has {size} bytes, its manifest says {size + 1}"]
 
 
 @pytest.mark.parametrize("name", [".metadata", "metadata.json", "shard"])
@@ -114,7 +115,8 @@ def test_missing_manifest_and_missing_shard_are_named(copy: Path) -> None:
     shard(copy).unlink()
     assert "is missing" in store.find_damage(copy, Ranks())[0]
     (copy / files.MANIFEST).unlink()
-    assert store.find_damage(copy, Ranks()) == [f"{copy / files.MANIFEST} is missing: this is not a complete checkpoint"]
+    missing = f"{copy / files.MANIFEST} is missing: this is not a complete checkpoint"
+    assert store.find_damage(copy, Ranks()) == [missing]
 
 
 def test_damaged_checkpoint_is_reported_and_skipped_for_the_one_before(copy: Path) -> None:
@@ -145,7 +147,9 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert loaded["a"].tolist() == [1, 1, 1] and [p.name for p in tmp_path.iterdir()] == ["step_000000005"]
 
 
-def test_full_disk_on_one_rank_is_one_sentence_on_all_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_on_one_rank_is_one_sentence_on_all_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def rank() -> str:
         import torch.distributed as dist
 

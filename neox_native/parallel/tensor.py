@@ -76,6 +76,8 @@ class Rule:
     style: ParallelStyle
     weight: str = "-"
     """Placement of its parameters."""
+    input: str = "-"
+    """Placement of its input."""
     output: str = "-"
     """Placement of its output."""
     forward: str = "-"
@@ -90,44 +92,47 @@ def plan(model: Model, sequence_parallel: bool) -> dict[str, Rule]:
     name = "Shard(1)" if sequence_parallel else "Replicate"
     reduce = "reduce-scatter" if sequence_parallel else "all-reduce"
     gather = "all-gather" if sequence_parallel else "-"
-    absolute_positions = model.pos_emb in ("learned", "sinusoidal")
 
     def whole_from_stream() -> Rule:
-        style = PrepareModuleOutput(
-            output_layouts=stream, desired_output_layouts=Replicate(), use_local_output=False
-        )
-        return Rule(style, "-", "Replicate", gather, reduce)
+        style = PrepareModuleOutput(output_layouts=stream, desired_output_layouts=Replicate(), use_local_output=False)
+        return Rule(style, "-", name, "Replicate", gather, reduce)
 
     def stay_partial() -> Rule:
-        return Rule(RowwiseParallel(output_layouts=Partial(), use_local_output=False), "Shard(1)", "Partial")
+        return Rule(RowwiseParallel(output_layouts=Partial(), use_local_output=False), "Shard(1)", "Shard(-1)", "Partial")
 
+    def gathered_norm() -> Rule:
+        return Rule(Replicated(), "Replicate", "Replicate", "Replicate")
+
+    def columns() -> Rule:
+        return Rule(ColwiseParallel(), "Shard(0)", "Replicate", "Shard(-1)")
+
+    reduced = PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=stream, use_local_output=False)
+    unwrapped = PrepareModuleOutput(output_layouts=stream, desired_output_layouts=stream)
+    embedding = VocabParallelEmbedding(input_layouts=Replicate(), output_layouts=stream)
     rules = {
-        "embed_in": Rule(VocabParallelEmbedding(input_layouts=Replicate(), output_layouts=stream), "Shard(0)", name, reduce, gather),
+        "embed_in": Rule(embedding, "Shard(0)", "Replicate", name, reduce, gather),
         "layers.*.normalize": whole_from_stream(),
-        "layers.*.input_layernorm": Rule(Replicated(), "Replicate", "Replicate"),
-        "layers.*.attention.query_key_value": Rule(ColwiseParallel(), "Shard(0)", "Shard(-1)"),
+        "layers.*.input_layernorm": gathered_norm(),
+        "layers.*.attention.query_key_value": columns(),
         "layers.*.attention.dense": stay_partial(),
-        "layers.*.post_attention_layernorm": Rule(Replicated(), "Replicate", "Replicate"),
-        "layers.*.mlp.dense_h_to_4h": Rule(ColwiseParallel(), "Shard(0)", "Shard(-1)"),
+        "layers.*.post_attention_layernorm": gathered_norm(),
+        "layers.*.mlp.dense_h_to_4h": columns(),
         "layers.*.mlp.dense_4h_to_h": stay_partial(),
-        "layers.*.join.total": Rule(
-            PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=stream, use_local_output=False),
-            "-", name, reduce, gather,
-        ),
-        "layers.*.join": Rule(PrepareModuleOutput(output_layouts=stream, desired_output_layouts=stream), "-", name),
+        "layers.*.join.total": Rule(reduced, "-", "Partial", name, reduce, gather),
+        "layers.*.join": Rule(unwrapped, "-", name, name),
         "normalize": whole_from_stream(),
-        "final_layer_norm": Rule(Replicated(), "Replicate", "Replicate"),
-        "embed_out": Rule(ColwiseParallel(), "Shard(0)", "Shard(-1)"),
-    }  # fmt: skip
+        "final_layer_norm": gathered_norm(),
+        "embed_out": columns(),
+    }
     if model.gated:
-        rules["layers.*.mlp.gate_h_to_4h"] = Rule(ColwiseParallel(), "Shard(0)", "Shard(-1)")
-    if absolute_positions:  # added to whole rows, cut afterwards
-        whole = VocabParallelEmbedding(input_layouts=Replicate(), output_layouts=Replicate())
-        rules["embed_in"] = Rule(whole, "Shard(0)", "Replicate", "all-reduce", "-")
+        rules["layers.*.mlp.gate_h_to_4h"] = columns()
+    if model.pos_emb in ("learned", "sinusoidal"):  # added to whole rows, which are cut afterwards
+        embedding = VocabParallelEmbedding(input_layouts=Replicate(), output_layouts=Replicate())
         cut = PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=stream)
-        rules["embedded"] = Rule(cut, "-", name, "-", gather)
+        rules["embed_in"] = Rule(embedding, "Shard(0)", "Replicate", "Replicate", "all-reduce", "-")
+        rules["embedded"] = Rule(cut, "-", "Replicate", name, "-", gather)
     if model.pos_emb == "learned":
-        rules["embed_pos"] = Rule(Replicated(local_activations=True), "Replicate", "Replicate")
+        rules["embed_pos"] = Rule(Replicated(local_activations=True), "Replicate", "Replicate", "Replicate")
     return rules
 
 

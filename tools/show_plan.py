@@ -1,0 +1,53 @@
+"""Print the tensor-parallel plan of a config as a table.
+
+    python tools/show_plan.py --config configs/20b.toml
+"""
+
+from __future__ import annotations
+
+import sys
+
+from neox_native.config.load import from_command_line
+from neox_native.config.schema import Config
+from neox_native.errors import report_user_errors
+from neox_native.parallel.tensor import plan
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+HEADER = ("module", "weight", "input", "output", "forward", "backward", "bytes per microbatch")
+
+
+def rows(config: Config) -> list[tuple[str, ...]]:
+    """The table's rows: module, weight placement, output placement, collectives, bytes of one activation [B, T, D]
+    times the number of times that the module communicates one, forward and backward together."""
+    model, training = config.model, config.training
+    activation = training.micro_batch_size * model.seq_length * model.hidden_size * BYTES[training.precision]
+    passes = 1 if model.parallel_residual else 2
+    table = []
+    for name, rule in plan(model, config.parallel.sequence_parallel).items():
+        collectives = sum(collective != "-" for collective in (rule.forward, rule.backward))
+        times = collectives * (passes * model.num_layers if name.startswith("layers.") else 1)
+        table.append((name, rule.weight, rule.input, rule.output, rule.forward, rule.backward, f"{times * activation:,}"))
+    return table
+
+
+def main(arguments: list[str]) -> None:
+    """Print the plan and what it communicates."""
+    config = from_command_line(arguments)
+    table = [HEADER, *rows(config)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(HEADER))]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    total = sum(int(row[-1].replace(",", "")) for row in table[1:])
+    residual = "parallel residual: once" if config.model.parallel_residual else "sequential residual: twice"
+    print(
+        f"\ntp {config.parallel.tp}, sequence parallelism {'on' if config.parallel.sequence_parallel else 'off'}; "
+        f"{config.model.num_layers} layers, {residual} per block and direction.\n"
+        f"{total:,} bytes of activations enter collectives per microbatch of "
+        f"{config.training.micro_batch_size} x {config.model.seq_length} tokens, all layers together "
+        "(a ring moves (tp - 1) / tp of an all-gather or reduce-scatter, twice that of an all-reduce)."
+    )
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,82 @@
+"""The built-in corpus: prepared once by one rank, never stale, never half there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from neox_native.config.schema import Data
+from neox_native.data import builtin
+from neox_native.data.build import Datasets, build_data
+from neox_native.data.indexed import IndexedDataset
+from neox_native.data.tokenizers import byte_tokenizer
+from neox_native.errors import UserError
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small standard library in place of the real one."""
+    root = tmp_path / "lib"
+    (root / "package" / "tests").mkdir(parents=True)
+    (root / "b.py").write_text("import a\n")
+    (root / "a.py").write_text("print('ä')\n", encoding="utf-8")
+    (root / "package" / "c.py").write_text("")
+    (root / "package" / "tests" / "skipped.py").write_text("no")
+    monkeypatch.setattr(builtin.sysconfig, "get_paths", lambda: {"stdlib": str(root)})
+    return root
+
+
+def prepare(cache: Path, is_writer: bool = True, log: Callable[[str], None] = lambda _: None) -> str:
+    return builtin.prepare_python_stdlib(byte_tokenizer(), str(cache), is_writer, lambda: None, log)
+
+
+def build(cache: Path, vocab_size: int = 257) -> Datasets:
+    data = Data(cache_dir=str(cache), split="1")
+    return build_data(data, 4, vocab_size, 1, 1, 1, 0, 1, is_writer=True, wait=lambda: None, log=lambda _: None)
+
+
+def test_documents_are_the_sorted_files_each_ended(library: Path, tmp_path: Path) -> None:
+    files = IndexedDataset(prepare(tmp_path / "cache"))
+    documents = [bytes(files.get(number)[:-1].astype("u1")).decode() for number in range(len(files))]
+    assert documents == ["print('ä')\n", "import a\n", ""]
+    assert all(files.get(number)[-1] == 256 for number in range(len(files)))
+
+
+def test_it_is_prepared_once_and_again_when_the_sources_change(library: Path, tmp_path: Path) -> None:
+    first = prepare(tmp_path / "cache")
+    written = Path(first + ".idx").stat().st_mtime_ns
+    messages: list[str] = []
+    assert prepare(tmp_path / "cache", log=messages.append) == first
+    assert Path(first + ".idx").stat().st_mtime_ns == written
+    assert "sha256" in messages[-1] and len(messages) == 1
+    (library / "b.py").write_text("import b\n")
+    assert prepare(tmp_path / "cache") != first
+
+
+def test_a_rank_that_does_not_write_finds_the_writers_files(library: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with pytest.raises(UserError, match="data.cache_dir = .*text.idx is missing after the writing rank prepared it"):
+        prepare(cache, is_writer=False)
+    assert not cache.exists()
+    prefix = builtin.prepare_python_stdlib(byte_tokenizer(), str(cache), False, lambda: prepare(cache), print)
+    assert IndexedDataset(prefix)
+
+
+def test_progress_is_shown(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin, "PROGRESS_SECONDS", 0.0)
+    messages: list[str] = []
+    prepare(tmp_path / "cache", log=messages.append)
+    assert "0.0 of 0.0 MB" in messages[1] and "24 tokens written" in messages[-2]
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(library: Path, tmp_path: Path) -> None:
+    assert build(tmp_path / "cache").train.num_samples > 0
+    with pytest.raises(UserError, match="model.vocab_size = 256 is below the 257 ids of data.tokenizer = 'byte'"):
+        build(tmp_path / "cache", vocab_size=256)
+
+
+def test_the_real_library_is_found_without_its_tests() -> None:
+    names = {str(path) for path in builtin.stdlib_sources()}
+    assert {"argparse.py", "json/decoder.py"} <= names and not any("test" in Path(name).parts for name in names)

@@ -31,8 +31,9 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     values = {} if path is None else _read(Path(path), ())
     values |= _overrides(overrides)
     sections = {
-        section: section_class(**{s.name: values[s.dotted] for s in SETTINGS.values()
-                                  if s.section == section and s.dotted in values})
+        section: section_class(
+            **{s.name: values[s.dotted] for s in SETTINGS.values() if s.section == section and s.dotted in values}
+        )
         for section, section_class in SECTIONS.items()
     }
     return Config(**sections)
@@ -56,8 +57,10 @@ def from_command_line(arguments: Sequence[str]) -> Config:
         else:
             rest.append(argument)
     if not path:
-        raise UserError("No config file given: say --config FILE, for example --config configs/quickstart.toml; "
-                        "--help lists every setting.")
+        raise UserError(
+            "No config file given: say --config FILE, for example --config configs/quickstart.toml; "
+            "--help lists every setting."
+        )
     return load(path, rest)
 
 
@@ -96,11 +99,11 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
 def _base(extends: Any, path: Path) -> Path:
     """The file that `extends` in path means: beside path, or in the repository's configs/."""
     if not isinstance(extends, str):
-        raise UserError(f"{path}: extends = {extends!r} must be one file name, such as \"pythia/70m.toml\".")
+        raise UserError(f'{path}: extends = {extends!r} must be one file name, such as "pythia/70m.toml".')
     places = [path.parent / extends, CONFIGS_FOLDER / extends]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise UserError(f"{path}: extends = \"{extends}\" names no file: neither {places[0]} nor {places[1]} exists.")
+        raise UserError(f'{path}: extends = "{extends}" names no file: neither {places[0]} nor {places[1]} exists.')
     return found
 
 
@@ -128,8 +131,10 @@ def _overrides(words: Sequence[str]) -> dict[str, Any]:
     while position < len(words):
         dotted, equals, text = words[position].removeprefix("--").partition("=")
         if not words[position].startswith("--"):
-            raise UserError(f"{words[position]!r} on the command line is no setting: write --SECTION.NAME VALUE, "
-                            "such as --parallel.tp 2.")
+            raise UserError(
+                f"{words[position]!r} on the command line is no setting: write --SECTION.NAME VALUE, "
+                "such as --parallel.tp 2."
+            )
         setting = _setting(dotted, COMMAND_LINE)
         position += 1
         if not equals:
@@ -154,5 +159,7 @@ def _setting(dotted: str, source: Path | str) -> Setting:
 
 
 def _wrong_type(setting: Setting, value: str, source: Path | str) -> UserError:
-    return UserError(f"{source}: {setting.dotted} = {value} must be {describe(setting.annotation)}, "
-                     f"such as {to_toml(setting.default)}.")
+    return UserError(
+        f"{source}: {setting.dotted} = {value} must be {describe(setting.annotation)}, "
+        f"such as {to_toml(setting.default)}."
+    )

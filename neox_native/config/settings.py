@@ -40,8 +40,13 @@ SECTIONS: dict[str, type] = get_type_hints(schema.Config)
 def _index() -> dict[str, Setting]:
     defaults = schema.Config()
     found = [
-        Setting(f"{section}.{name.removesuffix('_')}", section, name, annotation,
-                default=getattr(getattr(defaults, section), name))
+        Setting(
+            f"{section}.{name.removesuffix('_')}",
+            section,
+            name,
+            annotation,
+            default=getattr(getattr(defaults, section), name),
+        )
         for section, section_class in SECTIONS.items()
         for name, annotation in get_type_hints(section_class).items()
     ]
@@ -82,7 +87,7 @@ def help_text() -> str:
     lines = [
         "usage: torchrun --standalone --nproc-per-node RANKS train.py --config FILE [--SECTION.NAME VALUE] ...",
         "",
-        "FILE is TOML with the sections below; `extends = \"other.toml\"` at its top starts from another file.",
+        'FILE is TOML with the sections below; `extends = "other.toml"` at its top starts from another file.',
         "The command line wins over FILE; --SECTION.NAME=VALUE is the same as --SECTION.NAME VALUE, and a bare",
         "--SECTION.NAME switches a true-or-false setting on.",
     ]

@@ -69,8 +69,10 @@ def from_text(text: str, annotation: Any) -> Any:
             return get_origin(alternative) is list or alternative is dict
 
         looks_like_container = text.lstrip().startswith(("[", "{"))
-        return _first_match([a for a in arguments if is_container(a) == looks_like_container],
-                            lambda alternative: from_text(text, alternative))
+        return _first_match(
+            [a for a in arguments if is_container(a) == looks_like_container],
+            lambda alternative: from_text(text, alternative),
+        )
     if origin is Literal or annotation is str:
         return convert(text, annotation)
     try:

@@ -38,7 +38,9 @@ def test_a_file_sets_what_it_names_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_whole_numbers_serve_as_floats(tmp_path: Path) -> None:
-    config = load(write(tmp_path, "c.toml", "[optimizer]\nlr = 1\nbetas = [0, 0.5]\n"), ["--training.clip_grad_norm", "2"])
+    config = load(
+        write(tmp_path, "c.toml", "[optimizer]\nlr = 1\nbetas = [0, 0.5]\n"), ["--training.clip_grad_norm", "2"]
+    )
     assert repr(config.optimizer.lr) == "1.0" and repr(config.optimizer.betas) == "[0.0, 0.5]"
     assert repr(config.training.clip_grad_norm) == "2.0"
 
@@ -66,25 +68,28 @@ def test_a_missing_base_names_both_places(tmp_path: Path) -> None:
     assert str(tmp_path / "pythia/7m.toml") in message and "configs/pythia/7m.toml" in message
 
 
-@pytest.mark.parametrize("words, expected", [
-    (["--parallel.tp", "2"], ("parallel", "tp", 2)),
-    (["--parallel.dp", "-1"], ("parallel", "dp", -1)),
-    (["--optimizer.lr=3e-4"], ("optimizer", "lr", 3e-4)),
-    (["--compile.enabled"], ("compile", "enabled", True)),
-    (["--compile.enabled", "--parallel.tp", "1"], ("compile", "enabled", True)),
-    (["--logging.tensorboard", "false"], ("logging", "tensorboard", False)),
-    (["--logging.tensorboard=false"], ("logging", "tensorboard", False)),
-    (["--run.dir", "runs/with space=sign"], ("run", "dir", "runs/with space=sign")),
-    (["--run.dir="], ("run", "dir", "")),
-    (["--run.dir=--x"], ("run", "dir", "--x")),
-    (["--optimizer.betas", "[0.8, 0.9]"], ("optimizer", "betas", [0.8, 0.9])),
-    (["--parallel.stage_layers=[1, 3]"], ("parallel", "stage_layers", [1, 3])),
-    (["--data.train", "data/pile"], ("data", "train", "data/pile")),
-    (["--data.train", '[{path = "a", weight = 1.5}]'], ("data", "train", [{"path": "a", "weight": 1.5}])),
-    (["--checkpoint.save_steps", "pythia"], ("checkpoint", "save_steps", "pythia")),
-    (["--checkpoint.save_steps", "[1, 2]"], ("checkpoint", "save_steps", [1, 2])),
-    (["--training.steps", "1", "--training.steps", "2"], ("training", "steps", 2)),
-])
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--parallel.tp", "2"], ("parallel", "tp", 2)),
+        (["--parallel.dp", "-1"], ("parallel", "dp", -1)),
+        (["--optimizer.lr=3e-4"], ("optimizer", "lr", 3e-4)),
+        (["--compile.enabled"], ("compile", "enabled", True)),
+        (["--compile.enabled", "--parallel.tp", "1"], ("compile", "enabled", True)),
+        (["--logging.tensorboard", "false"], ("logging", "tensorboard", False)),
+        (["--logging.tensorboard=false"], ("logging", "tensorboard", False)),
+        (["--run.dir", "runs/with space=sign"], ("run", "dir", "runs/with space=sign")),
+        (["--run.dir="], ("run", "dir", "")),
+        (["--run.dir=--x"], ("run", "dir", "--x")),
+        (["--optimizer.betas", "[0.8, 0.9]"], ("optimizer", "betas", [0.8, 0.9])),
+        (["--parallel.stage_layers=[1, 3]"], ("parallel", "stage_layers", [1, 3])),
+        (["--data.train", "data/pile"], ("data", "train", "data/pile")),
+        (["--data.train", '[{path = "a", weight = 1.5}]'], ("data", "train", [{"path": "a", "weight": 1.5}])),
+        (["--checkpoint.save_steps", "pythia"], ("checkpoint", "save_steps", "pythia")),
+        (["--checkpoint.save_steps", "[1, 2]"], ("checkpoint", "save_steps", [1, 2])),
+        (["--training.steps", "1", "--training.steps", "2"], ("training", "steps", 2)),
+    ],
+)
 def test_overrides_in_both_spellings(words: list[str], expected: tuple[str, str, object]) -> None:
     section, name, value = expected
     assert getattr(getattr(load(None, words), section), name) == value
@@ -96,31 +101,34 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert (config.training.steps, config.training.micro_batch_size) == (9, 2)
 
 
-@pytest.mark.parametrize("text, overrides, parts", [
-    ("[optimizer]\nlrr = 1.0\n", [], ["bad.toml", "optimizer.lrr", "nearest is optimizer.lr."]),
-    ("[optimiser]\nlr = 1.0\n", [], ["bad.toml", "[optimiser]", "[optimizer]"]),
-    ("[optimizer]\nwarmup_fraction = 0.1\n", [], ["optimizer.warmup_fraction", "lr_schedule.warmup_fraction"]),
-    ("", ["--parallel.tpp=2"], ["command line", "parallel.tpp", "nearest is parallel.tp."]),
-    ("[training]\nsteps = 'many'\n", [], ["bad.toml", 'training.steps = "many"', "a whole number", "1000"]),
-    ("[training]\nsteps = 10.0\n", [], ["training.steps = 10.0", "a whole number"]),
-    ("[training]\nsteps = true\n", [], ["training.steps = true", "a whole number"]),
-    ("[training]\nsteps = 1979-05-27\n", [], ["training.steps = 1979-05-27", "a whole number"]),
-    ("[optimizer]\nlr = '1e-4'\n", [], ['optimizer.lr = "1e-4"', "must be a number"]),
-    (f"[optimizer]\nlr = {10**400}\n", [], ["optimizer.lr", "must be a number"]),
-    ("[optimizer]\nbetas = [0.9, 'x']\n", [], ["optimizer.betas", "a list of numbers"]),
-    ("[training]\nprecision = 'fp8'\n", [], ['training.precision = "fp8"', '"fp32", "bf16", "fp16"']),
-    ("[data]\ntrain = 3\n", [], ["data.train = 3", "a string or a list of tables"]),
-    ("training = 3\n", [], ["bad.toml", "training = 3", "[training]"]),
-    ("steps = 3\n", [], ["bad.toml", "no section [steps]"]),
-    ("extends = 3\n", [], ["extends = 3"]),
-    ("[run\n", [], ["bad.toml", "not valid TOML", "line 1"]),
-    ("", ["--training.steps", "1e3"], ["command line", "training.steps = 1e3", "a whole number"]),
-    ("", ["--compile.enabled=yes"], ["compile.enabled = yes", "true or false"]),
-    ("", ["--parallel.stage_layers", "1,3"], ["parallel.stage_layers = 1,3", "a list of whole numbers"]),
-    ("", ["--training.precision", "bf61"], ["training.precision = bf61", '"bf16"']),
-    ("", ["--training.steps"], ["--training.steps needs a value", "a whole number"]),
-    ("", ["steps=3"], ["'steps=3'", "--parallel.tp 2"]),
-])
+@pytest.mark.parametrize(
+    "text, overrides, parts",
+    [
+        ("[optimizer]\nlrr = 1.0\n", [], ["bad.toml", "optimizer.lrr", "nearest is optimizer.lr."]),
+        ("[optimiser]\nlr = 1.0\n", [], ["bad.toml", "[optimiser]", "[optimizer]"]),
+        ("[optimizer]\nwarmup_fraction = 0.1\n", [], ["optimizer.warmup_fraction", "lr_schedule.warmup_fraction"]),
+        ("", ["--parallel.tpp=2"], ["command line", "parallel.tpp", "nearest is parallel.tp."]),
+        ("[training]\nsteps = 'many'\n", [], ["bad.toml", 'training.steps = "many"', "a whole number", "1000"]),
+        ("[training]\nsteps = 10.0\n", [], ["training.steps = 10.0", "a whole number"]),
+        ("[training]\nsteps = true\n", [], ["training.steps = true", "a whole number"]),
+        ("[training]\nsteps = 1979-05-27\n", [], ["training.steps = 1979-05-27", "a whole number"]),
+        ("[optimizer]\nlr = '1e-4'\n", [], ['optimizer.lr = "1e-4"', "must be a number"]),
+        (f"[optimizer]\nlr = {10**400}\n", [], ["optimizer.lr", "must be a number"]),
+        ("[optimizer]\nbetas = [0.9, 'x']\n", [], ["optimizer.betas", "a list of numbers"]),
+        ("[training]\nprecision = 'fp8'\n", [], ['training.precision = "fp8"', '"fp32", "bf16", "fp16"']),
+        ("[data]\ntrain = 3\n", [], ["data.train = 3", "a string or a list of tables"]),
+        ("training = 3\n", [], ["bad.toml", "training = 3", "[training]"]),
+        ("steps = 3\n", [], ["bad.toml", "no section [steps]"]),
+        ("extends = 3\n", [], ["extends = 3"]),
+        ("[run\n", [], ["bad.toml", "not valid TOML", "line 1"]),
+        ("", ["--training.steps", "1e3"], ["command line", "training.steps = 1e3", "a whole number"]),
+        ("", ["--compile.enabled=yes"], ["compile.enabled = yes", "true or false"]),
+        ("", ["--parallel.stage_layers", "1,3"], ["parallel.stage_layers = 1,3", "a list of whole numbers"]),
+        ("", ["--training.precision", "bf61"], ["training.precision = bf61", '"bf16"']),
+        ("", ["--training.steps"], ["--training.steps needs a value", "a whole number"]),
+        ("", ["steps=3"], ["'steps=3'", "--parallel.tp 2"]),
+    ],
+)
 def test_mistakes_get_a_sentence(tmp_path: Path, text: str, overrides: list[str], parts: list[str]) -> None:
     message = refusal(tmp_path, text, overrides)
     for part in parts:
@@ -130,7 +138,9 @@ def test_mistakes_get_a_sentence(tmp_path: Path, text: str, overrides: list[str]
 
 def test_a_mistake_in_a_base_names_the_base(tmp_path: Path) -> None:
     write(tmp_path, "base.toml", "[run]\nsede = 1\n")
-    assert "base.toml: there is no setting run.sede; the nearest is run.seed." in refusal(tmp_path, 'extends = "base.toml"')
+    assert "base.toml: there is no setting run.sede; the nearest is run.seed." in refusal(
+        tmp_path, 'extends = "base.toml"'
+    )
 
 
 def test_unreadable_files_get_a_sentence(tmp_path: Path) -> None:
@@ -143,11 +153,21 @@ def test_unreadable_files_get_a_sentence(tmp_path: Path) -> None:
 
 
 def test_dump_loads_back_to_an_equal_config(tmp_path: Path) -> None:
-    config = load(None, [
-        "--optimizer.lr", repr(0.1 + 0.2), "--optimizer.eps=1e-300", "--run.dir", 'a "quoted"\tdär \\ \x7f\U0001f600',
-        "--data.train", '[{path = "x", weight = 0.1}, {path = "y", weight = 2, "odd key" = true}]',
-        "--checkpoint.save_steps=[1, 2]", "--parallel.stage_layers=[1, 2]", "--compile.enabled",
-    ])
+    config = load(
+        None,
+        [
+            "--optimizer.lr",
+            repr(0.1 + 0.2),
+            "--optimizer.eps=1e-300",
+            "--run.dir",
+            'a "quoted"\tdär \\ \x7f\U0001f600',
+            "--data.train",
+            '[{path = "x", weight = 0.1}, {path = "y", weight = 2, "odd key" = true}]',
+            "--checkpoint.save_steps=[1, 2]",
+            "--parallel.stage_layers=[1, 2]",
+            "--compile.enabled",
+        ],
+    )
     assert load(write(tmp_path, "config.toml", dump(config))) == config
     assert load(write(tmp_path, "defaults.toml", dump(Config()))) == Config()
 

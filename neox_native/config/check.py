@@ -1,0 +1,123 @@
+"""What cannot work is refused before it starts, with the numbers and a way out; what is slow says so."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from neox_native.config import layout_rules, rules
+from neox_native.config.layout_rules import microbatches, resolve_dp
+from neox_native.config.schema import Config
+from neox_native.config.settings import SETTINGS
+from neox_native.config.values import to_toml
+from neox_native.errors import UserError
+
+RULES = (
+    rules.heads,
+    rules.positions,
+    rules.vocabulary,
+    rules.datasets,
+    rules.split,
+    rules.learning_rate,
+    rules.optimizer_shape,
+    rules.loss_scale,
+    rules.saving,
+    rules.repeatable,
+)
+LAYOUT_RULES = (
+    layout_rules.mesh,
+    layout_rules.batch,
+    layout_rules.tensor_parallel,
+    layout_rules.stages,
+    layout_rules.schedule_microbatches,
+    layout_rules.zero_bubble,
+)
+
+# A resumed run may change everything but what its weights, its optimizer state and the order of its data are made of.
+# data.train is not here: a corpus may move, and the loader compares its content. The initialisation is past.
+FIXED_UNDER_A_RUN = (
+    "run.seed",
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.ffn_hidden_size",
+    "model.seq_length",
+    "model.vocab_size",
+    "model.vocab_multiple_of",
+    "model.pos_emb",
+    "model.rotary_pct",
+    "model.rotary_base",
+    "model.parallel_residual",
+    "model.norm",
+    "model.norm_eps",
+    "model.activation",
+    "model.attention_bias",
+    "model.mlp_bias",
+    "model.tie_embeddings",
+    "data.split",
+    "data.tokenizer",
+    "data.order",
+    "optimizer.name",
+)
+
+
+def problems(config: Config, world_size: int) -> list[str]:
+    """A sentence for each thing that cannot work on world_size ranks; none where all is well.
+
+    Where a number is out of its own range, only that is said: the rules across settings would speak about nonsense.
+    """
+    if found := list(rules.out_of_range(config)):
+        return found
+    found = [sentence for rule in RULES for sentence in rule(config)]
+    return found + [sentence for rule in LAYOUT_RULES for sentence in rule(config, world_size)]
+
+
+def require(config: Config, world_size: int) -> Config:
+    """The config with parallel.dp resolved for world_size ranks.
+
+    Raises:
+        UserError: it cannot work; the message holds all sentences.
+    """
+    if found := problems(config, world_size):
+        raise UserError("\n".join(found))
+    parallel = dataclasses.replace(config.parallel, dp=resolve_dp(config.parallel, world_size))
+    return dataclasses.replace(config, parallel=parallel)
+
+
+def notices(config: Config, world_size: int, device_type: str) -> list[str]:
+    """A sentence for each thing that works but is slow, with its number. The config must have passed `require`.
+
+    Sources: CPU rates measured with one thread; volumes of ZeRO from Rajbhandari et al. 2020 section 7, per step and
+    times (d - 1) / d for d data-parallel ranks, with gradients reduced once per microbatch.
+    """
+    found = []
+    if config.training.precision == "fp16" and device_type == "cpu":
+        found.append(
+            'training.precision = "fp16" on a CPU multiplies matrices at about 1 GFLOP/s per thread, where '
+            "fp32 reaches 90 and bf16 400; it is good for tests of the loss scale alone."
+        )
+    stage, count = config.parallel.zero_stage, microbatches(config, world_size)
+    assert count is not None, "require() comes first"
+    if stage >= 2 and count > 1 and resolve_dp(config.parallel, world_size) > 1:
+        volume = count + 1 if stage == 2 else 3 * count
+        found.append(
+            f"parallel.zero_stage = {stage} with {count} microbatches per step moves {volume} times the "
+            "parameters per step over the dp axis, where stage 1 moves 2 times."
+        )
+    return found
+
+
+def incompatible(old: Config, new: Config) -> list[str]:
+    """A sentence for each setting whose change makes it wrong to resume the run of `old` with `new`.
+
+    Layout, precision, batch size, steps, learning rate, logging and saving may change.
+    """
+    found = []
+    for dotted in FIXED_UNDER_A_RUN:
+        before, now = SETTINGS[dotted].of(old), SETTINGS[dotted].of(new)
+        if before != now:
+            found.append(
+                f"{dotted} was {to_toml(before)} when the run in {old.run.dir} began and is {to_toml(now)} "
+                "now; set it back, or start another run with another run.dir."
+            )
+    return found

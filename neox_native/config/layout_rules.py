@@ -1,0 +1,188 @@
+"""Rules about the layout: what a mesh, tensor parallelism, a pipeline schedule and ZeRO need of the other settings.
+
+Each rule looks at a config and the number of ranks, and says in sentences what cannot work. A degree of 1 asks for
+nothing, so that one file serves every mesh: pipeline settings are ignored at pp 1, sequence parallelism at tp 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from neox_native.config.schema import Config, Parallel
+from neox_native.errors import UserError
+
+LOOPED = ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble")
+IN_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")
+ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
+
+
+def degree_left(parallel: Parallel, world_size: int) -> int | None:
+    """The data-parallel degree of world_size ranks, or None where the mesh does not fit them."""
+    rest, remainder = divmod(world_size, parallel.pp * parallel.tp)
+    fits = remainder == 0 and rest >= 1 and parallel.dp in (-1, rest)
+    return rest if fits else None
+
+
+def resolve_dp(parallel: Parallel, world_size: int) -> int:
+    """The data-parallel degree, -1 resolved.
+
+    Raises:
+        UserError: pp * dp * tp is not the number of ranks.
+    """
+    degree = degree_left(parallel, world_size)
+    if degree is None:
+        raise UserError(" ".join(mesh_sentences(parallel, world_size)))
+    return degree
+
+
+def mesh_sentences(parallel: Parallel, world_size: int) -> Iterator[str]:
+    """pp * dp * tp is the number of ranks."""
+    if degree_left(parallel, world_size) is not None:
+        return
+    pp, dp, tp = parallel.pp, parallel.dp, parallel.tp
+    started = f"torchrun started {world_size}"
+    if dp == -1:
+        yield (
+            f"pp({pp}) * tp({tp}) = {pp * tp} does not divide the ranks: {started}; start a multiple of {pp * tp} "
+            "or lower parallel.pp or parallel.tp."
+        )
+        return
+    rest, remainder = divmod(world_size, pp * tp)
+    way_out = f" or set parallel.dp = {rest}" if remainder == 0 and rest else ""
+    yield (
+        f"pp({pp}) * dp({dp}) * tp({tp}) = {pp * dp * tp} ranks, but {started}; "
+        f"start {pp * dp * tp} (torchrun's --nnodes times --nproc-per-node){way_out}."
+    )
+
+
+def mesh(config: Config, world_size: int) -> Iterator[str]:
+    """pp * dp * tp is the number of ranks."""
+    yield from mesh_sentences(config.parallel, world_size)
+
+
+def microbatches(config: Config, world_size: int) -> int | None:
+    """Microbatches per step on each data-parallel rank, or None where batch or mesh do not divide."""
+    dp = degree_left(config.parallel, world_size)
+    if dp is None or config.training.global_batch_size % (config.training.micro_batch_size * dp):
+        return None
+    return config.training.global_batch_size // (config.training.micro_batch_size * dp)
+
+
+def batch(config: Config, world_size: int) -> Iterator[str]:
+    """A step is a whole number of microbatches on every data-parallel rank."""
+    dp = degree_left(config.parallel, world_size)
+    if dp is None:
+        return
+    size, micro = config.training.global_batch_size, config.training.micro_batch_size
+    if size % (micro * dp):
+        above = -(-size // (micro * dp)) * micro * dp
+        near = f"{above - micro * dp} and {above}" if above > micro * dp else f"{above}"
+        yield (
+            f"training.global_batch_size = {size} is no multiple of micro_batch_size({micro}) * dp({dp}) = "
+            f"{micro * dp}; the nearest that are: {near}."
+        )
+
+
+def tensor_parallel(config: Config, world_size: int) -> Iterator[str]:
+    """What tensor parallelism cuts can be cut into tp equal parts."""
+    model, tp = config.model, config.parallel.tp
+    cut = [
+        ("model.num_heads", model.num_heads, ""),
+        ("model.ffn_hidden_size", model.ffn_size, ""),
+        (
+            "the padded vocabulary",
+            model.padded_vocab_size,
+            f", or model.vocab_multiple_of (now {model.vocab_multiple_of}) to a multiple of {tp}",
+        ),
+    ]
+    if model.kv_heads != model.num_heads:
+        cut.append(("model.num_kv_heads", model.kv_heads, ""))
+    if config.parallel.sequence_parallel:
+        cut.append(("model.seq_length", model.seq_length, ", or parallel.sequence_parallel = false"))
+    for name, size, way_out in cut:
+        if size % tp:
+            yield (
+                f"parallel.tp = {tp} does not divide {name} = {size}; set parallel.tp to a divisor of {size}{way_out}."
+            )
+
+
+def stages(config: Config, world_size: int) -> Iterator[str]:
+    """The schedule can have so many stages per rank, and the layers can fill them."""
+    parallel, layers = config.parallel, config.model.num_layers
+    pp, virtual, schedule = parallel.pp, parallel.virtual_stages, parallel.pipeline_schedule
+    if pp == 1:
+        return
+    if schedule == "zbv" and virtual != 2:
+        yield (
+            f'parallel.pipeline_schedule = "zbv" runs exactly 2 stages per rank, but parallel.virtual_stages = '
+            f"{virtual}; set it to 2."
+        )
+    elif schedule not in (*LOOPED, "zbv") and virtual > 1:
+        yield (
+            f'parallel.pipeline_schedule = "{schedule}" runs 1 stage per rank, but parallel.virtual_stages = '
+            f"{virtual}; set it to 1, or take a looped schedule: {', '.join(LOOPED)}."
+        )
+    if layers < pp * virtual:
+        yield (
+            f"model.num_layers = {layers} cannot fill pp({pp}) * virtual_stages({virtual}) = {pp * virtual} stages; "
+            "lower parallel.pp or parallel.virtual_stages."
+        )
+    given = parallel.stage_layers
+    if given and (len(given) != pp * virtual or sum(given) != layers):
+        yield (
+            f"parallel.stage_layers = {given} has {len(given)} stages and {sum(given)} layers, but pp({pp}) * "
+            f"virtual_stages({virtual}) = {pp * virtual} and model.num_layers = {layers}; mend it, or leave it "
+            "empty."
+        )
+
+
+def schedule_microbatches(config: Config, world_size: int) -> Iterator[str]:
+    """A step has the microbatches that the schedule needs (as torch's schedules demand them)."""
+    parallel, count = config.parallel, microbatches(config, world_size)
+    pp, schedule = parallel.pp, parallel.pipeline_schedule
+    if pp == 1 or count is None:
+        return
+    if schedule == "1f1b" and count < pp:
+        yield (
+            f'parallel.pipeline_schedule = "1f1b" needs at least as many microbatches per step as stages, but '
+            f"{_count_in_words(config, count)} and parallel.pp = {pp}; "
+            'lower training.micro_batch_size, raise training.global_batch_size, or take "gpipe".'
+        )
+    rounds = max(1, count // pp)
+    if schedule in IN_ROUNDS and count % rounds:
+        yield (
+            f'parallel.pipeline_schedule = "{schedule}" runs its microbatches in {rounds} equal rounds, but '
+            f"{_count_in_words(config, count)}; make them a multiple of parallel.pp = {pp}, such as "
+            f"{rounds * pp} or {rounds * pp + pp}, by training.global_batch_size or micro_batch_size."
+        )
+
+
+def _count_in_words(config: Config, count: int) -> str:
+    training = config.training
+    dp = training.global_batch_size // (training.micro_batch_size * count)
+    return (
+        f"global_batch_size({training.global_batch_size}) / "
+        f"(micro_batch_size({training.micro_batch_size}) * dp({dp})) = {count}"
+    )
+
+
+def zero_bubble(config: Config, world_size: int) -> Iterator[str]:
+    """A backward pass split in two cannot be recomputed, compiled or reduced as it runs."""
+    parallel = config.parallel
+    if parallel.pp == 1 or parallel.pipeline_schedule not in ZERO_BUBBLE:
+        return
+    name = f'parallel.pipeline_schedule = "{parallel.pipeline_schedule}"'
+    other = 'or take the schedule "interleaved_1f1b"'
+    if config.training.activation_checkpointing != "none":
+        yield (
+            f"{name} splits the backward pass, and training.activation_checkpointing = "
+            f'"{config.training.activation_checkpointing}" would recompute a block once for every group of '
+            f'parameters; set it to "none", {other}.'
+        )
+    if config.compile.enabled:
+        yield f"{name} splits the backward pass, which compile.enabled = true cannot; set it to false, {other}."
+    if parallel.zero_stage >= 2:
+        yield (
+            f"{name} splits the backward pass, so that gradients are not final when a block has run, and "
+            f"parallel.zero_stage = {parallel.zero_stage} would reduce them there; set it to 0 or 1, {other}."
+        )

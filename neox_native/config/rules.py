@@ -1,0 +1,212 @@
+"""Rules about the model, the data and the optimisation. Each looks at a config and says in sentences what cannot work.
+
+The rules assume that every number is in its range: `out_of_range` comes first, and `check.py` stops there if it speaks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from neox_native.config.schema import Config
+from neox_native.config.settings import SETTINGS
+from neox_native.config.values import to_toml
+
+AT_LEAST_ONE = {
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_heads",
+    "model.seq_length",
+    "model.vocab_size",
+    "model.vocab_multiple_of",
+    "training.steps",
+    "training.global_batch_size",
+    "training.micro_batch_size",
+    "training.loss_scale_window",
+    "training.loss_scale_hysteresis",
+    "parallel.pp",
+    "parallel.tp",
+    "parallel.virtual_stages",
+    "parallel.stage_layers",
+    "evaluation.batches",
+    "logging.every",
+}
+ABOVE_ZERO = {
+    "model.norm_eps",
+    "model.rotary_base",
+    "optimizer.eps",
+    "training.initial_loss_scale",
+    "training.min_loss_scale",
+}
+UP_TO_ONE = {"model.rotary_pct", "lr_schedule.warmup_fraction", "lr_schedule.cooldown_fraction"}
+BELOW_ONE = {"model.hidden_dropout", "model.attention_dropout", "optimizer.betas", "optimizer.momentum"}
+HIGHEST = {"parallel.zero_stage": 3}
+BYTE_TOKENIZER_IDS = 257
+
+
+def _range_broken(dotted: str, number: float) -> str:
+    """What the number of this setting must be, in words, or "" where it is. Unless listed above: zero or more."""
+    if dotted == "parallel.dp":
+        return "" if number == -1 or number >= 1 else "1 or more, or -1 for the ranks that pp and tp leave"
+    if dotted in HIGHEST:
+        return "" if 0 <= number <= HIGHEST[dotted] else f"between 0 and {HIGHEST[dotted]}"
+    if dotted in AT_LEAST_ONE:
+        return "" if number >= 1 else "1 or more"
+    if dotted in ABOVE_ZERO:
+        return "" if 0 < number < math.inf else "above 0 and finite"
+    if dotted in UP_TO_ONE:
+        return "" if 0 <= number <= 1 else "between 0 and 1"
+    if dotted in BELOW_ONE:
+        return "" if 0 <= number < 1 else "at least 0 and below 1"
+    return "" if 0 <= number < math.inf else "0 or more and finite"
+
+
+def out_of_range(config: Config) -> Iterator[str]:
+    """Every number, alone or in a list, against its own limits."""
+    for setting in SETTINGS.values():
+        value = setting.of(config)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                if wanted := _range_broken(setting.dotted, number):
+                    yield f"{setting.dotted} = {to_toml(value)} must be {wanted}."
+
+
+def _divisors_around(number: int, wanted: int) -> str:
+    """The divisors of number next to wanted, below and above, as "4 and 8"."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    near = [d for d in divisors if d < wanted][-1:] + [d for d in divisors if d > wanted][:1]
+    return " and ".join(map(str, near))
+
+
+def heads(config: Config) -> Iterator[str]:
+    """Heads divide the width, and key-value heads divide heads."""
+    model = config.model
+    if model.hidden_size % model.num_heads:
+        yield (
+            f"model.num_heads = {model.num_heads} does not divide model.hidden_size = {model.hidden_size}; "
+            f"the nearest head counts that do are {_divisors_around(model.hidden_size, model.num_heads)}."
+        )
+    if model.num_heads % model.kv_heads:
+        yield (
+            f"model.num_kv_heads = {model.kv_heads} does not divide model.num_heads = {model.num_heads}; "
+            f"the nearest that do are {_divisors_around(model.num_heads, model.kv_heads)}."
+        )
+
+
+def positions(config: Config) -> Iterator[str]:
+    """Rotary embedding turns pairs of channels; a sinusoid has a sine and a cosine."""
+    model = config.model
+    rotary_dim = int(model.head_dim * model.rotary_pct)
+    if model.pos_emb == "rotary" and (rotary_dim < 2 or rotary_dim % 2):
+        even = max(2, rotary_dim - 1)
+        share = f"{even / model.head_dim:.6g} turns {even}; " if even <= model.head_dim else ""
+        yield (
+            f"model.rotary_pct = {model.rotary_pct} of a head of {model.head_dim} channels turns {rotary_dim} of "
+            f"them, but rotary embedding needs an even number above 0: {share}or choose another model.pos_emb."
+        )
+    if model.pos_emb == "sinusoidal" and model.hidden_size % 2:
+        yield f'model.pos_emb = "sinusoidal" needs an even model.hidden_size, but it is {model.hidden_size}.'
+
+
+def vocabulary(config: Config) -> Iterator[str]:
+    """The built-in corpus is made of bytes, whatever the model was meant for."""
+    builtin = isinstance(config.data.train, str) and config.data.train.startswith("builtin:")
+    if builtin and config.data.tokenizer == "byte" and config.model.vocab_size < BYTE_TOKENIZER_IDS:
+        yield (
+            f"model.vocab_size = {config.model.vocab_size} is below the {BYTE_TOKENIZER_IDS} ids of "
+            f'data.tokenizer = "byte" (256 bytes and the end of a document); set it to {BYTE_TOKENIZER_IDS}.'
+        )
+
+
+def datasets(config: Config) -> Iterator[str]:
+    """Training data is named, and each part of a mixture has a path and a weight above 0."""
+    if not config.data.train:
+        yield 'data.train is empty: give the prefix of .idx/.bin files, or "builtin:python-stdlib".'
+    for name in ("train", "valid", "test"):
+        parts = getattr(config.data, name)
+        for number, part in enumerate(parts if isinstance(parts, list) else []):
+            path, weight = part.get("path"), part.get("weight")
+            if not isinstance(path, str) or not path or not _is_positive(weight):
+                yield (
+                    f"data.{name}[{number}] = {to_toml(part)} must have a path and a weight above 0, "
+                    'such as {path = "data/pile", weight = 1.0}.'
+                )
+
+
+def _is_positive(number: Any) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
+
+
+def split(config: Config) -> Iterator[str]:
+    """data.split is three shares, of which training has one; evaluation needs validation data."""
+    data = config.data
+    try:
+        shares = [float(share) for share in data.split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or shares[0] == 0:
+        yield (
+            f'data.split = "{data.split}" must be three numbers, 0 or more, with a first above 0: the shares of '
+            'training, validation and test, such as "969,30,1".'
+        )
+    elif config.evaluation.every and not data.valid and shares[1] == 0:
+        yield (
+            f"evaluation.every = {config.evaluation.every} needs validation data, but data.valid is empty and "
+            f'data.split = "{data.split}" leaves none; set one of the two, or evaluation.every = 0.'
+        )
+
+
+def learning_rate(config: Config) -> Iterator[str]:
+    """The schedule's parts fit into it."""
+    lr, schedule = config.optimizer.lr, config.lr_schedule
+    if schedule.min_lr > lr:
+        yield (
+            f"lr_schedule.min_lr = {schedule.min_lr} is above the peak, optimizer.lr = {lr}; "
+            "lower it, or raise the peak."
+        )
+    both = schedule.warmup_fraction + schedule.cooldown_fraction
+    if schedule.kind == "wsd" and both > 1:
+        yield (
+            f"lr_schedule.warmup_fraction({schedule.warmup_fraction}) + cooldown_fraction"
+            f"({schedule.cooldown_fraction}) = {both:.6g} is more than the whole schedule; "
+            "lower one so that they sum to 1 at most."
+        )
+
+
+def optimizer_shape(config: Config) -> Iterator[str]:
+    """AdamW has two moments."""
+    betas = config.optimizer.betas
+    if len(betas) != 2:
+        yield f"optimizer.betas = {to_toml(betas)} has {len(betas)} numbers, but AdamW takes 2, such as [0.9, 0.95]."
+
+
+def loss_scale(config: Config) -> Iterator[str]:
+    """The dynamic loss scale starts at or above its floor."""
+    training = config.training
+    if training.initial_loss_scale < training.min_loss_scale:
+        yield (
+            f"training.initial_loss_scale = {training.initial_loss_scale} is below training.min_loss_scale = "
+            f"{training.min_loss_scale}; raise the first or lower the second."
+        )
+
+
+def saving(config: Config) -> Iterator[str]:
+    """Saving has steps and a folder that it can use."""
+    if not config.run.dir:
+        yield 'run.dir is empty: name the run\'s folder, such as "runs/first".'
+    steps = config.checkpoint.save_steps
+    if isinstance(steps, str) and steps not in ("", "pythia"):
+        yield f'checkpoint.save_steps = "{steps}" must be "pythia" or a list of steps, such as [0, 100, 1000].'
+    if not config.checkpoint.resume:
+        yield 'checkpoint.resume is empty: say "auto", "none" or the path of a checkpoint.'
+
+
+def repeatable(config: Config) -> Iterator[str]:
+    """What cannot repeat bitwise is refused where bitwise was asked for."""
+    if config.run.determinism == "bitwise" and config.compile.enabled:
+        yield (
+            'run.determinism = "bitwise" cannot hold with compile.enabled = true, which picks kernels by timing '
+            "them, so that a restart may sum in another order; set compile.enabled = false or "
+            'run.determinism = "fast".'
+        )

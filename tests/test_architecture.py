@@ -1,0 +1,206 @@
+"""The promises about the code itself: imports point down, files and functions stay short, every setting is read."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from neox_native.config.settings import SETTINGS
+from tests.field_reads import SCHEMA, fields_read, reads_in
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "neox_native"
+LAYERS = [
+    {"errors"},
+    {"config"},
+    {"mesh", "model", "data"},
+    {"parallel", "zero", "optim"},
+    {"checkpoint", "metrics", "plan"},
+    {"train", "generate"},
+]
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+FREE_OF_DISTRIBUTED = [
+    "config",
+    "model",
+    "data/order.py",
+    "data/indexed.py",
+    "zero/layout.py",
+    "optim/schedule.py",
+    "plan/costs.py",
+]
+TOP_LEVEL = {
+    "README.md",
+    "LICENSE",
+    "pyproject.toml",
+    ".gitignore",
+    ".git",
+    ".ci",
+    "train.py",
+    "neox_native",
+    "configs",
+    "tools",
+    "tests",
+}
+MOST_LINES_OF_A_FILE = 350
+MOST_LINES_OF_A_FUNCTION = 60
+LINES_OF_A_SCREEN = 60
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def sources(*folders: str) -> list[Path]:
+    found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [path for path in [*found, ROOT / "train.py"] if path.is_file()]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of all modules that the file imports, wherever in it, and of the names it takes from them."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def part_of_package(dotted: str) -> str | None:
+    """The folder or file directly in the package that a dotted name lies in: "neox_native.zero.layout" -> "zero"."""
+    words = dotted.split(".")
+    return words[1] if words[0] == "neox_native" and len(words) > 1 else None
+
+
+def test_every_part_of_the_package_has_a_layer() -> None:
+    parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert parts - {"__init__"} <= set(LAYER)
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for path in sources("neox_native"):
+        here = part_of_package(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for dotted in imported(path):
+            there = part_of_package(dotted)
+            if path != ROOT / "train.py" and there not in (None, here) and not LAYER[there] < LAYER[here]:
+                wrong.append(f"{path.relative_to(ROOT)} ({here}) imports {dotted} ({there})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_package_imports_no_tool_and_no_test() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {dotted}"
+        for path in sources("neox_native")
+        for dotted in imported(path)
+        if dotted.split(".")[0] in ("tools", "tests", "train")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_arithmetic_does_not_communicate() -> None:
+    wrong = []
+    for place in FREE_OF_DISTRIBUTED:
+        files = [PACKAGE / place] if place.endswith(".py") else sorted((PACKAGE / place).rglob("*.py"))
+        for path in filter(Path.is_file, files):
+            used = {*imported(path), *(ast.unparse(n) for n in ast.walk(parsed(path)) if isinstance(n, ast.Attribute))}
+            wrong += [f"{path.relative_to(ROOT)} uses {name}" for name in used if name.startswith("torch.distributed")]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_the_mesh_reads_the_launchers_variables() -> None:
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+    wrong = [
+        f"{path.relative_to(ROOT)} line {node.lineno} says {node.value!r}"
+        for path in sources("neox_native", "tools")
+        if path != PACKAGE / "mesh.py"
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Constant) and node.value in names
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_files_are_short() -> None:
+    lengths = {
+        path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources("neox_native", "tools", "tests")
+    }
+    wrong = [f"{path.relative_to(ROOT)}: {lines}" for path, lines in lengths.items() if lines > MOST_LINES_OF_A_FILE]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_functions_are_short() -> None:
+    wrong = []
+    for path in sources("neox_native", "tools", "tests"):
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                if (lines := node.end_lineno - node.lineno + 1) > MOST_LINES_OF_A_FUNCTION:
+                    wrong.append(f"{path.relative_to(ROOT)} {node.name}: {lines}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_train_fits_one_screen() -> None:
+    assert len((ROOT / "train.py").read_text(encoding="utf-8").splitlines()) <= LINES_OF_A_SCREEN
+
+
+def test_the_top_level_holds_nothing_else() -> None:
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split()]
+    found = {
+        path.name for path in ROOT.iterdir() if not any(fnmatch.fnmatch(path.name, pattern) for pattern in ignored)
+    }
+    assert found <= TOP_LEVEL
+
+
+def test_a_read_counts_for_its_own_section_alone() -> None:
+    schema = """
+class Optimizer:
+    lr: float
+    eps: float
+class Model:
+    lr: float
+    width: int
+    depth: int
+    @property
+    def size(self) -> int:
+        return self.width
+    @property
+    def volume(self) -> int:
+        return self.size * 2
+class Config:
+    optimizer: Optimizer
+    model: Model
+"""
+    user = f"""
+from {SCHEMA} import Config, Model as Shape
+class Other:
+    lr = 1
+class Holder:
+    def __init__(self, config: Config | None, other: Other):
+        self.shape = config.model
+        print(other.lr, anything.eps)
+def holder() -> Holder: ...
+def use(optimizer, shape: Shape):
+    print(optimizer.lr, shape.volume, holder().shape.lr)
+    shape.depth = 3
+"""
+    assert reads_in({SCHEMA: schema, "user": user}) == {
+        ("model", "width"),
+        ("model", "size"),
+        ("model", "volume"),
+        ("model", "lr"),
+    }
+
+
+def test_every_setting_is_read() -> None:
+    outside = [path for path in sources("neox_native", "tools") if PACKAGE / "config" not in path.parents]
+    read = fields_read([PACKAGE / "config" / "schema.py", *outside], ROOT)
+    unread = [dotted for dotted, setting in SETTINGS.items() if (setting.section, setting.name) not in read]
+    assert not unread, (
+        f"no code outside config/ reads {unread}, as far as annotations show: "
+        "annotate the parameter or the attribute that holds the section"
+    )

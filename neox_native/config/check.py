@@ -14,9 +14,7 @@ from neox_native.errors import UserError
 RULES = (
     rules.heads,
     rules.positions,
-    rules.vocabulary,
     rules.datasets,
-    rules.split,
     rules.learning_rate,
     rules.optimizer_shape,
     rules.loss_scale,

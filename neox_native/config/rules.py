@@ -42,7 +42,6 @@ ABOVE_ZERO = {
 UP_TO_ONE = {"model.rotary_pct", "lr_schedule.warmup_fraction", "lr_schedule.cooldown_fraction"}
 BELOW_ONE = {"model.hidden_dropout", "model.attention_dropout", "optimizer.betas", "optimizer.momentum"}
 HIGHEST = {"parallel.zero_stage": 3}
-BYTE_TOKENIZER_IDS = 257
 
 
 def _range_broken(dotted: str, number: float) -> str:
@@ -109,16 +108,6 @@ def positions(config: Config) -> Iterator[str]:
         yield f'model.pos_emb = "sinusoidal" needs an even model.hidden_size, but it is {model.hidden_size}.'
 
 
-def vocabulary(config: Config) -> Iterator[str]:
-    """The built-in corpus is made of bytes, whatever the model was meant for."""
-    builtin = isinstance(config.data.train, str) and config.data.train.startswith("builtin:")
-    if builtin and config.data.tokenizer == "byte" and config.model.vocab_size < BYTE_TOKENIZER_IDS:
-        yield (
-            f"model.vocab_size = {config.model.vocab_size} is below the {BYTE_TOKENIZER_IDS} ids of "
-            f'data.tokenizer = "byte" (256 bytes and the end of a document); set it to {BYTE_TOKENIZER_IDS}.'
-        )
-
-
 def datasets(config: Config) -> Iterator[str]:
     """Training data is named, and each part of a mixture has a path and a weight above 0."""
     if not config.data.train:
@@ -136,25 +125,6 @@ def datasets(config: Config) -> Iterator[str]:
 
 def _is_positive(number: Any) -> bool:
     return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
-
-
-def split(config: Config) -> Iterator[str]:
-    """data.split is three shares, of which training has one; evaluation needs validation data."""
-    data = config.data
-    try:
-        shares = [float(share) for share in data.split.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or shares[0] == 0:
-        yield (
-            f'data.split = "{data.split}" must be three numbers, 0 or more, with a first above 0: the shares of '
-            'training, validation and test, such as "969,30,1".'
-        )
-    elif config.evaluation.every and not data.valid and shares[1] == 0:
-        yield (
-            f"evaluation.every = {config.evaluation.every} needs validation data, but data.valid is empty and "
-            f'data.split = "{data.split}" leaves none; set one of the two, or evaluation.every = 0.'
-        )
 
 
 def learning_rate(config: Config) -> Iterator[str]:

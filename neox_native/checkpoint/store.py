@@ -30,6 +30,8 @@ from neox_native.errors import UserError
 
 State = dict[str, torch.Tensor]
 NAMES_SHOWN = 5
+REPLACED = "replaced"
+"""Ends the temporary name of a checkpoint whose step is being saved again."""
 
 
 class _RecordingFileSystem(FileSystem):
@@ -53,8 +55,9 @@ class _RecordingFileSystem(FileSystem):
 class _Writer(dcp.FileSystemWriter):
     """DCP's file writer over the recording file system; the index does not tell where it was written."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, from_host: bool) -> None:
+        # Copying ahead from a GPU needs a stream of it; a background thread that has host copies shall not touch the GPU.
+        super().__init__(path, **({"per_thread_copy_ahead": 0} if from_host else {}))
         self.fs = _RecordingFileSystem()
 
     def storage_meta(self) -> StorageMeta:
@@ -83,9 +86,15 @@ def save(
     describes them. When this returns, the checkpoint is on the disk under its final name. An error on one rank (a
     full disk) raises the same `UserError` on all of them and leaves nothing behind.
     """
-    assert all(isinstance(value, torch.Tensor) for value in state.values()), "tensors only, see [Note: state]"
     doing = f"Saving the checkpoint of step {step} in {directory}"
-    final = files.step_folder(directory, step)
+    return write(files.step_folder(directory, step), doing, state, metadata, ranks, host_copies)
+
+
+def write(
+    final: Path, doing: str, state: State, metadata: dict[str, Any], ranks: Ranks, host_copies: State | None = None
+) -> Path:
+    """`save` to any folder; `doing` begins the sentence of an error."""
+    assert all(isinstance(value, torch.Tensor) for value in state.values()), "tensors only, see [Note: state]"
     temporary = final.with_name(final.name + files.TEMPORARY + ranks.from_first(secrets.token_hex(4)))
     try:
         with ranks.together(doing):
@@ -93,7 +102,7 @@ def save(
                 temporary.mkdir(parents=True)
         with ranks.together(doing):
             if not temporary.is_dir():
-                raise UserError(f"{temporary}, made by rank 0, is not seen here; all nodes must share the folder run.dir")
+                raise UserError(f"{temporary}, made by rank 0, is not seen here; all nodes must share run.dir")
         records = _write(temporary, state, ranks, doing, SavePlanner(host_copies))
         with ranks.together(doing):
             if ranks.rank == 0:
@@ -110,7 +119,7 @@ def save(
 
 def _write(path: Path, state: State, ranks: Ranks, doing: str, planner: SavePlanner) -> dict[str, files.Record]:
     """Write the shards and the index; returns the records of all ranks' files."""
-    writer = _Writer(path)
+    writer = _Writer(path, from_host=planner.host_copies is not None)
     with ranks.together(doing), _dcp(ranks):
         dcp.save(state, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.group is None)
     return {name: record for records in ranks.gather(writer.fs.records) for name, record in records.items()}
@@ -118,7 +127,7 @@ def _write(path: Path, state: State, ranks: Ranks, doing: str, planner: SavePlan
 
 def _rename(temporary: Path, final: Path) -> None:
     """Give a finished folder its final name; one that is there already (damaged, or saved before) makes way first."""
-    replaced = final.with_name(final.name + files.TEMPORARY + "replaced")
+    replaced = final.with_name(final.name + files.TEMPORARY + REPLACED)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
@@ -131,14 +140,16 @@ def _rename(temporary: Path, final: Path) -> None:
 def _dcp(ranks: Ranks) -> Iterator[None]:
     """Run a collective of DCP. Of its error, which brings every rank the errors of all, each rank raises its own alone,
     for `together` to name; its warning that one process works alone is silenced, because that is what was asked for."""
-    with warnings.catch_warnings():
-        if ranks.group is None:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
+    try:
+        if ranks.group is not None:
             yield
-        except CheckpointException as failure:
-            if ranks.rank in failure.failures:
-                raise failure.failures[ranks.rank][0] from None
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as failure:
+        if ranks.rank in failure.failures:
+            raise failure.failures[ranks.rank][0] from None
 
 
 def find_damage(path: Path, ranks: Ranks) -> list[str]:

@@ -225,6 +225,12 @@ class Checkpoint:
     """Checkpoints at multiples of this step are kept for ever [steps]; 0 exempts none."""
     resume: str = "auto"
     """"auto" continues the run folder's newest complete checkpoint, "none" starts anew, else the path of a checkpoint."""
+    initialize_from: str = ""
+    """Path of a checkpoint whose weights alone start a new run (fine-tuning); a run that resumes ignores it."""
+    async_: bool = False
+    """Write in a background thread while training goes on; costs a copy of the state in host memory."""
+    export: Literal["none", "fp32", "bf16"] = "none"
+    """After the last step, also write the weights alone, in this type, to the folder `weights` of the run."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,81 @@
+"""Where a run starts: at its newest whole checkpoint, at one named, at the weights of another run, or anew."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neox_native.checkpoint import files, store
+from neox_native.checkpoint.agree import Ranks
+from neox_native.config.schema import Checkpoint
+from neox_native.errors import UserError
+
+
+@dataclass(frozen=True)
+class Start:
+    """A verified checkpoint to start from."""
+
+    path: Path
+    weights_only: bool
+    """Fine-tuning: take the weights and begin at step 0 with a fresh optimizer."""
+
+
+def find_start(config: Checkpoint, directory: Path, ranks: Ranks, report: Callable[[str], None] = print) -> Start | None:
+    """What to start from, or None for a new run; every file of it has been checked. A collective over all ranks.
+
+    `checkpoint.resume` = "auto" takes the newest whole checkpoint in `directory` and reports those it skips; a path is taken
+    or refused. Where there is nothing to resume, `checkpoint.initialize_from` gives the weights: a fine-tuning run that is
+    restarted goes on with its own checkpoints. Raises `UserError` where a named checkpoint, or each one in `directory`, is
+    damaged: starting anew would end by overwriting what may be mended.
+    """
+    with ranks.together(f"Tidying {directory}"):
+        if ranks.rank == 0:
+            tidy(directory)
+    if config.resume == "auto":
+        newest = store.newest(directory, ranks, report)
+        if newest is not None:
+            return Start(newest, weights_only=False)
+        damaged = ranks.from_first(files.finished(directory))
+        if damaged:
+            raise UserError(
+                f"None of the {len(damaged)} checkpoints in {directory} is whole; mend one, move them away, "
+                'or start anew with checkpoint.resume = "none".'
+            )
+    elif config.resume != "none":
+        return Start(_named("checkpoint.resume", config.resume, ranks), weights_only=False)
+    if config.initialize_from:
+        return Start(_named("checkpoint.initialize_from", config.initialize_from, ranks), weights_only=True)
+    return None
+
+
+def _named(setting: str, path: str, ranks: Ranks) -> Path:
+    """The checkpoint that a setting names, or a `UserError` that says what is wrong with it."""
+    complaints = store.find_damage(Path(path), ranks)
+    if complaints:
+        raise UserError(f'{setting} = "{path}" cannot be used: ' + "; ".join(complaints[: store.NAMES_SHOWN]) + ".")
+    return Path(path)
+
+
+def tidy(directory: Path) -> None:
+    """Remove what killed saves and deletions left behind; put back a checkpoint whose replacement never came."""
+    for path in sorted(Path(directory).glob(f"step_*{files.TEMPORARY}*")):
+        final = path.with_name(path.name.split(files.TEMPORARY)[0])
+        if path.name.endswith(files.TEMPORARY + store.REPLACED) and not final.exists():
+            path.rename(final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What changed between two dicts of settings or fingerprints, nested ones by dotted name, as "name was a, is b"."""
+    changes = []
+    for key in sorted(set(saved) | set(now)):
+        old, new = saved.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += [f"{key}.{change}" for change in differences(old, new)]
+        elif old != new:
+            changes.append(f"{key} was {old}, is {new}")
+    return changes

@@ -1,0 +1,1 @@
+"""The update rule around the weights: parameter groups, learning rate, loss scale."""

@@ -1,0 +1,35 @@
+"""Which parameters decay, and the optimizer that the config names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from neox_native.config.schema import Optimizer
+
+ParameterGroups = list[dict[str, Any]]
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to the parameter of this global name: to all but biases and norms (GPT-NeoX)."""
+    *_, module, leaf = ("", *name.split("."))
+    return leaf != "bias" and not module.endswith(("layernorm", "layer_norm"))
+
+
+def optimizer_factory(optimizer: Optimizer) -> Callable[[ParameterGroups], torch.optim.Optimizer]:
+    """A function from parameter groups to the optimizer of the [optimizer] section.
+
+    Groups that do not decay bring `weight_decay` 0. Kernels are fused: one pass over the state, which also clips,
+    unscales and skips. AdamW's decay is decoupled (Loshchilov & Hutter 2019); SGD's is added to the gradient.
+    """
+    common: dict[str, Any] = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay, "fused": True}
+
+    def make(groups: ParameterGroups) -> torch.optim.Optimizer:
+        if optimizer.name == "sgd":
+            return torch.optim.SGD(groups, momentum=optimizer.momentum, **common)
+        beta1, beta2 = optimizer.betas
+        return torch.optim.AdamW(groups, betas=(beta1, beta2), eps=optimizer.eps, **common)
+
+    return make

@@ -1,0 +1,156 @@
+"""One unit's matrix of gradients, and the order in which matrices are reduced.
+
+[Note: accumulation] As soon as autograd has finished a parameter's gradient, a hook copies it into the unit's fp32 matrix
+(the first microbatch) or adds it (the others) and drops it: the copy-in that the collective needs is the fp32
+accumulation that low precision needs. Stages 0 and 1 keep the matrix and reduce it once, in the last backward pass of the
+step; the result lies in my own row. Stages 2 and 3 reduce after every backward pass into a row of their own and free the
+matrix. Stage 0 is the same with one row, the whole parameter, and an all-reduce.
+
+Gradients are summed, never averaged: the loss is already divided by the tokens of the whole step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from neox_native.zero import collectives
+from neox_native.zero.layout import Layout, Slot, ZeroStage
+
+
+class GradientBucket:
+    """The matrix `[W, S]` of one unit's gradients. See [Note: rows and units] and [Note: accumulation]."""
+
+    def __init__(self, layout: Layout, group: dist.ProcessGroup, stage: ZeroStage, device: torch.device):
+        self.layout, self.group, self.stage, self.device = layout, group, stage, device
+        self.rank = dist.get_rank(group) if stage else 0
+        self.keeps_matrix = stage <= ZeroStage.OPTIMIZER
+        self.matrix: Tensor | None = self._new_matrix() if self.keeps_matrix else None
+        self.row = self._my_row(self.matrix) if self.keeps_matrix else torch.zeros(layout.size, device=device)
+        self.shards = [local_view(self.row, slot, self.rank) for slot in layout.slots]
+        self.filled: set[int] = set()
+        """Parameters that have contributed to the matrix."""
+        self.arrived: set[int] = set()
+        """Parameters whose gradient the current backward pass has delivered."""
+        self.work: dist.Work | None = None
+        self.num_reductions = 0
+        """Reductions in this step."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the current backward pass has delivered every gradient."""
+        return len(self.arrived) == len(self.layout.slots)
+
+    def accumulate(self, index: int, gradient: Tensor) -> None:
+        """Copy or add the whole gradient of parameter `index` into the matrix."""
+        assert self.work is None and (self.num_reductions == 0 or not self.keeps_matrix), "the reduction has begun"
+        if self.matrix is None:
+            self.matrix = self._new_matrix()
+        slot, add = self.layout.slots[index], index in self.filled
+        self.filled.add(index)
+        whole = slot.shape[0] // slot.chunk  # ranks whose chunk is full
+        body, tail = gradient[: whole * slot.chunk], gradient[whole * slot.chunk :]
+        _put(self.matrix[:whole, slot.offset : slot.offset + slot.width], body.reshape(whole, slot.width), add)
+        if len(tail):
+            _put(self.matrix[whole, slot.offset : slot.offset + len(tail) * slot.inner], tail.reshape(-1), add)
+
+    def start_reduction(self) -> None:
+        """Sum the matrix over the dp axis; parameters that received no gradient count as zero."""
+        if self.matrix is None:
+            self.matrix = self._new_matrix()
+        for index, slot in enumerate(self.layout.slots):
+            if index not in self.filled:
+                self.matrix[:, slot.offset : slot.offset + slot.width].zero_()
+        if self.stage == ZeroStage.NONE:
+            self.work = collectives.all_reduce(self.row, self.group) if dist.get_world_size(self.group) > 1 else None
+        else:
+            output = self.row if self.num_reductions == 0 else self._my_row(self.matrix)
+            self.work = collectives.reduce_scatter(output, self.matrix.view(-1), self.group)
+        self.num_reductions += 1
+
+    def finish_reduction(self) -> None:
+        """Make the result visible to the compute stream; in stages 2 and 3 add it to the row and free the matrix."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        if not self.keeps_matrix:
+            assert self.matrix is not None
+            if self.num_reductions > 1:
+                self.row.add_(self._my_row(self.matrix))
+            self.matrix = None
+        self.filled.clear()
+
+    def _new_matrix(self) -> Tensor:
+        return torch.empty(self.layout.world, self.layout.size, dtype=torch.float32, device=self.device)
+
+    def _my_row(self, matrix: Tensor) -> Tensor:
+        return matrix[self.rank]
+
+
+class Reducer:
+    """Reduces the buckets of one pipeline stage, last unit first, in backward and always in the same order: a rank on which a
+    parameter happens to receive no gradient must not reduce another bucket than its peers."""
+
+    def __init__(self, buckets: Sequence[GradientBucket], stage: ZeroStage):
+        self.order = [bucket for bucket in reversed(buckets) if bucket.layout.slots]
+        self.every_microbatch = stage >= ZeroStage.GRADIENTS
+        # Two matrices at a time: one is filled while the other is reduced.
+        self.max_in_flight = 1 if self.every_microbatch else 2
+        self.in_flight: deque[GradientBucket] = deque()
+        self.next = 0
+        self.reducing = self.open = False
+
+    def begin(self, last: bool) -> None:
+        """A backward pass begins; `last` if it is the step's last."""
+        if self.every_microbatch and self.open:
+            self._flush()
+            self.next = 0
+        self.open, self.reducing = True, last or self.every_microbatch
+        for bucket in self.order:
+            bucket.arrived.clear()
+
+    def notice(self) -> None:
+        """A gradient has arrived: reduce what is complete and next."""
+        while self.reducing and self.next < len(self.order) and self.order[self.next].complete:
+            self._reduce_next()
+
+    def finish(self) -> None:
+        """The step's backward passes are over: reduce the rest and wait for the results."""
+        if self.open or not self.every_microbatch:
+            self._flush()
+        while self.in_flight:
+            self.in_flight.popleft().finish_reduction()
+        self.next, self.open, self.reducing = 0, False, False
+        for bucket in self.order:
+            bucket.num_reductions = 0
+            bucket.arrived.clear()
+
+    def _flush(self) -> None:
+        while self.next < len(self.order):
+            self._reduce_next()
+
+    def _reduce_next(self) -> None:
+        if len(self.in_flight) == self.max_in_flight:
+            self.in_flight.popleft().finish_reduction()
+        bucket = self.order[self.next]
+        bucket.start_reduction()
+        self.in_flight.append(bucket)
+        self.next += 1
+
+
+def local_view(row: Tensor, slot: Slot, rank: int) -> Tensor:
+    """`rank`'s shard of a parameter, as a view of its row."""
+    shape = slot.local_shape(rank)
+    return row[slot.offset : slot.offset + shape[0] * slot.inner].view(shape)
+
+
+def _put(target: Tensor, source: Tensor, add: bool) -> None:
+    """Add or copy, converting to fp32."""
+    if add:
+        target.add_(source)
+    else:
+        target.copy_(source)

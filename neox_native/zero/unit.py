@@ -1,0 +1,77 @@
+"""What the caller says about its parameters: which belong together and how each one is treated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter."""
+
+    name: str
+    """Global name: the key of its state in a checkpoint."""
+    parameter: nn.Parameter
+    """Plain, or a DTensor over the tp axis; on the meta device until it is materialised. It may be frozen."""
+    decay: bool
+    """Whether weight decay applies."""
+    sum_over: tuple[dist.ProcessGroup, ...] = ()
+    """Groups over which the gradient must be summed besides dp: tp, where each rank sees a part of it; the first and the
+    last stage, where both use the embedding matrix."""
+    counted: bool = True
+    """Whether this rank counts the gradient in the global norm: one of those who hold the same shard does."""
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the tp-local shard."""
+        return tuple(local(self.parameter).shape)
+
+    @property
+    def tp_mesh(self) -> DeviceMesh | None:
+        """The 1-D mesh that a DTensor lies on."""
+        return self.parameter.device_mesh if isinstance(self.parameter, DTensor) else None
+
+    @property
+    def placement(self) -> Placement:
+        """Placement over the tp axis."""
+        return self.parameter.placements[0] if isinstance(self.parameter, DTensor) else Replicate()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is sharded together. See [Note: rows and units]."""
+
+    name: str
+    modules: nn.Module | tuple[nn.Module, ...]
+    """The modules that read the parameters, in the order in which they run. A parameter that is read elsewhere too (the
+    embedding that is also the head) needs the module around all its readers."""
+    specs: list[ParameterSpec]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor that this rank holds of a DTensor; any other tensor as it is."""
+    with torch.no_grad():  # otherwise to_local() records a graph node
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(spec: ParameterSpec) -> Tensor:
+    """This rank's part of the gradient that autograd has left, cut like the parameter; partial if `sum_over` says so."""
+    gradient = spec.parameter.grad
+    assert gradient is not None
+    if isinstance(gradient, DTensor):
+        mesh = gradient.device_mesh
+        deferred = any(group.group_name == mesh.get_group().group_name for group in spec.sum_over)
+        if deferred:
+            # Already summed, it would be summed once more.
+            assert isinstance(gradient.placements[0], Partial), f"{spec.name}: {gradient.placements} is not partial"
+        elif gradient.placements[0] != spec.placement:
+            # A vocabulary-parallel embedding's gradient arrives whole, a sequence-parallel norm's partial.
+            gradient = gradient.redistribute(placements=[spec.placement])
+    return local(gradient)

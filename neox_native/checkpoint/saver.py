@@ -1,9 +1,10 @@
 """Saving during a run: in the foreground or in a background thread, and deleting what need not be kept.
 
-[Note: background saves] Training stands still only while the state is copied to buffers in host memory (pinned where the state
-is on a GPU, kept from save to save); a thread then writes from there. The thread has a process group of its own, so that its
-collectives and those of training cannot mix. The next save waits for the one before, and deletion runs in the same thread after
-the rename, so a deletion never meets a save. The price is one host copy of what this rank writes.
+[Note: background saves] Training stands still only while the state is copied to buffers in host memory (pinned where
+the state is on a GPU, kept from save to save); a thread then writes from there. The thread has a process group of its
+own, so that its collectives and those of training cannot mix. The next save waits for the one before, and deletion
+runs in the same thread after the rename, so a deletion never meets a save. The price is one host copy of what this
+rank writes.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class Saver:
     def save(self, step: int, state: store.State, metadata: dict[str, Any]) -> None:
         """Save the state after `step` updates, see [Note: state] of `store.py`.
 
-        Returns when the checkpoint is on the disk, or, with `checkpoint.async`, when the state may change again. Raises what
-        the save before raised in its thread, on all ranks alike: a `UserError` for a full disk.
+        Returns when the checkpoint is on the disk, or, with `checkpoint.async`, when the state may change again.
+        Raises what the save before raised in its thread, on all ranks alike: a `UserError` for a full disk.
         """
         start = time.perf_counter()
         self.wait()
@@ -154,8 +155,9 @@ class Saver:
 def delete_old(directory: Path, saved_step: int, keep_last: int, keep_every: int) -> list[int]:
     """Delete the checkpoints that retention lets go after the save of `saved_step`; returns their steps.
 
-    Later steps are no successors of this one (a damaged checkpoint that was skipped, a run that was rewound): they are not
-    counted and not touched. A folder loses its final name first, so that a kill in between leaves none that looks complete.
+    Later steps are no successors of this one (a damaged checkpoint that was skipped, a run that was rewound): they
+    are not counted and not touched. A folder loses its final name first, so that a kill in between leaves none that
+    looks complete.
     """
     steps = [files.step_of(path) for path in files.finished(directory)]
     gone = to_delete([step for step in steps if step is not None and step <= saved_step], keep_last, keep_every)

@@ -56,7 +56,7 @@ class _Writer(dcp.FileSystemWriter):
     """DCP's file writer over the recording file system; the index does not tell where it was written."""
 
     def __init__(self, path: Path, from_host: bool) -> None:
-        # Copying ahead from a GPU needs a stream of it; a background thread that has host copies shall not touch the GPU.
+        # Copying ahead from a GPU needs a stream of it; a background thread with host copies shall not touch the GPU.
         super().__init__(path, **({"per_thread_copy_ahead": 0} if from_host else {}))
         self.fs = _RecordingFileSystem()
 

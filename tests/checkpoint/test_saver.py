@@ -205,5 +205,6 @@ def test_leftovers_of_killed_saves_go_and_a_moved_checkpoint_returns(tmp_path: P
 def test_differences_name_what_changed() -> None:
     saved = {"split": "969,30,1", "files": {"a.idx": "0f", "b.idx": "1f"}}
     now = {"split": "969,30,1", "files": {"a.idx": "0e"}, "seed": 1}
-    assert differences(saved, now) == ["files.a.idx was 0f, is 0e", "files.b.idx was 1f, is None", "seed was None, is 1"]
+    changes = ["files.a.idx was 0f, is 0e", "files.b.idx was 1f, is None", "seed was None, is 1"]
+    assert differences(saved, now) == changes
     assert differences(saved, saved) == []

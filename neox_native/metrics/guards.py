@@ -1,0 +1,102 @@
+"""Steps that must not be taken: losses or gradients that are not finite, and losses that leap.
+
+[Note: skipped updates] Whether a step is bad is a tensor on the device, equal on all ranks because loss and gradient norm are
+reduced over all of them, and the optimizer multiplies by it instead of asking the host. So skipping costs no wait and cannot
+split the ranks; the host learns of it on the next logged step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from neox_native.errors import UserError
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step whose update was skipped."""
+
+    step: int
+    sample_ids: tuple[int, ...]
+    in_a_row: int
+    """Bad steps up to and with this one."""
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.sample_ids[:16])) + (", ..." if len(self.sample_ids) > 16 else "")
+        return f"step {self.step}: update skipped, {self.in_a_row} in a row; sample ids {shown}"
+
+
+class BadSteps:
+    """Keeps the flags of the steps since the last logged one, and counts how many were bad in a row.
+
+    Args:
+        limit: bad steps in a row that the run survives; 0 for no limit.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.in_a_row = 0
+        self.total = 0
+        self._pending: list[tuple[int, tuple[int, ...], torch.Tensor]] = []
+
+    def record(self, step: int, sample_ids: tuple[int, ...], bad: torch.Tensor) -> None:
+        """Note a step. `bad`: scalar, nonzero where the update was skipped; not read here."""
+        self._pending.append((step, sample_ids, bad.detach().reshape(())))
+
+    def collect(self) -> list[BadStep]:
+        """The bad steps since the last call; waits for the device once."""
+        if not self._pending:
+            return []
+        flags = torch.stack([flag.to(torch.float32) for _, _, flag in self._pending]).tolist()
+        found = []
+        for (step, sample_ids, _), flag in zip(self._pending, flags, strict=True):
+            self.in_a_row = self.in_a_row + 1 if flag else 0
+            if flag:
+                self.total += 1
+                found.append(BadStep(step, sample_ids, self.in_a_row))
+        self._pending.clear()
+        return found
+
+    def verdict(self) -> UserError | None:
+        """What ends the run, after its state is saved, or None: no update has been taken for more than `limit` steps."""
+        if self.limit <= 0 or self.in_a_row <= self.limit:
+            return None
+        return UserError(
+            f"{self.in_a_row} steps in a row had a loss or gradient norm that is not finite, or a spike; "
+            f"training.max_bad_steps = {self.limit}. Their updates were skipped and the state is saved; look at the sample "
+            "ids in events.jsonl, lower optimizer.lr, or resume from an older checkpoint."
+        )
+
+
+class SpikeGuard:
+    """Finds losses far above those of the last steps (the z-score rule of OLMo's skip-step optimizer, OLMo 2 2024).
+
+    The window lies on the device and nothing waits for it. Losses that are bad do not enter the window, so that a plateau of
+    spikes stays a plateau of spikes; a window that is not full yet calls nothing a spike.
+
+    Args:
+        window: losses that mean and deviation are taken over [steps].
+        threshold: a loss more than this many standard deviations above the mean is a spike.
+        device: where the losses are.
+    """
+
+    def __init__(self, window: int, threshold: float, device: torch.device) -> None:
+        self.window, self.threshold = window, threshold
+        # window losses, then how many have been accepted: one tensor, so that a checkpoint holds it as one entry.
+        self.state = torch.zeros(window + 1, dtype=torch.float64, device=device)
+
+    def is_spike(self, loss: torch.Tensor) -> torch.Tensor:
+        """Whether `loss` (scalar, equal on all ranks) is a spike, as a bool scalar; then takes it into the window unless it
+        is one or is not finite."""
+        losses, count = self.state[:-1], self.state[-1:]
+        value = loss.detach().reshape(1).to(losses)
+        mean, deviation = losses.mean(), losses.std(correction=0)
+        full = count >= self.window
+        spike = full & (value - mean > self.threshold * deviation.clamp_min(1e-12))
+        accepted = torch.isfinite(value) & ~spike
+        place = (count % self.window).to(torch.int64)
+        losses.scatter_(0, place, torch.where(accepted, value, losses.gather(0, place)))
+        count.add_(accepted.to(count.dtype))
+        return spike.reshape(())

@@ -1,0 +1,66 @@
+"""Bad steps are counted, named and end the run; spikes are found against the recent past."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neox_native.errors import UserError
+from neox_native.metrics.guards import BadSteps, SpikeGuard
+
+
+def guard(window: int = 4, threshold: float = 3.0) -> SpikeGuard:
+    return SpikeGuard(window, threshold, torch.device("cpu"))
+
+
+def spikes(found: SpikeGuard, losses: list[float]) -> list[bool]:
+    return [bool(found.is_spike(torch.tensor(loss))) for loss in losses]
+
+
+def test_bad_steps_are_named_with_their_samples() -> None:
+    counter = BadSteps(limit=2)
+    for step, bad in enumerate([0.0, 1.0, 0.0, 1.0], start=1):
+        counter.record(step, (10 * step, 10 * step + 1), torch.tensor(bad))
+    found = counter.collect()
+    assert [(bad.step, bad.sample_ids, bad.in_a_row) for bad in found] == [(2, (20, 21), 1), (4, (40, 41), 1)]
+    assert str(found[0]) == "step 2: update skipped, 1 in a row; sample ids 20, 21"
+    assert counter.total == 2 and counter.collect() == [] and counter.verdict() is None
+
+
+def test_more_than_the_limit_in_a_row_ends_the_run_across_logged_steps() -> None:
+    counter = BadSteps(limit=2)
+    for step in (1, 2, 3):
+        counter.record(step, (), torch.tensor(True))
+        counter.collect()
+        assert (counter.verdict() is None) == (step <= 2)
+    verdict = counter.verdict()
+    assert isinstance(verdict, UserError) and "training.max_bad_steps = 2" in str(verdict)
+    counter.record(4, (), torch.tensor(False))
+    counter.collect()
+    assert counter.verdict() is None
+
+
+def test_zero_limit_never_ends_the_run() -> None:
+    counter = BadSteps(limit=0)
+    for step in range(50):
+        counter.record(step, (), torch.tensor(True))
+    assert len(counter.collect()) == 50 and counter.verdict() is None
+
+
+def test_spike_is_found_only_with_a_full_window_and_stays_out_of_it() -> None:
+    assert spikes(guard(), [100.0, 1.0, 1.1, 0.9]) == [False] * 4
+    assert spikes(guard(), [1.0, 1.1, 0.9, 1.0, 2.0, 2.0, 1.1]) == [False, False, False, False, True, True, False]
+
+
+def test_numbers_that_are_not_finite_do_not_enter_the_window() -> None:
+    found = guard()
+    spikes(found, [1.0, 1.1, float("nan"), 0.9, float("inf"), 1.0])
+    assert found.state.tolist() == pytest.approx([1.0, 1.1, 0.9, 1.0, 4.0])
+    assert spikes(found, [float("inf"), 5.0]) == [True, True]
+
+
+def test_window_restored_from_a_checkpoint_decides_alike() -> None:
+    one, other = guard(), guard()
+    spikes(one, [1.0, 1.1, 0.9, 1.0, 1.05])
+    other.state.copy_(one.state)
+    assert spikes(one, [1.2, 3.0]) == spikes(other, [1.2, 3.0])

@@ -30,32 +30,20 @@ LAYOUT_RULES = (
     layout_rules.zero_bubble,
 )
 
-# A resumed run may change everything but what its weights, its optimizer state and the order of its data are made of.
-# data.train is not here: a corpus may move, and the loader compares its content. The initialisation is past.
-FIXED_UNDER_A_RUN = (
-    "run.seed",
-    "model.num_layers",
-    "model.hidden_size",
-    "model.num_heads",
-    "model.num_kv_heads",
-    "model.ffn_hidden_size",
-    "model.seq_length",
-    "model.vocab_size",
-    "model.vocab_multiple_of",
-    "model.pos_emb",
-    "model.rotary_pct",
-    "model.rotary_base",
-    "model.parallel_residual",
-    "model.norm",
-    "model.norm_eps",
-    "model.activation",
-    "model.attention_bias",
-    "model.mlp_bias",
-    "model.tie_embeddings",
-    "data.split",
-    "data.tokenizer",
-    "data.order",
-    "optimizer.name",
+# A resumed run may change everything but what its weights, its optimizer state and the order of its data are made of:
+# the model, the data, and these two.
+FIXED_ELSEWHERE = ("run.seed", "optimizer.name")
+# Exceptions within model and data. The initialisation is past; a corpus may move, and the loader compares its content.
+FREE_WITHIN = (
+    "model.hidden_dropout",
+    "model.attention_dropout",
+    "model.init",
+    "model.output_init",
+    "model.init_std",
+    "data.train",
+    "data.valid",
+    "data.test",
+    "data.cache_dir",
 )
 
 
@@ -111,9 +99,10 @@ def incompatible(old: Config, new: Config) -> list[str]:
     Layout, precision, batch size, steps, learning rate, logging and saving may change.
     """
     found = []
-    for dotted in FIXED_UNDER_A_RUN:
-        before, now = SETTINGS[dotted].of(old), SETTINGS[dotted].of(new)
-        if before != now:
+    for dotted, setting in SETTINGS.items():
+        is_fixed = setting.section in ("model", "data") and dotted not in FREE_WITHIN or dotted in FIXED_ELSEWHERE
+        before, now = setting.of(old), setting.of(new)
+        if is_fixed and before != now:
             found.append(
                 f"{dotted} was {to_toml(before)} when the run in {old.run.dir} began and is {to_toml(now)} "
                 "now; set it back, or start another run with another run.dir."

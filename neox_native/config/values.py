@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a table"}
-PLURALS = {int: "whole numbers", float: "numbers", str: "strings", dict: "tables", bool: "true or false"}
+PLURALS = {int: "whole numbers", float: "numbers", str: "strings", dict: "tables"}
 
 
 class Mismatch(Exception):

@@ -15,7 +15,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-SCHEMA = "neox_native.config.schema"
+CONFIG = "neox_native.config"
+SCHEMA = f"{CONFIG}.schema"
 Scope = dict[str, str | None]
 
 
@@ -154,8 +155,11 @@ class Reader(ast.NodeVisitor):
 
 
 def reads_in(sources: dict[str, str]) -> set[tuple[str, str]]:
-    """(section, field) of every setting that the modules read; sources maps dotted module names to source text and
-    contains the schema, whose properties count for the fields they use once they are read themselves."""
+    """(section, field) of every setting that the modules outside CONFIG read: to check a setting is not to use it.
+
+    sources maps dotted module names to source text and contains SCHEMA, whose properties count for the fields they use
+    once they are read themselves.
+    """
     code = Code(sources)
     schema = code.trees[SCHEMA]
     uses: dict[tuple[str, str], set[tuple[str, str]]] = {}  # property -> what its body reads
@@ -168,7 +172,7 @@ def reads_in(sources: dict[str, str]) -> set[tuple[str, str]]:
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
             }
     found: set[tuple[str, str]] = set()
-    pending = {(kind, name) for module, kind, name in code.reads if module != SCHEMA}
+    pending = {(kind, name) for module, kind, name in code.reads if not module.startswith(CONFIG)}
     while pending:
         found |= pending
         pending = {field for read in pending for field in uses.get(read, ())} - found

@@ -22,6 +22,12 @@ class Run:
     """"bitwise" repeats every number exactly at a fixed layout, through a kill and a resume; "fast" lets kernels choose."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; "auto" takes a GPU where there is one."""
+    watchdog_factor: float = 50.0
+    """A rank without progress for this many median steps is a hang: positions and stacks are printed, the job ends; 0: never."""
+    watchdog_min_seconds: float = 120.0
+    """A training step is never called a hang before this time [seconds]."""
+    watchdog_startup_seconds: float = 1800.0
+    """Limit of what has no step time: the first steps, which compile, evaluation and saving [seconds]."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,8 @@ class Data:
     """What the model reads, and in which order."""
 
     train: str | list[dict] = "builtin:python-stdlib"
-    """Training data: a prefix of .idx/.bin files, a list of {path, weight}, or "builtin:python-stdlib"."""
+    """Training data: a prefix of .idx/.bin files, "builtin:python-stdlib", or a list of {path, weight, labels} to blend;
+    labels, which may be left out, is the prefix of files with -100 where a token is not to be predicted."""
     valid: str | list[dict] = ""
     """Validation data; empty takes the second part of `split` of the training data."""
     test: str | list[dict] = ""
@@ -114,9 +121,16 @@ class Data:
     split: str = "969,30,1"
     """Shares of train, validation and test documents where they come from the same files."""
     tokenizer: str = "byte"
-    """Tokenizer that made the data: "byte"."""
-    order: Literal["neox"] = "neox"
-    """Order of the samples: "neox" is GPT-NeoX's, to the token."""
+    """Tokenizer that made the data: "byte", a Hugging Face tokenizer.json, or "tiktoken:gpt2" and its like."""
+    order: Literal["neox", "epoch", "stored"] = "neox"
+    """Order of the samples: "neox" is GPT-NeoX's, to the token; "epoch" shuffles each epoch on its own, so that a longer
+    run continues a shorter one; "stored" takes rows of seq_length + 1 tokens as they lie (Pythia's preshuffled data)."""
+    packing: Literal["packed", "pack_until_overflow", "unpacked"] = "packed"
+    """How documents fill a row: end to end, whole documents while they fit, or one document; the last two pad."""
+    document_attention: bool = False
+    """Tokens attend within their own document only."""
+    document_positions: bool = False
+    """Positions restart at 0 with each document."""
     cache_dir: str = "~/.cache/neox_native"
     """Folder in which built-in corpora are prepared, once per machine."""
 
@@ -145,6 +159,12 @@ class Training:
     """fp16: overflows in a row that halve the loss scale [steps]."""
     min_loss_scale: float = 1.0
     """fp16: smallest loss scale."""
+    max_bad_steps: int = 20
+    """Steps in a row with a loss or gradient that is not finite (or a spike) after which the run ends; 0: never [steps]."""
+    spike_threshold: float = 0.0
+    """Skip the update of a loss this many standard deviations above the last ones; 0 skips none."""
+    spike_window: int = 128
+    """Losses that `spike_threshold` looks back at [steps]."""
 
 
 @dataclass(frozen=True)

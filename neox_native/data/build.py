@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
+from typing import NamedTuple
 
 from neox_native.config.schema import Data
 from neox_native.data.builtin import PYTHON_STDLIB, prepare_python_stdlib
-from neox_native.data.dataset import Dataset, TokenDataset
+from neox_native.data.dataset import Dataset, Mixture, Reading, TokenDataset
 from neox_native.data.indexed import IndexedDataset
 from neox_native.data.order import split_documents
 from neox_native.data.tokenizers import load_tokenizer
 from neox_native.errors import UserError
 
 PARTS = ("train", "valid", "test")
+MAX_SOURCES = 255
+"""A blend numbers its datasets in one byte."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,44 @@ def samples_needed(part: str, steps: int, global_batch_size: int, eval_every: in
     return (steps if part == "train" else evaluations * eval_batches) * global_batch_size
 
 
+class Source(NamedTuple):
+    """One entry of `data.train`, `data.valid` or `data.test`."""
+
+    path: str
+    """Prefix of token files, or a built-in corpus."""
+    weight: float
+    """Share of the samples, in any unit."""
+    labels: str = ""
+    """Prefix of files of the same sizes that hold each token's label, negative where it is no target."""
+
+
+def parse_sources(value: str | list[dict], setting: str) -> list[Source]:
+    """The files that a setting names. Raises `UserError` for an unknown key and for files that do not exist."""
+    sources = []
+    for number, entry in enumerate([{"path": value, "weight": 1.0}] if isinstance(value, str) else value):
+        unknown = sorted(set(entry) - set(Source._fields))
+        if unknown:
+            raise UserError(
+                f"data.{setting}[{number}] has a key {unknown[0]!r}; its keys are {', '.join(Source._fields)}."
+            )
+        sources.append(Source(**entry))
+    if not 1 <= len(sources) <= MAX_SOURCES:
+        raise UserError(f"data.{setting} names {len(sources)} datasets, it takes 1 to {MAX_SOURCES}.")
+    missing = [
+        prefix
+        for source in sources
+        for prefix in (source.path, source.labels)
+        if prefix not in ("", PYTHON_STDLIB) and not Path(prefix + ".idx").is_file()
+    ]
+    if missing:
+        raise UserError(
+            f"data.{setting}: {', '.join(missing)} of {len(sources)} named: no such .idx file; give the common "
+            "prefix of an .idx and a "
+            ".bin file, without the ending, and make them with tools/prepare_data.py."
+        )
+    return sources
+
+
 def build_data(
     config: Data,
     seq_length: int,
@@ -79,32 +121,42 @@ def build_data(
     `is_writer` tells the one rank that prepares built-in corpora, `wait` is a barrier over all ranks, `log` prints
     progress. Raises `UserError` for everything that is wrong with the files or the settings.
     """
-    own = {part: getattr(config, part) for part in PARTS}
-    sources = {part: source or config.train for part, source in own.items()}
-    if PYTHON_STDLIB in sources.values():
+    if not 0 <= seed < 2**32:
+        raise UserError(f"run.seed = {seed} must lie between 0 and 2^32 - 1 = {2**32 - 1}.")
+    own = {part: bool(getattr(config, part)) for part in PARTS}
+    settings = {part: part if own[part] else "train" for part in PARTS}
+    sources = {setting: parse_sources(getattr(config, setting), setting) for setting in set(settings.values())}
+    if any(source.path == PYTHON_STDLIB for entries in sources.values() for source in entries):
         prefix = _prepare_builtin(config, vocab_size, is_writer, wait, log)
-        sources = {part: prefix if source == PYTHON_STDLIB else source for part, source in sources.items()}
-    shares = parse_split(config.split)
-    for number, part in enumerate(PARTS):
-        if part != "train" and own[part]:
-            shares[number] = 0.0
+        for setting, entries in sources.items():
+            sources[setting] = [e._replace(path=prefix) if e.path == PYTHON_STDLIB else e for e in entries]
+    shares = [0.0 if own[part] and part != "train" else share for part, share in zip(PARTS, parse_split(config.split))]
     open_files = cache(IndexedDataset)
 
     def build(part: str) -> Dataset:
-        files = open_files(sources[part])
-        is_whole = part != "train" and bool(own[part])
-        documents = range(len(files)) if is_whole else split_documents(shares, len(files))[PARTS.index(part)]
-        num_samples = samples_needed(part, steps, global_batch_size, eval_every, eval_batches)
-        return TokenDataset(
-            files,
-            documents,
-            name=part,
-            seq_length=seq_length,
-            vocab_size=vocab_size,
-            num_samples=num_samples,
-            seed=seed,
-            order=config.order,
+        reading = Reading(
+            part,
+            seq_length,
+            vocab_size,
+            seed,
+            config.order,
+            config.packing,
+            config.document_attention,
+            config.document_positions,
         )
+        entries = sources[settings[part]]
+        num_samples = samples_needed(part, steps, global_batch_size, eval_every, eval_batches)
+
+        def make(number: int, num_samples: int) -> TokenDataset:
+            files = open_files(entries[number].path)
+            labels = open_files(entries[number].labels) if entries[number].labels else None
+            whole = range(len(files))
+            documents = (
+                whole if own[part] and part != "train" else split_documents(shares, len(files))[PARTS.index(part)]
+            )
+            return TokenDataset(files, documents, reading, num_samples, labels)
+
+        return make(0, num_samples) if len(entries) == 1 else Mixture(make, [e.weight for e in entries], num_samples)
 
     datasets = Datasets(build)
     for part in ("train", "valid") if eval_every else ("train",):

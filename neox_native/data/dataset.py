@@ -1,15 +1,23 @@
-"""A token file read in an order: sample number i -> S + 1 tokens."""
+"""Token files read in an order: sample number i -> S + 1 tokens, one file or a weighted mixture of many."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from neox_native.data.blend import Blend
 from neox_native.data.indexed import IndexedDataset
-from neox_native.data.order import NeoxOrder, Segment
+from neox_native.data.order import ENDLESS, Corpus, EpochOrder, NeoxOrder, Order, StoredOrder
+from neox_native.data.packing import Packing, Segment
 from neox_native.errors import UserError
+
+IGNORED = -100
+"""Label of a token that the model is not trained to predict."""
 
 
 class Place(NamedTuple):
@@ -19,9 +27,38 @@ class Place(NamedTuple):
     segments: list[Segment]
 
 
+class Row(NamedTuple):
+    """A sample as the model reads it."""
+
+    tokens: np.ndarray
+    """[S + 1]; what the segments do not fill is padded with 0."""
+    labels: np.ndarray | None
+    """[S + 1], negative where the token is no target; None where every token is one."""
+    lengths: list[int]
+    """Tokens of each segment, in reading order."""
+
+
+class Reading(NamedTuple):
+    """How every file of a part is read."""
+
+    part: str
+    """"train", "valid" or "test"."""
+    seq_length: int
+    vocab_size: int
+    seed: int
+    order: str
+    packing: Packing
+    document_attention: bool = False
+    """Whether batches say which document each token belongs to."""
+    document_positions: bool = False
+    """Whether batches count positions from the start of each document."""
+
+
 class Dataset(Protocol):
     """What the loader and the inspection tools read."""
 
+    reading: Reading
+    """How its files are read."""
     seq_length: int
     """S: a sample has S + 1 tokens."""
     vocab_size: int
@@ -29,78 +66,210 @@ class Dataset(Protocol):
     num_samples: int
     """Samples that the order offers, at least as many as the run needs."""
 
+    def read(self, index: int) -> Row:
+        """Sample `index`."""
+
     def sample(self, index: int) -> np.ndarray:
         """The S + 1 tokens of sample `index`, in the file's integer type."""
 
     def locate(self, index: int) -> Place:
         """Where those tokens lie."""
 
+    def samples_of(self, prefix: str, document: int, stop: int) -> np.ndarray:
+        """Which of the samples below `stop` hold a token of a document of a file, ascending, int64."""
+
     def fingerprint(self) -> dict[str, object]:
         """Everything that defines the order, by name."""
 
     def describe(self) -> str:
-        """A sentence for the log."""
+        """What it is, in words, for the log."""
 
 
 class TokenDataset:
-    """The documents of one split of one token file, in an order.
+    """Some documents of one token file in an order, with labels if a parallel file of the same sizes holds them.
 
-    `num_samples` is what the run needs. Raises `UserError` where the split is shorter than one sample.
+    `num_samples` is what the run needs. Raises `UserError` where the documents do not make one sample, where stored
+    rows have another length or are too few, and where labels and tokens do not fit together.
     """
 
     def __init__(
         self,
         files: IndexedDataset,
         documents: range,
-        *,
-        name: str,
-        seq_length: int,
-        vocab_size: int,
+        reading: Reading,
         num_samples: int,
-        seed: int,
-        order: str,
+        labels: IndexedDataset | None = None,
     ) -> None:
-        self.files, self.documents, self.name, self.order_name = files, documents, name, order
-        self.seq_length, self.vocab_size, self.seed = seq_length, vocab_size, seed
-        self.num_tokens = int(files.sizes[self.documents.start : self.documents.stop].sum(dtype=np.int64))
-        if self.num_tokens < seq_length + 1:
+        self.files, self.labels, self.reading = files, labels, reading
+        self.seq_length, self.vocab_size = reading.seq_length, reading.vocab_size
+        if labels is not None and not np.array_equal(labels.sizes, files.sizes):
             raise UserError(
-                f"data: the {name} documents of {files.prefix} hold {self.num_tokens:,} tokens, one sample takes "
-                f"model.seq_length + 1 = {seq_length + 1:,}; give more text, another data.split, or a shorter sequence."
+                f"data: the labels {labels.prefix} and the tokens {files.prefix} differ in the sizes of their "
+                "documents; "
+                "prepare them together with tools/prepare_data.py."
             )
-        self.order = NeoxOrder(self.documents, files.sizes, seq_length, num_samples, seed)
+        usable = None if reading.packing == "packed" else self._usable(documents)
+        self.corpus = Corpus(documents, files.sizes, reading.seq_length, reading.packing, usable)
+        self._check_length()
+        self.order = self._arrange(num_samples)
         self.num_samples = self.order.num_samples
+
+    def _usable(self, documents: range) -> np.ndarray:
+        """Documents that are not empty and have a target; GPT-NeoX too leaves out those whose labels are all
+        masked."""
+        usable = self.files.sizes > (1 if self.reading.packing == "unpacked" else 0)
+        if self.labels is not None:
+            for document in documents:
+                labels = self.labels.get(document, 0, min(self.seq_length + 1, int(self.files.sizes[document])))
+                usable[document] &= bool((labels >= 0).any())
+        return usable
+
+    def _check_length(self) -> None:
+        corpus, reading = self.corpus, self.reading
+        if reading.packing == "packed" and corpus.num_tokens < corpus.seq_length + 1:
+            raise UserError(
+                f"data: the {reading.part} documents of {self.files.prefix} hold {corpus.num_tokens:,} tokens, one "
+                "sample takes "
+                f"model.seq_length + 1 = {corpus.seq_length + 1:,}; give more text, another data.split, or a shorter "
+                "sequence."
+            )
+        if corpus.usable is not None and not corpus.usable[corpus.documents.start : corpus.documents.stop].any():
+            raise UserError(
+                f"data: none of the {len(corpus.documents):,} {reading.part} documents of {self.files.prefix} has a "
+                "token to "
+                f"predict under data.packing = {reading.packing!r}; give more text or another data.split."
+            )
+
+    def _arrange(self, num_samples: int) -> Order:
+        if self.reading.order == "neox":
+            return NeoxOrder(self.corpus, num_samples, self.reading.seed)
+        if self.reading.order == "epoch":
+            return EpochOrder(self.corpus, self.reading.seed)
+        sizes = self.files.sizes[self.corpus.documents.start : self.corpus.documents.stop]
+        odd = np.flatnonzero(sizes != self.seq_length + 1)
+        if len(odd) or self.reading.packing != "packed":
+            found = f"row {odd[0]} has {sizes[odd[0]]}" if len(odd) else f"data.packing is {self.reading.packing!r}"
+            raise UserError(
+                f'data.order = "stored" reads rows of model.seq_length + 1 = {self.seq_length + 1} tokens as they lie '
+                f'in {self.files.prefix}, with data.packing = "packed", but {found}; set the two to match the file.'
+            )
+        return StoredOrder(self.corpus)
+
+    def read(self, index: int) -> Row:
+        """See `Dataset.read`."""
+        segments = self.order.segments(index)
+        tokens = self._gather(self.files, segments, 0)
+        lengths = [segment.length for segment in segments]
+        if self.labels is not None:
+            return Row(tokens, self._gather(self.labels, segments, IGNORED), lengths)
+        if self.corpus.packing == "packed":
+            return Row(tokens, None, lengths)
+        labels = tokens.astype(np.int64)
+        labels[sum(lengths) :] = IGNORED
+        return Row(tokens, labels, lengths)
+
+    def _gather(self, files: IndexedDataset, segments: list[Segment], padding: int) -> np.ndarray:
+        parts = [files.get(*segment) for segment in segments]
+        missing = self.seq_length + 1 - sum(len(part) for part in parts)
+        if missing:
+            parts.append(np.full(missing, padding, files.dtype))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def sample(self, index: int) -> np.ndarray:
+        """See `Dataset.sample`."""
+        return self.read(index).tokens
 
     def locate(self, index: int) -> Place:
         """See `Dataset.locate`."""
         return Place(self.files.prefix, self.order.segments(index))
 
-    def sample(self, index: int) -> np.ndarray:
-        """See `Dataset.sample`."""
-        parts = [self.files.get(*segment) for segment in self.order.segments(index)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def samples_of(self, prefix: str, document: int, stop: int) -> np.ndarray:
+        """See `Dataset.samples_of`."""
+        return self.order.samples_of(document, stop) if prefix == self.files.prefix else np.empty(0, np.int64)
 
     def fingerprint(self) -> dict[str, object]:
         """See `Dataset.fingerprint`; reads the whole .idx to hash it."""
-        with self.files.idx_path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {
-            "idx_sha256": digest,
+        entries: dict[str, object] = {
+            "idx_sha256": _sha256(self.files.idx_path),
             "bin_bytes": self.files.num_bytes,
-            "documents": [self.documents.start, self.documents.stop],
+            "documents": [self.corpus.documents.start, self.corpus.documents.stop],
             "seq_length": self.seq_length,
-            "seed": self.seed,
-            "order": self.order_name,
-            "epochs": self.order.epochs,
+            "seed": self.reading.seed,
+            "packing": self.corpus.packing,
+            **self.order.fingerprint(),
         }
+        if self.labels is not None and self.corpus.usable is not None:
+            entries["usable_sha256"] = hashlib.sha256(self.corpus.usable.tobytes()).hexdigest()
+        return entries
 
     def describe(self) -> str:
         """See `Dataset.describe`."""
+        order = ", ".join(f"{name} {value}" for name, value in self.order.fingerprint().items())
+        offered = "endless" if self.num_samples == ENDLESS else f"{self.num_samples:,}"
         return (
-            f"{self.name}: {len(self.documents):,} documents, {self.num_tokens:,} tokens of {self.files.prefix}, "
-            f"{self.num_samples:,} samples in {self.order.epochs} epoch{'s' if self.order.epochs > 1 else ''}, order "
-            f"{self.order_name}"
+            f"{self.reading.part}: {len(self.corpus.documents):,} documents, {self.corpus.num_tokens:,} tokens of "
+            f"{self.files.prefix}, {offered} samples ({order}, {self.corpus.packing})"
         )
+
+
+class Mixture:
+    """Several datasets blended by weight, as GPT-NeoX blends them; see `Blend`.
+
+    `make(number, num_samples)` builds dataset `number` so that it offers at least `num_samples` samples.
+    """
+
+    def __init__(self, make: Callable[[int, int], TokenDataset], weights: list[float], num_samples: int) -> None:
+        self.blend, self.num_samples = Blend(weights, num_samples), num_samples
+        shares = [weight / sum(weights) for weight in weights]
+        wanted = [
+            max(math.ceil(num_samples * share * 1.005), int(count)) for share, count in zip(shares, self.blend.counts())
+        ]
+        self.datasets = [make(number, count) for number, count in enumerate(wanted)]
+        self.reading = self.datasets[0].reading
+        self.seq_length, self.vocab_size = self.reading.seq_length, self.reading.vocab_size
+
+    def read(self, index: int) -> Row:
+        """See `Dataset.read`."""
+        number, sample = self.blend.locate(index)
+        return self.datasets[number].read(sample)
+
+    def sample(self, index: int) -> np.ndarray:
+        """See `Dataset.sample`."""
+        return self.read(index).tokens
+
+    def locate(self, index: int) -> Place:
+        """See `Dataset.locate`."""
+        number, sample = self.blend.locate(index)
+        return self.datasets[number].locate(sample)
+
+    def samples_of(self, prefix: str, document: int, stop: int) -> np.ndarray:
+        """See `Dataset.samples_of`."""
+        found = []
+        for number, (dataset, count) in enumerate(zip(self.datasets, self.blend.counts())):
+            found += [
+                self.blend.stream_sample(number, int(own)) for own in dataset.samples_of(prefix, document, int(count))
+            ]
+        samples = np.array(sorted(found), np.int64)
+        return samples[samples < stop]
+
+    def fingerprint(self) -> dict[str, object]:
+        """See `Dataset.fingerprint`."""
+        entries: dict[str, object] = {"weights": self.blend.weights.tolist()}
+        for number, dataset in enumerate(self.datasets):
+            entries.update({f"{number}.{name}": value for name, value in dataset.fingerprint().items()})
+        return entries
+
+    def describe(self) -> str:
+        """See `Dataset.describe`."""
+        lines = [f"{self.reading.part}: a mixture of {len(self.datasets)} datasets, {self.num_samples:,} samples"]
+        for dataset, weight, count in zip(self.datasets, self.blend.weights, self.blend.counts()):
+            lines.append(f"  {100 * weight:.2f}% {count:,} samples of {dataset.describe()}")
+        return "\n".join(lines)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_fingerprint(saved: dict[str, object], current: dict[str, object], what: str) -> None:
@@ -113,7 +282,8 @@ def check_fingerprint(saved: dict[str, object], current: dict[str, object], what
     ]
     if changed:
         raise UserError(
-            f"the {what} data is not in the order that the checkpoint was reading: {'; '.join(changed)}. Continue "
-            "with the data "
-            'settings of the checkpoint, or start anew with checkpoint.resume = "none" in another run.dir.'
+            f"the {what} data is not in the order that the checkpoint was reading: {'; '.join(changed)}. Continue with "
+            'the data settings of the checkpoint (data.order = "neox" also depends on training.steps * '
+            'training.global_batch_size once the data is read more than once; "epoch" does not), or start anew with '
+            'checkpoint.resume = "none" in another run.dir.'
         )

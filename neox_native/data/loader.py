@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torchdata.nodes import BaseNode, Loader, ParallelMapper, Prefetcher
 
-from neox_native.data.dataset import Dataset
+from neox_native.data.dataset import IGNORED, Dataset, Row
 from neox_native.data.order import rows_of_rank
 from neox_native.errors import UserError
 
@@ -27,14 +27,19 @@ class StepBatch:
     inputs: torch.Tensor
     """int64 [m, B, T]."""
     targets: torch.Tensor
-    """int64 [m, B, T]: the token that follows each input token."""
+    """int64 [m, B, T]: the token that follows each input token, -100 where the model is not trained to predict it."""
     sample_ids: torch.Tensor
     """int64 [m, B]: numbers of the samples in the dataset's order."""
     consumed_samples: int
     """Samples taken by all ranks together, this step included; see [Note: position]."""
     row_hash: int
-    """Sum over this rank's rows of `hash_row`, as a signed 64-bit integer; summed over ranks it is the step's
-    `batch_hash`."""
+    """Sum over this rank's rows of `hash_row`, as a signed 64-bit integer; its sum over ranks is the `batch_hash`."""
+    num_targets: int
+    """Targets of this rank that are not -100."""
+    document_ids: torch.Tensor | None = None
+    """int64 [m, B, T] if `data.document_attention`: number of the token's document in its row; padding has its own."""
+    positions: torch.Tensor | None = None
+    """int64 [m, B, T] if `data.document_positions`: tokens since the start of the document, or of the row inside it."""
 
 
 def hash_row(row: int, sample: int, tokens: np.ndarray) -> int:
@@ -82,6 +87,17 @@ class StepIndex(BaseNode[int]):
         return {"consumed_samples": self.consumed_samples}
 
 
+def segment_numbers(lengths: list[int], seq_length: int) -> np.ndarray:
+    """For each of a row's S inputs the number of its segment, int64 [S]; padding counts as one more."""
+    total = sum(lengths)
+    return np.repeat(np.arange(len(lengths) + 1), [*lengths, max(0, seq_length - total)])[:seq_length]
+
+
+def positions_in_segments(numbers: np.ndarray) -> np.ndarray:
+    """Positions that restart at 0 where the segment number changes, int64 [S]."""
+    return np.arange(len(numbers)) - numbers.searchsorted(numbers)
+
+
 class StepReader:
     """Reads one data rank's rows of a step; called by the threads of the loader."""
 
@@ -99,33 +115,66 @@ class StepReader:
 
     def read(self, first_sample: int) -> StepBatch:
         """Reads, checks and hashes the rows."""
-        tokens = np.empty((*self.rows.shape, self.dataset.seq_length + 1), np.int64)
-        total = 0
-        for place, row in np.ndenumerate(self.rows):
-            sample = first_sample + int(row)
-            tokens[place] = self.dataset.sample(sample)
-            total += hash_row(int(row), sample, tokens[place])
-        if tokens.max() >= self.dataset.vocab_size or tokens.min() < 0:
-            self._refuse(first_sample, tokens)
-        whole = torch.from_numpy(tokens)
-        inputs, targets = whole[..., :-1].contiguous(), whole[..., 1:].contiguous()
-        sample_ids = torch.from_numpy(first_sample + self.rows)
-        if self.pin_memory:
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        return StepBatch(inputs, targets, sample_ids, first_sample + self.global_batch_size, as_signed(total))
+        reading = self.dataset.reading
+        rows = {place: self.dataset.read(first_sample + int(number)) for place, number in np.ndenumerate(self.rows)}
+        tokens = np.empty((*self.rows.shape, reading.seq_length + 1), np.int64)
+        row_hash = 0
+        for place, row in rows.items():
+            tokens[place] = row.tokens
+            number = int(self.rows[place])
+            row_hash += hash_row(number, first_sample + number, tokens[place])
+        self._check(first_sample, tokens, "token")
+        targets = tokens[..., 1:].copy()
+        for place, row in rows.items():
+            if row.labels is not None:
+                targets[place] = np.where(row.labels[1:] < 0, IGNORED, row.labels[1:])
+        is_target = targets != IGNORED
+        self._check(first_sample, np.where(is_target, targets, 0), "label")
+        document_ids, positions = self._segments(rows)
+        return StepBatch(
+            inputs=self._to_torch(tokens[..., :-1].copy()),
+            targets=self._to_torch(targets),
+            sample_ids=torch.from_numpy(first_sample + self.rows),
+            consumed_samples=first_sample + self.global_batch_size,
+            row_hash=as_signed(row_hash),
+            num_targets=int(np.count_nonzero(is_target)),
+            document_ids=document_ids,
+            positions=positions,
+        )
 
-    def _refuse(self, first_sample: int, tokens: np.ndarray) -> None:
-        *place, column = (int(axis[0]) for axis in np.nonzero((tokens >= self.dataset.vocab_size) | (tokens < 0)))
+    def _segments(self, rows: dict[tuple[int, ...], Row]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`document_ids` and `positions` of a step, where the run asks for them."""
+        reading = self.dataset.reading
+        if not (reading.document_attention or reading.document_positions):
+            return None, None
+        numbers = np.stack([segment_numbers(row.lengths, reading.seq_length) for row in rows.values()])
+        shape = (*self.rows.shape, reading.seq_length)
+        positions = np.stack([positions_in_segments(row) for row in numbers]).reshape(shape)
+        return (
+            self._to_torch(numbers.reshape(shape)) if reading.document_attention else None,
+            self._to_torch(positions) if reading.document_positions else None,
+        )
+
+    def _to_torch(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.pin_memory else tensor
+
+    def _check(self, first_sample: int, ids: np.ndarray, kind: str) -> None:
+        """Raises `UserError` with the place of the first id [m, B, ...] that the vocabulary lacks."""
+        limit = self.dataset.reading.vocab_size
+        if ids.max() < limit and ids.min() >= 0:
+            return
+        *place, column = (int(axis[0]) for axis in np.nonzero((ids >= limit) | (ids < 0)))
+        behind = column + (kind == "label")
         prefix, segments = self.dataset.locate(first_sample + int(self.rows[tuple(place)]))
-        behind = column
         for document, offset, length in segments:
             if behind < length:
                 break
             behind -= length
         raise UserError(
-            f"data: {prefix} holds token id {tokens[(*place, column)]} in document {document} at token "
+            f"data: {prefix} holds {kind} id {ids[(*place, column)]} in document {document} at token "
             f"{offset + behind}, but "
-            f"model.vocab_size = {self.dataset.vocab_size} allows 0 to {self.dataset.vocab_size - 1}; "
+            f"model.vocab_size = {limit} allows 0 to {limit - 1}; "
             "raise it, or prepare the text with the tokenizer that the model is for."
         )
 

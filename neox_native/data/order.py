@@ -1,26 +1,68 @@
-"""Which tokens a sample is made of and which samples a step consumes: pure arithmetic, no files, no ranks.
+"""Which sample comes when, and which rank reads it: pure arithmetic, no files, no ranks of its own.
 
-[Note: order terms] A *document* is one sequence of a token file. *Packing* lays the documents of a split end to end
-and cuts the stream into *samples* of S + 1 tokens; neighbours share one token, because the last token of one is the
-first target of the next. A *segment* (document, offset, length) is the part of a sample that lies in one document.
+`np.random.RandomState` is frozen by NumPy, so that a seed means the same order for ever. The terms are those of
+[Note: packing terms]. Three orders:
 
-The order "neox" is GPT-NeoX's to the token: `np.random.RandomState` is frozen by NumPy, so a seed means the same
-order for ever.
+- "neox": GPT-NeoX's to the token. All epochs that the run needs are shuffled together: a longer run may have another
+order.
+- "epoch": each epoch is shuffled on its own, from (seed, documents, epoch): a longer run continues a shorter one.
+- "stored": row i of the file is sample i, for files that were shuffled and cut beforehand, as Pythia's were.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from bisect import bisect_right
+from dataclasses import dataclass
+from threading import Lock
+from typing import Protocol
 
 import numpy as np
 
+from neox_native.data.packing import PackedStream, Packing, Segment, Stream, WholeDocuments, starts_of_samples
 
-class Segment(NamedTuple):
-    """`length` tokens of `document`, from `offset` on [tokens]."""
+ENDLESS = 2**62
+"""Number of samples of an order that never ends."""
 
-    document: int
-    offset: int
-    length: int
+
+@dataclass(frozen=True)
+class Corpus:
+    """What an order arranges: a range of the documents of a file, and how they are cut into samples."""
+
+    documents: range
+    sizes: np.ndarray
+    """Tokens of every document of the file, i32."""
+    seq_length: int
+    packing: Packing
+    usable: np.ndarray
+    """Whether a document may be read, bool, for every document of the file; "packed" takes them all."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the documents."""
+        return int(self.sizes[self.documents.start : self.documents.stop].sum(dtype=np.int64))
+
+    def stream(self, document_order: np.ndarray) -> Stream:
+        """The documents in this order, cut into samples; unusable ones are left out."""
+        if self.packing == "packed":
+            return PackedStream(document_order, self.sizes, self.seq_length)
+        kept = document_order[self.usable[document_order]]
+        starts = starts_of_samples(self.sizes[kept], self.seq_length, self.packing)
+        return WholeDocuments(kept, self.sizes, self.seq_length, starts)
+
+
+class Order(Protocol):
+    """Samples in the order in which a run reads them."""
+
+    num_samples: int
+
+    def segments(self, sample: int) -> list[Segment]:
+        """The tokens of sample number `sample`."""
+
+    def samples_of(self, document: int, stop: int) -> np.ndarray:
+        """Which of the samples below `stop` hold a token of a document, ascending, int64."""
+
+    def fingerprint(self) -> dict[str, object]:
+        """What the order depends on beside the corpus and the seed."""
 
 
 def split_documents(shares: list[float], num_documents: int) -> list[range]:
@@ -50,68 +92,141 @@ def shuffled_samples(num_samples: int, rng: np.random.RandomState) -> np.ndarray
     return order
 
 
-class PackedStream:
-    """Documents laid end to end and cut every S tokens; see [Note: order terms].
-
-    No sample index is stored: a binary search in the running total costs no more than reading the sample.
-    """
-
-    def __init__(self, document_order: np.ndarray, sizes: np.ndarray, seq_length: int) -> None:
-        self.document_order, self.seq_length = document_order, seq_length
-        self._end = np.cumsum(sizes[document_order], dtype=np.int64)
-        """Stream position just behind each document [tokens]."""
-        self.num_samples = max(0, int(self._end[-1]) - 1) // seq_length if len(self._end) else 0
-
-    def start(self, sample: int) -> tuple[int, int]:
-        """Position in `document_order` and offset in that document of the sample's first token."""
-        if sample == 0:
-            return 0, 0
-        position = int(self._end.searchsorted(sample * self.seq_length, side="right"))
-        return position, sample * self.seq_length - (int(self._end[position - 1]) if position else 0)
-
-    def segments(self, sample: int) -> list[Segment]:
-        """The S + 1 tokens of one sample, in reading order; empty documents leave no segment."""
-        position, offset = self.start(sample)
-        stream_position = sample * self.seq_length
-        stop = stream_position + self.seq_length + 1
-        found = []
-        while stream_position < stop:
-            length = min(int(self._end[position]), stop) - stream_position
-            if length:
-                found.append(Segment(int(self.document_order[position]), offset, length))
-            stream_position += length
-            position, offset = position + 1, 0
-        return found
+def _numbers(documents: range) -> np.ndarray:
+    return np.arange(documents.start, documents.stop, dtype=np.int32)
 
 
 class NeoxOrder:
-    """The packed order of GPT-NeoX: all epochs' documents shuffled together, then all samples.
+    """GPT-NeoX's order; `num_samples` is what the run needs and decides the number of epochs.
 
-    `sizes` are the tokens of *every* sequence of the file, `documents` the split's range of them. The split must
-    hold at least S + 1 tokens. `num_samples` is what the run needs; it decides the number of epochs, and through it
-    the order.
+    Packed samples are shuffled after the documents; the other packings draw the order of the samples first, then
+    shuffle the documents once an epoch ("pack_until_overflow") or leave them in the order of the file ("unpacked").
+    There a row ends with its last document, where GPT-NeoX lets the first token of the next one in.
     """
 
-    def __init__(self, documents: range, sizes: np.ndarray, seq_length: int, num_samples: int, seed: int) -> None:
-        tokens_per_epoch = int(sizes[documents.start : documents.stop].sum(dtype=np.int64))
-        self.epochs = epochs_needed(tokens_per_epoch, seq_length, num_samples)
+    def __init__(self, corpus: Corpus, num_samples: int, seed: int) -> None:
         rng = np.random.RandomState(seed)
-        document_order = np.tile(np.arange(documents.start, documents.stop, dtype=np.int32), self.epochs)
-        rng.shuffle(document_order)
-        self.stream = PackedStream(document_order, sizes, seq_length)
-        self.shuffle = shuffled_samples(self.stream.num_samples, rng)
-        self.num_samples = self.stream.num_samples
+        self.packing = corpus.packing
+        if corpus.packing == "packed":
+            self.epochs = epochs_needed(corpus.num_tokens, corpus.seq_length, num_samples)
+            document_order = np.tile(_numbers(corpus.documents), self.epochs)
+            rng.shuffle(document_order)
+            self.stream = corpus.stream(document_order)
+            self.shuffle = shuffled_samples(self.stream.num_samples, rng)
+        else:
+            self.shuffle = shuffled_samples(num_samples, rng)
+            self._lay_out_whole_documents(corpus, rng)
+        self.num_samples = len(self.shuffle)
+
+    def _lay_out_whole_documents(self, corpus: Corpus, rng: np.random.RandomState) -> None:
+        epoch, parts = _numbers(corpus.documents), []
+        samples, missing = 0, 1
+        while missing > 0:
+            for _ in range(missing):
+                if corpus.packing == "pack_until_overflow":
+                    rng.shuffle(epoch)
+                parts.append(epoch.copy())
+            self.stream = corpus.stream(np.concatenate(parts))
+            samples = self.stream.num_samples - 1
+            missing = -(-(len(self.shuffle) - samples) * len(parts) // max(1, samples))
+        self.epochs = len(parts)
 
     def segments(self, sample: int) -> list[Segment]:
-        """The tokens of the stream's sample number `sample`."""
+        """See `Order.segments`."""
         return self.stream.segments(int(self.shuffle[sample]))
+
+    def samples_of(self, document: int, stop: int) -> np.ndarray:
+        """See `Order.samples_of`."""
+        return np.flatnonzero(np.isin(self.shuffle[:stop], self.stream.samples_of(document)))
+
+    def fingerprint(self) -> dict[str, object]:
+        """See `Order.fingerprint`."""
+        packed = self.packing == "packed"
+        return {"order": "neox", "epochs": self.epochs} if packed else {"order": "neox", "samples": self.num_samples}
+
+
+class EpochOrder:
+    """Epoch after epoch without end, each shuffled on its own. An epoch is computed when it is first read."""
+
+    def __init__(self, corpus: Corpus, seed: int) -> None:
+        self.corpus, self.seed, self.num_samples = corpus, seed, ENDLESS
+        self._lock = Lock()
+        self._recent: dict[int, tuple[Stream, np.ndarray]] = {}
+        self._starts = [0, self._epoch(0)[0].num_samples]
+        """First sample of each epoch known so far and of the one behind it; grows only where epochs differ in
+        length."""
+
+    def _epoch(self, number: int) -> tuple[Stream, np.ndarray]:
+        """Stream and order of the samples of one epoch; the two computed last are kept."""
+        if number not in self._recent:
+            documents, num_tokens = _numbers(self.corpus.documents), self.corpus.num_tokens
+            key = [self.seed, self.corpus.documents.start, len(documents), num_tokens % 2**32, num_tokens >> 32, number]
+            rng = np.random.RandomState(key)
+            rng.shuffle(documents)
+            stream = self.corpus.stream(documents)
+            self._recent[number] = stream, shuffled_samples(stream.num_samples, rng)
+            if len(self._recent) > 2:
+                del self._recent[next(iter(self._recent))]
+        return self._recent[number]
+
+    def _find(self, sample: int) -> tuple[int, int]:
+        """Epoch of a sample and the epoch's first sample. Only "pack_until_overflow" has epochs of unequal length."""
+        if self.corpus.packing != "pack_until_overflow":
+            epoch = sample // self._starts[1]
+            return epoch, epoch * self._starts[1]
+        while self._starts[-1] <= sample:
+            self._starts.append(self._starts[-1] + self._epoch(len(self._starts) - 1)[0].num_samples)
+        epoch = bisect_right(self._starts, sample) - 1
+        return epoch, self._starts[epoch]
+
+    def segments(self, sample: int) -> list[Segment]:
+        """See `Order.segments`; safe to call from several threads."""
+        with self._lock:
+            epoch, first = self._find(sample)
+            stream, shuffle = self._epoch(epoch)
+        return stream.segments(int(shuffle[sample - first]))
+
+    def samples_of(self, document: int, stop: int) -> np.ndarray:
+        """See `Order.samples_of`; computes every epoch below `stop`."""
+        found, first = [np.empty(0, np.int64)], 0
+        while first < stop:
+            with self._lock:
+                epoch, _ = self._find(first)
+                stream, shuffle = self._epoch(epoch)
+            found.append(first + np.flatnonzero(np.isin(shuffle, stream.samples_of(document))))
+            first += len(shuffle)
+        samples = np.concatenate(found)
+        return samples[samples < stop]
+
+    def fingerprint(self) -> dict[str, object]:
+        """See `Order.fingerprint`."""
+        return {"order": "epoch"}
+
+
+class StoredOrder:
+    """Row i of the file is sample i."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.documents, self.length, self.num_samples = corpus.documents, corpus.seq_length + 1, len(corpus.documents)
+
+    def segments(self, sample: int) -> list[Segment]:
+        """See `Order.segments`."""
+        return [Segment(self.documents[sample], 0, self.length)]
+
+    def samples_of(self, document: int, stop: int) -> np.ndarray:
+        """See `Order.samples_of`."""
+        samples = np.array([document - self.documents.start], np.int64)
+        return samples[(samples >= 0) & (samples < min(stop, self.num_samples))]
+
+    def fingerprint(self) -> dict[str, object]:
+        """See `Order.fingerprint`."""
+        return {"order": "stored"}
 
 
 def rows_of_rank(num_rows: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:
     """Rows of a step's global batch that one data rank reads, int64 [microbatches, micro_batch_size].
 
-    Row b of microbatch g on rank r is g * dp * micro + r * micro + b: the set of a step depends on its global batch
-    size alone.
+    Row b of microbatch g on rank r is g * dp * micro + r * micro + b: the set of a step depends on its size alone.
     """
     assert num_rows % (micro_batch_size * dp_size) == 0, (num_rows, micro_batch_size, dp_size)
     return np.arange(num_rows, dtype=np.int64).reshape(-1, dp_size, micro_batch_size)[:, dp_rank]

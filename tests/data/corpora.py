@@ -5,6 +5,7 @@ Everything here is written with plain loops over bytes and tokens and shares no 
 
 from __future__ import annotations
 
+import math
 import random
 import struct
 from pathlib import Path
@@ -61,3 +62,51 @@ def neox_samples(
     shuffle = np.arange(count, dtype=np.uint32)
     rng.shuffle(shuffle)
     return [packed[sample] for sample in shuffle]
+
+
+def whole_document_samples(
+    documents: list[list[int]],
+    usable: list[int],
+    packing: str,
+    seq_length: int,
+    needed: int,
+    seed: int,
+    first: int,
+    stop: int,
+) -> list[list[int]]:
+    """The samples of the order "neox" for the packings that never cut between two samples, unpadded."""
+    rng = np.random.RandomState(seed)
+    shuffle = np.arange(needed)
+    rng.shuffle(shuffle)
+    numbers = np.arange(first, stop)
+    samples: list[list[int]] = []
+    while len(samples) <= needed:
+        if packing == "pack_until_overflow":
+            rng.shuffle(numbers)
+        for number in numbers:
+            if number not in usable:
+                continue
+            document = documents[number]
+            if packing == "pack_until_overflow" and samples and len(samples[-1]) + len(document) <= seq_length + 1:
+                samples[-1] += document
+            else:
+                samples.append(list(document))
+    return [samples[sample][: seq_length + 1] for sample in shuffle]
+
+
+def blend(weights: list[float], count: int) -> list[tuple[int, int]]:
+    """For each sample of a blended stream the dataset and its sample, one comparison at a time."""
+    shares = [weight / sum(weights) for weight in weights]
+    total = float(np.sum(np.array(shares)))
+    shares = [share / total for share in shares]
+    given = [0] * len(weights)
+    found = []
+    for sample in range(count):
+        best, most = 0, -math.inf
+        for number, share in enumerate(shares):
+            lag = share * float(max(sample, 1)) - given[number]
+            if lag > most:
+                best, most = number, lag
+        found.append((best, given[best]))
+        given[best] += 1
+    return found

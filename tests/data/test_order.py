@@ -5,11 +5,27 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from neox_native.data.order import NeoxOrder, epochs_needed, rows_of_rank, split_documents
-from tests.data.corpora import neox_samples, random_documents
+from neox_native.data.order import (
+    Corpus,
+    EpochOrder,
+    NeoxOrder,
+    Order,
+    StoredOrder,
+    epochs_needed,
+    rows_of_rank,
+    split_documents,
+)
+from tests.data.corpora import neox_samples, random_documents, whole_document_samples
 
 
-def read(documents: list[list[int]], order: NeoxOrder, sample: int) -> list[int]:
+def corpus(
+    sizes: list[int], seq_length: int, first: int = 0, packing: str = "packed", usable: list[bool] | None = None
+) -> Corpus:
+    mask = None if usable is None else np.array(usable)
+    return Corpus(range(first, len(sizes)), np.array(sizes, np.int32), seq_length, packing, mask)  # type: ignore[arg-type]
+
+
+def read(documents: list[list[int]], order: Order, sample: int) -> list[int]:
     segments = order.segments(sample)
     assert all(segment.length > 0 for segment in segments)
     return [token for document, offset, length in segments for token in documents[document][offset : offset + length]]
@@ -21,8 +37,8 @@ def test_neox_order_equals_a_plain_reading(seed: int) -> None:
     documents = random_documents(seed, int(draw.randint(1, 30)), longest=int(draw.choice([3, 40]))) + [[7, 8, 9]] * 4
     seq_length, needed = int(draw.choice([1, 2, 7, 10])), int(draw.randint(0, 120))
     first = int(draw.randint(0, len(documents) - 3))
-    sizes = np.array([len(document) for document in documents], np.int32)
-    order = NeoxOrder(range(first, len(documents)), sizes, seq_length, needed, seed)
+    sizes = [len(document) for document in documents]
+    order = NeoxOrder(corpus(sizes, seq_length, first), needed, seed)
     expected = neox_samples(documents, first, len(documents), seq_length, needed, seed)
     assert order.num_samples == len(expected) >= needed
     assert [read(documents, order, sample) for sample in range(order.num_samples)] == expected
@@ -33,14 +49,14 @@ def test_neox_order_equals_a_plain_reading(seed: int) -> None:
 def test_exact_boundaries_and_empty_documents(sizes: list[int], seq_length: int) -> None:
     documents = [[100 * number + token for token in range(size)] for number, size in enumerate(sizes)]
     for needed in (1, 11 // seq_length, 40):
-        order = NeoxOrder(range(len(sizes)), np.array(sizes, np.int32), seq_length, needed, seed=5)
+        order = NeoxOrder(corpus(sizes, seq_length), needed, seed=5)
         expected = neox_samples(documents, 0, len(sizes), seq_length, needed, seed=5)
         assert [read(documents, order, sample) for sample in range(order.num_samples)] == expected
 
 
 def test_neighbouring_samples_share_one_token() -> None:
     documents = [list(range(50))]
-    order = NeoxOrder(range(1), np.array([50], np.int32), 7, 1, seed=0)
+    order = NeoxOrder(corpus([50], 7), 1, seed=0)
     packed = [
         [
             token
@@ -53,8 +69,8 @@ def test_neighbouring_samples_share_one_token() -> None:
 
 
 def test_totals_beyond_32_bits_do_not_overflow() -> None:
-    sizes = np.full(3, 2**31 - 1, np.int32)
-    order = NeoxOrder(range(3), sizes, 2**20, 1, seed=0)
+    sizes = [2**31 - 1] * 3
+    order = NeoxOrder(corpus(sizes, 2**20), 1, seed=0)
     last = order.stream.segments(order.num_samples - 1)
     assert last[-1].offset + last[-1].length <= 2**31 - 1 and min(segment.offset for segment in last) >= 0
 
@@ -90,3 +106,69 @@ def test_the_rows_of_all_ranks_are_the_global_batch_whatever_the_layout(dp_size:
                 assert rows[group, row] == group * dp_size * micro + rank * micro + row
         seen += rows.flatten().tolist()
     assert sorted(seen) == list(range(24))
+
+
+@pytest.mark.parametrize("packing", ["pack_until_overflow", "unpacked"])
+@pytest.mark.parametrize("seed", range(12))
+def test_whole_documents_equal_a_plain_reading(packing: str, seed: int) -> None:
+    documents = random_documents(seed, 17, longest=int([6, 15, 40][seed % 3])) + [[1, 2], [3, 4]]
+    sizes = [len(document) for document in documents]
+    usable = [size > 1 and number % 7 != 3 for number, size in enumerate(sizes)]
+    for needed in (0, 1, 5, 60):
+        order = NeoxOrder(corpus(sizes, 10, 4, packing, usable), needed, seed)
+        kept = [number for number in range(4, 19) if usable[number]]
+        expected = whole_document_samples(documents, kept, packing, 10, needed, seed, 4, 19)
+        assert [read(documents, order, sample) for sample in range(order.num_samples)] == expected
+
+
+PACKINGS = ["packed", "pack_until_overflow", "unpacked"]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_every_epoch_reads_each_token_once_in_an_order_of_its_own(packing: str) -> None:
+    sizes = [5, 3, 9, 1, 4, 8, 2]
+    documents = [[100 * number + token for token in range(size)] for number, size in enumerate(sizes)]
+    order = EpochOrder(corpus(sizes, 9 if packing != "packed" else 4, 0, packing, [True] * 7), seed=3)
+    everything = sorted(token for document in documents for token in document)
+    position, epochs = 0, []
+    for _ in range(4):
+        seen: list[int] = []
+        first = position
+        while (sample := read(documents, order, position)) and len(seen) < (28 if packing == "packed" else 32):
+            seen += sample[:-1] if packing == "packed" else sample
+            position += 1
+        epochs.append(seen)
+        assert len(set(seen)) == len(seen) and position > first
+        assert packing == "packed" or sorted(seen) == everything
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_an_endless_order_may_be_entered_anywhere(packing: str) -> None:
+    made = [EpochOrder(corpus([5, 3, 9, 1, 4, 8, 2], 5, 0, packing, [True] * 7), seed=3) for _ in range(2)]
+    forwards = [made[0].segments(sample) for sample in range(40)]
+    assert [made[1].segments(sample) for sample in reversed(range(40))] == forwards[::-1]
+
+
+def test_stored_rows_come_as_they_lie() -> None:
+    order = StoredOrder(corpus([6] * 5, 5, first=2))
+    assert [order.segments(sample) for sample in range(order.num_samples)] == [
+        [(2 + sample, 0, 6)] for sample in range(3)
+    ]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("kind", ["neox", "epoch", "stored"])
+def test_samples_of_a_document_are_those_that_hold_a_token_of_it(packing: str, kind: str) -> None:
+    sizes = [6] * 9 if kind == "stored" else [5, 3, 9, 0, 1, 4, 28, 2, 7]
+    described = corpus(sizes, 5, 1, packing, [size > 0 for size in sizes])
+    made: dict[str, Order] = {
+        "neox": NeoxOrder(described, 30, 1),
+        "epoch": EpochOrder(described, 1),
+        "stored": StoredOrder(described),
+    }
+    order = made[kind]
+    stop = min(25, order.num_samples)
+    for document in range(9):
+        expected = [i for i in range(stop) if any(segment.document == document for segment in order.segments(i))]
+        assert order.samples_of(document, stop).tolist() == expected

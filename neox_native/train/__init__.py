@@ -1,0 +1,1 @@
+"""Training: build the pieces, run the steps, keep the run."""

@@ -1,0 +1,120 @@
+"""From this rank's parts of the model to an optimizer that owns their parameters, and an engine that runs them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from neox_native.config.schema import Config, Parallel
+from neox_native.model import initialize
+from neox_native.model.transformer import Transformer
+from neox_native.optim.groups import decays, optimizer_factory
+from neox_native.parallel import tensor
+from neox_native.parallel.assemble import DTYPES, assemble, local_slice
+from neox_native.parallel.pipeline import Pipeline
+from neox_native.parallel.stages import rank_of_stage
+from neox_native.train.engine import Engine, SingleStage
+from neox_native.zero.layout import ZeroStage
+from neox_native.zero.optimizer import ShardedOptimizer
+from neox_native.zero.unit import ParameterSpec, Unit
+
+
+def build_model(config: Config, mesh: DeviceMesh, device: torch.device) -> tuple[dict[int, Transformer], ShardedOptimizer]:
+    """This rank's parts of the model, materialised, and the optimizer that owns their parameters.
+
+    The last step of `parallel/assemble.py`'s order: only the optimizer knows which rows of a parameter this rank
+    keeps, so it materialises them, one full parameter in memory at a time.
+    """
+    parts = assemble(config.model, config.parallel, config.training, config.compile, mesh)
+    optimizer = ShardedOptimizer(
+        units_of(parts, config.parallel, mesh),
+        mesh,
+        ZeroStage(config.parallel.zero_stage),
+        optimizer_factory(config.optimizer),
+        DTYPES[config.training.precision],
+        device,
+    )
+
+    def draw(spec: ParameterSpec) -> Tensor:
+        full = initialize.draw(spec.name, spec.parameter.shape, config.model, config.run.seed)
+        return local_slice(full, spec.parameter)
+
+    optimizer.materialize(draw)
+    for part in parts.values():
+        part.build_tables(device)
+        if config.parallel.tp > 1:
+            tensor.shard_tables(part, mesh["tp"])
+    return parts, optimizer
+
+
+def units_of(parts: dict[int, Transformer], parallel: Parallel, mesh: DeviceMesh) -> dict[int, list[Unit]]:
+    """What ZeRO shards together, for each stage of this rank: the embedding, each block, and the head with its norm."""
+    tied_group = _ends_of_the_pipeline(parallel, mesh)
+    tp_group = mesh.get_group("tp") if parallel.tp > 1 else None
+    first_tp_rank = mesh.get_local_rank("tp") == 0
+    owned: set[int] = set()
+
+    def spec(part: Transformer, local_name: str, parameter: nn.Parameter) -> ParameterSpec:
+        name, sum_over = part.global_name(local_name), []
+        if tp_group is not None and tensor.has_partial_gradient(name, parallel.sequence_parallel):
+            sum_over.append(tp_group)
+        copy_of_first = False
+        if part.config.tie_embeddings and name == "embed_in.weight" and tied_group is not None:
+            sum_over.append(tied_group)
+            copy_of_first = part.embed_in is None
+        sharded = isinstance(parameter, DTensor) and isinstance(parameter.placements[0], Shard)
+        counted = (sharded or first_tp_rank) and not copy_of_first
+        return ParameterSpec(name, parameter, decays(name), tuple(sum_over), counted)
+
+    def unit(part: Transformer, name: str, modules: list[nn.Module | None], prefixes: tuple[str, ...]) -> Unit | None:
+        found = [(n, p) for n, p in part.named_parameters() if n.startswith(prefixes) and id(p) not in owned]
+        owned.update(id(parameter) for _, parameter in found)
+        specs = [spec(part, local_name, parameter) for local_name, parameter in found]
+        present = tuple(module for module in modules if module is not None)
+        return Unit(name, present, specs) if specs else None
+
+    units: dict[int, list[Unit]] = {}
+    for number, part in parts.items():
+        tied_here = part.config.tie_embeddings and part.embed_in is not None and part.embed_out is not None
+        embedding = [part] if tied_here else [part.embed_in, part.embed_pos]
+        found = [unit(part, "embedding", embedding, ("embed_in.", "embed_pos."))]
+        found += [unit(part, f"layers.{n}", [block], (f"layers.{n}.",)) for n, block in part.layers.items()]
+        found += [unit(part, "head", [part.final_layer_norm, part.embed_out], ("final_layer_norm.", "embed_out."))]
+        units[number] = [each for each in found if each is not None]
+    return units
+
+
+def _ends_of_the_pipeline(parallel: Parallel, mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The group of this column's first and last stage; None elsewhere, and where both are on one rank. Collective."""
+    last_stage = parallel.pp * parallel.virtual_stages - 1
+    last = rank_of_stage(last_stage, parallel.pp, parallel.pipeline_schedule)
+    if last == 0:
+        return None
+    columns = mesh.mesh[[0, last]].flatten(1).T.tolist()
+    mine, _ = dist.new_subgroups_by_enumeration(columns)
+    return mine
+
+
+def build_engine(
+    config: Config, mesh: DeviceMesh, device: torch.device, parts: dict[int, Transformer], optimizer: ShardedOptimizer
+) -> Engine:
+    """What runs a step's microbatches: a loop, or the pipeline's schedule."""
+    parallel, training, model = config.parallel, config.training, config.model
+    if parallel.pp == 1:
+        return SingleStage(parts[0], optimizer)
+    return Pipeline(
+        parts,
+        num_stages=parallel.pp * parallel.virtual_stages,
+        schedule=parallel.pipeline_schedule,
+        num_microbatches=training.global_batch_size // (training.micro_batch_size * parallel.dp),
+        microbatch_shape=(training.micro_batch_size, model.seq_length),
+        hidden_length=model.seq_length // (parallel.tp if parallel.sequence_parallel else 1),
+        dtype=DTYPES[training.precision],
+        device=device,
+        pp_group=mesh.get_group("pp"),
+        sink=optimizer,
+    )

@@ -1,0 +1,87 @@
+"""What a checkpoint of a run holds, and whether one fits this run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from neox_native.config.schema import Config
+from neox_native.data.dataset import check_fingerprint
+from neox_native.errors import UserError
+from neox_native.mesh import AXES
+from neox_native.model.initialize import seed_of
+from neox_native.optim.loss_scale import LossScale
+from neox_native.zero.optimizer import ShardedOptimizer
+
+
+def seed_dropout(config: Config, mesh: DeviceMesh) -> None:
+    """Seed this rank's random stream, which only dropout draws from.
+
+    Ranks of one tp group hold the same residual stream, so they must drop the same elements; with sequence
+    parallelism they hold different tokens, so they must not.
+    """
+    pp, dp, tp = (mesh.get_local_rank(axis) for axis in AXES)
+    tp = tp if config.parallel.sequence_parallel else 0
+    torch.manual_seed(seed_of(config.run.seed, f"dropout.{pp}.{dp}.{tp}"))
+
+
+def random_state(mesh: DeviceMesh, device: torch.device) -> dict[str, Tensor]:
+    """The state of this rank's random generators, named by its place in the mesh."""
+    place = ".".join(f"{axis}{mesh.get_local_rank(axis)}" for axis in AXES)
+    state = {f"rng.cpu.{place}": torch.get_rng_state()}
+    if device.type == "cuda":
+        state[f"rng.cuda.{place}"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Undo `random_state`."""
+    for name, value in state.items():
+        if name.startswith("rng.cpu."):
+            torch.set_rng_state(value)
+        elif name.startswith("rng.cuda."):
+            torch.cuda.set_rng_state(value, device)
+
+
+LAYOUT_DEPENDENT = ("rng.", "loss_scale.")
+"""Names that another layout or precision may lack; they then keep their first values."""
+
+
+def run_state(
+    optimizer: ShardedOptimizer, loss_scale: LossScale | None, mesh: DeviceMesh, device: torch.device
+) -> dict[str, Tensor]:
+    """Everything that changes while a run trains, under global names: weights, optimizer state, loss scale, random state."""
+    state = dict(optimizer.state_dict()) | random_state(mesh, device)
+    scale = loss_scale.state_dict() if loss_scale else {}
+    return state | {f"loss_scale.{name}": value for name, value in scale.items()}
+
+
+def metadata(config: Config, step: int, consumed_samples: int, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says about itself."""
+    parallel = config.parallel
+    return {
+        "step": step,
+        "consumed_samples": consumed_samples,
+        "data": fingerprint,
+        "model": asdict(config.model),
+        "layout": {"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp, "zero_stage": parallel.zero_stage},
+        "torch": torch.__version__,
+    }
+
+
+def check_fits(saved: dict[str, Any], config: Config, fingerprint: dict[str, Any]) -> None:
+    """Raise `UserError` where resuming from a checkpoint would not continue its run.
+
+    In bitwise mode a change of layout is refused too: sums are then taken in another order.
+    """
+    check_fingerprint(saved["data"], fingerprint, "training")
+    here = metadata(config, 0, 0, fingerprint)["layout"]
+    if config.run.determinism == "bitwise" and saved["layout"] != here:
+        raise UserError(
+            f'run.determinism = "bitwise", but the checkpoint of step {saved["step"]} was written by {saved["layout"]} and '
+            f'this run is {here}; numbers would agree to rounding only. Start it in the old layout, or set run.determinism = "fast".'
+        )

@@ -1,0 +1,190 @@
+"""A few optimizer steps of a config on any mesh, and what one process makes of the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Shard
+
+from neox_native.config.check import require
+from neox_native.config.schema import Compile, Config, Model, Optimizer, Parallel, Training
+from neox_native.data.loader import StepBatch
+from neox_native.data.order import rows_of_rank
+from neox_native.mesh import AXES, build_mesh
+from neox_native.optim.loss_scale import LossScale
+from neox_native.train.build import build_engine, build_model
+from neox_native.train.evaluate import evaluate
+from neox_native.train.step import Losses, TrainStep
+from tests.ranks import run_ranks
+
+STEPS = 3
+CPU = torch.device("cpu")
+MODEL = Model(num_layers=4, hidden_size=32, num_heads=4, seq_length=16, vocab_size=60, vocab_multiple_of=16)
+MODELS = {
+    "parallel": MODEL,
+    "sequential": replace(MODEL, parallel_residual=False),
+    "tied": replace(MODEL, tie_embeddings=True),
+}
+# A key's bias shifts all scores of a query alike, so its gradient is rounding noise around zero, which Adam would blow up to
+# steps of the full rate: eps keeps it small.
+OPTIMIZERS = {
+    "sgd": Optimizer(name="sgd", lr=0.1, momentum=0.9, weight_decay=0.1),
+    "adamw": Optimizer(lr=1e-3, eps=1e-6),
+}
+
+
+def config_of(parallel: Parallel, model: str = "parallel", optimizer: str = "sgd", compiled: bool = False, **training) -> Config:
+    """A checked config with 8 sequences a step."""
+    settings = Training(**{"global_batch_size": 8, "micro_batch_size": 1, "clip_grad_norm": 1.0, "steps": STEPS, **training})
+    config = Config(
+        model=MODELS[model], training=settings, parallel=parallel, optimizer=OPTIMIZERS[optimizer], compile=Compile(compiled)
+    )
+    return require(config, parallel.pp * parallel.dp * parallel.tp)
+
+
+def batch(config: Config, step: int, dp_rank: int, masked: bool) -> StepBatch:
+    """This data rank's share of the step's random batch; with `masked`, a ragged part of the targets does not count."""
+    model, training = config.model, config.training
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(0, model.vocab_size, (training.global_batch_size, model.seq_length + 1), generator=generator)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    if masked:
+        for row in range(training.global_batch_size):
+            targets[row, : 2 * row] = -100
+    rows = torch.as_tensor(rows_of_rank(training.global_batch_size, training.micro_batch_size, dp_rank, config.parallel.dp))
+    targets = targets[rows]
+    return StepBatch(inputs[rows], targets, rows, (step + 1) * training.global_batch_size, 0, int((targets >= 0).sum()))
+
+
+@dataclass
+class Shards:
+    """One rank's part of every parameter it holds: (place, tp dim or None, tensor) by name."""
+
+    place: tuple[int, int, int]
+    of: dict[str, tuple[int | None, torch.Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What a run on one rank showed."""
+
+    losses: list[float]
+    norms: list[float]
+    evaluation: float
+    gradients: Shards
+    weights: Shards
+
+
+def shards(optimizer, place: tuple[int, int, int], what: str) -> Shards:
+    """This rank's "gradient" or "shard" (fp32 master) of each parameter."""
+    found = Shards(place)
+    for trained in optimizer.trained:
+        placement = trained.spec.placement
+        dim = placement.dim if isinstance(placement, Shard) else None
+        found.of[trained.spec.name] = dim, getattr(trained, what).clone()
+    return found
+
+
+def train(config: Config, masked: bool = False) -> Outcome:
+    """Run `STEPS` steps on this rank."""
+    torch.manual_seed(0)
+    mesh = build_mesh(config.parallel, CPU)
+    place = tuple(mesh.get_local_rank(axis) for axis in AXES)
+    parts, optimizer = build_model(config, mesh, CPU)
+    engine, losses = build_engine(config, mesh, CPU, parts, optimizer), Losses(mesh, CPU)
+    scale = LossScale(config.training, CPU) if config.training.precision == "fp16" else None
+    step = TrainStep(engine, optimizer, losses, config.training.clip_grad_norm, scale)
+    gradients: list[Shards] = []
+    update = optimizer._update
+
+    def noting(*arguments):
+        if not gradients:
+            gradients.append(shards(optimizer, place, "gradient"))
+        update(*arguments)
+
+    optimizer._update = noting
+    found, norms = [], []
+    for number in range(STEPS):
+        result = step(batch(config, number, place[1], masked), config.optimizer.lr)
+        found.append(total(result.loss, mesh))
+        norms.append(result.grad_norm.item())
+    evaluation = evaluate(engine, parts.values(), losses, [batch(config, 50, place[1], masked)])
+    return Outcome(found, norms, total(evaluation, mesh), gradients[0], shards(optimizer, place, "shard"))
+
+
+def total(value: torch.Tensor, mesh) -> float:
+    """Sum over dp and pp."""
+    value = value.double()
+    for axis in ("dp", "pp"):
+        dist.all_reduce(value, group=mesh.get_group(axis))
+    return value.item()
+
+
+def whole(parts: list[Shards], sharded: bool = False) -> dict[str, torch.Tensor]:
+    """Full tensors from all ranks' parts, which are `sharded` over dp or not. Stages that share one must agree on it."""
+    full: dict[str, torch.Tensor] = {}
+    for name in sorted({name for part in parts for name in part.of}):
+        columns: dict[int, dict[tuple[int, int], torch.Tensor]] = {}
+        for part in parts:
+            if name in part.of:
+                columns.setdefault(part.place[0], {})[part.place[1:]] = part.of[name][1]
+                dim = part.of[name][0]
+        candidates = [_join(pieces, dim, sharded) for pieces in columns.values()]
+        assert all(torch.allclose(candidates[0], other, atol=1e-6) for other in candidates), f"{name} differs between stages"
+        full[name] = candidates[0]
+    return full
+
+
+def _join(pieces: dict[tuple[int, int], torch.Tensor], dim: int | None, sharded: bool) -> torch.Tensor:
+    ranks = sorted(pieces)
+    by_tp = []
+    for tp in sorted({tp for _, tp in ranks}):
+        rows = [pieces[place] for place in ranks if place[1] == tp]
+        by_tp.append(torch.cat(rows) if sharded else rows[0])
+    return by_tp[0] if dim is None else torch.cat(by_tp, dim)
+
+
+@cache
+def serial(model: str, optimizer: str, masked: bool, precision: str) -> Outcome:
+    """The twin: one process, one microbatch a step."""
+    config = config_of(Parallel(dp=1), model, optimizer, micro_batch_size=8, precision=precision)
+    (outcome,) = run_ranks(1, train, config, masked)
+    return outcome
+
+
+def compare(
+    parallel: Parallel,
+    model: str = "parallel",
+    optimizer: str = "sgd",
+    masked: bool = False,
+    tolerance: float = 1e-5,
+    compiled: bool = False,
+    **training,
+) -> None:
+    """Assert that a layout's losses, gradient norms, evaluation, first gradients and last weights are the twin's."""
+    config = config_of(parallel, model, optimizer, compiled, **training)
+    expected = serial(model, optimizer, masked, training.get("precision", "fp32"))
+    outcomes = run_ranks(parallel.pp * parallel.dp * parallel.tp, train, config, masked)
+    for outcome in outcomes:
+        close(outcome.losses, expected.losses, tolerance)
+        close(outcome.norms, expected.norms, tolerance)
+        close([outcome.evaluation], [expected.evaluation], tolerance)
+    sharded = parallel.zero_stage > 0 and parallel.dp > 1
+    found = whole([outcome.gradients for outcome in outcomes], sharded)
+    twin = whole([expected.gradients])
+    assert sorted(found) == sorted(twin)
+    for name, gradient in twin.items():
+        assert (found[name] - gradient).abs().max() <= tolerance * gradient.abs().max(), name
+    weights = whole([outcome.weights for outcome in outcomes], sharded)
+    for name, weight in whole([expected.weights]).items():
+        limit = 1e-6 if optimizer == "sgd" else 5e-5
+        assert (weights[name] - weight).abs().max() <= limit * tolerance / 1e-5, name
+
+
+def close(found: list[float], expected: list[float], relative: float) -> None:
+    """Assert that two lists of numbers agree."""
+    for mine, theirs in zip(found, expected, strict=True):
+        assert abs(mine - theirs) <= relative * abs(theirs), (found, expected)

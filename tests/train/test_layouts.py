@@ -1,0 +1,89 @@
+"""Three steps on every mesh against one process: losses, norms, evaluation, first gradients, last weights."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from neox_native.config.schema import Parallel
+from tests.train.runs import compare
+
+MESHES = [(1, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1), (2, 2, 2)]
+SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": 2, "looped_bfs": 2, "interleaved_zero_bubble": 2, "zbv": 2}
+
+
+def layout(pp: int, dp: int, tp: int, schedule: str = "1f1b", sequence_parallel: bool = False, zero_stage: int = 0) -> Parallel:
+    """A [parallel] section."""
+    return Parallel(pp, dp, tp, sequence_parallel, schedule, SCHEDULES[schedule] if pp > 1 else 1, zero_stage=zero_stage)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_accumulation_does_not_change_the_numbers(micro_batch_size):
+    compare(layout(1, 1, 1), micro_batch_size=micro_batch_size)
+
+
+@pytest.mark.parametrize(
+    "mesh, schedule, sequence_parallel, model",
+    [
+        ((1, 2, 1), "1f1b", False, "parallel"),
+        ((1, 2, 2), "1f1b", True, "sequential"),
+        ((2, 1, 2), "1f1b", False, "tied"),
+        ((2, 2, 1), "interleaved_1f1b", False, "tied"),
+        ((2, 2, 1), "zbv", False, "tied"),
+        ((2, 2, 2), "interleaved_zero_bubble", True, "parallel"),
+        ((2, 2, 2), "gpipe", False, "sequential"),
+        ((2, 1, 1), "looped_bfs", False, "sequential"),
+    ],
+    ids=str,
+)
+def test_a_layout_does_not_change_the_numbers(mesh, schedule, sequence_parallel, model):
+    compare(layout(*mesh, schedule, sequence_parallel), model)
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 2), (2, 2, 1)], ids=str)
+def test_a_layout_does_not_change_adamw(mesh):
+    compare(layout(*mesh, sequence_parallel=True), optimizer="adamw")
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 1), (1, 1, 2), (2, 2, 1)], ids=str)
+def test_masked_targets_weigh_the_same_in_every_layout(mesh):
+    compare(layout(*mesh), masked=True, micro_batch_size=2 if mesh[0] == 1 else 1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("mesh, stage", [((1, 2, 1), 1), ((1, 2, 2), 2), ((1, 4, 1), 3), ((2, 2, 1), 1), ((2, 2, 2), 3)], ids=str)
+def test_zero_does_not_change_the_numbers(mesh, stage, recompute):
+    compare(layout(*mesh, sequence_parallel=True, zero_stage=stage), micro_batch_size=1, activation_checkpointing=recompute)
+
+
+@pytest.mark.parametrize("mesh, stage", [((1, 1, 2), 0), ((2, 2, 1), 1), ((1, 2, 1), 3)], ids=str)
+def test_compiled_blocks_do_not_change_the_numbers(mesh, stage):
+    compare(layout(*mesh, sequence_parallel=True, zero_stage=stage), compiled=True)
+
+
+def every_layout():
+    """Meshes x schedules x residuals x sequence parallelism x accumulation splits, without what cannot differ."""
+    for mesh, residual, sequence_parallel, size in itertools.product(MESHES, ("parallel", "sequential"), (False, True), (1, 2)):
+        pp, dp, tp = mesh
+        for schedule in SCHEDULES if pp > 1 else ("1f1b",):
+            microbatches = 8 // (dp * size)
+            if (tp > 1 or not sequence_parallel) and microbatches >= (2 if pp > 1 else 1):
+                yield pytest.param(layout(*mesh, schedule, sequence_parallel), residual, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel, model, size", list(every_layout()))
+def test_every_layout_draws_the_serial_curve(parallel, model, size):
+    compare(parallel, model, micro_batch_size=size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("mesh", [(1, 2, 1), (1, 4, 1), (1, 2, 2), (2, 2, 1), (2, 2, 2)], ids=str)
+def test_every_zero_stage_draws_the_serial_curve(mesh, stage, optimizer, recompute, compiled):
+    parallel = layout(*mesh, sequence_parallel=True, zero_stage=stage)
+    compare(parallel, optimizer=optimizer, activation_checkpointing=recompute, compiled=compiled)

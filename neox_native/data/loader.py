@@ -43,11 +43,13 @@ class StepBatch:
 
 
 def hash_row(row: int, sample: int, tokens: np.ndarray) -> int:
-    """64-bit BLAKE2b hash of a row's number in its step, its sample number and its S + 1 tokens, all as
-    little-endian int64."""
-    digest = hashlib.blake2b(np.array([row, sample], "<i8").tobytes(), digest_size=8)
-    digest.update(tokens.astype("<i8", copy=False).tobytes())
-    return int.from_bytes(digest.digest(), "little")
+    """64 bits that stand for a row: its number in the step, its sample number and its S + 1 tokens.
+
+    The first 8 bytes of SHA-256 over the two numbers as int64 and the tokens as int32, everything little-endian.
+    """
+    digest = hashlib.sha256(np.array([row, sample], "<i8").tobytes())
+    digest.update(tokens.astype("<i4").tobytes())
+    return int.from_bytes(digest.digest()[:8], "little")
 
 
 def as_signed(value: int) -> int:
@@ -122,14 +124,15 @@ class StepReader:
         for place, row in rows.items():
             tokens[place] = row.tokens
             number = int(self.rows[place])
-            row_hash += hash_row(number, first_sample + number, tokens[place])
+            row_hash += hash_row(number, first_sample + number, row.tokens)
         self._check(first_sample, tokens, "token")
         targets = tokens[..., 1:].copy()
-        for place, row in rows.items():
-            if row.labels is not None:
-                targets[place] = np.where(row.labels[1:] < 0, IGNORED, row.labels[1:])
+        labelled = {place: row.labels[1:] for place, row in rows.items() if row.labels is not None}
+        for place, labels in labelled.items():
+            targets[place] = np.where(labels < 0, IGNORED, labels)
         is_target = targets != IGNORED
-        self._check(first_sample, np.where(is_target, targets, 0), "label")
+        if labelled:
+            self._check(first_sample, np.where(is_target, targets, 0), "label")
         document_ids, positions = self._segments(rows)
         return StepBatch(
             inputs=self._to_torch(tokens[..., :-1].copy()),

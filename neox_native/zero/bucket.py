@@ -12,7 +12,7 @@ Gradients are summed, never averaged: the loss is already divided by the tokens 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -102,21 +102,33 @@ class Reducer:
         self.max_in_flight = 1 if self.every_microbatch else 2
         self.in_flight: deque[GradientBucket] = deque()
         self.next = 0
-        self.reducing = self.open = False
+        self.reducing = False
+        """Whether what is complete is reduced at once."""
+        self.open = self.watching = False
+        """Whether a backward pass has been announced whose end was not seen yet; whether it will be."""
 
     def begin(self, last: bool) -> None:
         """A backward pass begins; `last` if it is the step's last."""
-        if self.every_microbatch and self.open:
-            self._flush()
+        if self.every_microbatch:
+            if self.open:
+                self._flush()
             self.next = 0
-        self.open, self.reducing = True, last or self.every_microbatch
+        self.open, self.watching, self.reducing = True, False, last or self.every_microbatch
         for bucket in self.order:
             bucket.arrived.clear()
 
     def notice(self) -> None:
         """A gradient has arrived: reduce what is complete and next."""
+        if self.reducing and not self.watching:
+            self.watching = True
+            _at_end_of_backward(self._end)
         while self.reducing and self.next < len(self.order) and self.order[self.next].complete:
             self._reduce_next()
+
+    def _end(self) -> None:
+        """The backward pass is over: what it left incomplete is reduced now, at the same point on every rank."""
+        self.open = self.watching = False
+        self._flush()
 
     def finish(self) -> None:
         """The step's backward passes are over: reduce the rest and wait for the results."""
@@ -124,7 +136,8 @@ class Reducer:
             self._flush()
         while self.in_flight:
             self.in_flight.popleft().finish_reduction()
-        self.next, self.open, self.reducing = 0, False, False
+        self.next = 0
+        self.open = self.watching = self.reducing = False
         for bucket in self.order:
             bucket.num_reductions = 0
             bucket.arrived.clear()
@@ -140,6 +153,11 @@ class Reducer:
         bucket.start_reduction()
         self.in_flight.append(bucket)
         self.next += 1
+
+
+def _at_end_of_backward(function: Callable[[], None]) -> None:
+    """Call `function` when the current backward pass is over."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def local_view(row: Tensor, slot: Slot, rank: int) -> Tensor:

@@ -62,10 +62,11 @@ class Gatherer:
             self.presence[index] = Presence.PRESENT
 
     def drop(self, index: int) -> None:
-        """Stage 3: release unit `index`, wherever it is."""
+        """Give up a gather of unit `index` that is under way; in stage 3, release the unit."""
         if self.presence[index] is Presence.COMING:
-            self.need(index)
-        if self.releases and self.presence[index] is Presence.PRESENT:
+            self.units[index].abandon_gathering()
+            self.presence[index] = Presence.STALE
+        elif self.presence[index] is Presence.PRESENT and self.releases:
             self.units[index].release()
             self.presence[index] = Presence.STALE
 

@@ -26,6 +26,7 @@ from neox_native.zero import collectives
 from neox_native.zero.bucket import GradientBucket, Reducer
 from neox_native.zero.gather import Gatherer
 from neox_native.zero.layout import ZeroStage, lay_out
+from neox_native.zero.state import as_dtensor, optimizer_state, state_mesh
 from neox_native.zero.unit import ParameterSpec, Unit, local_gradient
 from neox_native.zero.weights import Draw, UnitWeights
 
@@ -91,8 +92,8 @@ class StageUnits:
         bucket = self.buckets[index]
         self._take(self.weights[index].specs[position], bucket, position)
         bucket.arrived.add(position)
+        self.reducer.notice()
         if bucket.complete:
-            self.reducer.notice()
             self.gatherer.drop(index)
 
     @torch.no_grad()
@@ -125,9 +126,10 @@ class ShardedOptimizer:
         param_dtype: torch.dtype,
         device: torch.device,
     ):
-        self.mesh, self.device, self.make_optimizer = mesh, device, make_optimizer
+        self.device, self.make_optimizer = device, make_optimizer
         self.dp_group = mesh.get_group("dp")
         self.stage = ZeroStage(stage) if dist.get_world_size(self.dp_group) > 1 else ZeroStage.NONE
+        self.state_mesh = state_mesh(mesh)
         self.stages = {
             number: StageUnits(units, self.dp_group, self.stage, param_dtype, device)
             for number, units in units_by_stage.items()
@@ -194,6 +196,43 @@ class ShardedOptimizer:
         self._update(lr, divisor, found_inf)
         self._publish(frozen_too=False)
         return norm, found_inf
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the model and of the optimizer under global names. See [Note: global state].
+
+        `model.NAME`: the fp32 master weights, the only copy of the weights. `optimizer.STATE.NAME`: a moment. `optimizer.STATE`: a
+        scalar, like the number of updates. The tensors share memory with the live state: to load, fill them in place, then
+        call `after_load`.
+        """
+        result: dict[str, Tensor] = {}
+        for stage_units in self.stages.values():
+            for weights in stage_units.weights:
+                for spec, shard in zip(weights.specs, weights.shards):
+                    result[f"model.{spec.name}"] = self._global(spec, shard)
+        for trained in self.trained:
+            for name, value in optimizer_state(self.optimizer, trained.shard).items():
+                if value.dim():
+                    result[f"optimizer.{name}.{trained.spec.name}"] = self._global(trained.spec, value)
+                else:
+                    result.setdefault(f"optimizer.{name}", value)
+        return result
+
+    @torch.no_grad()
+    def after_load(self) -> None:
+        """Make parameters and scalar state follow what was loaded into the tensors of `state_dict`."""
+        if self.trained:
+            first, *rest = (optimizer_state(self.optimizer, trained.shard) for trained in self.trained)
+            for name, value in first.items():
+                for state in rest if not value.dim() else ():
+                    state[name].copy_(value)
+        self._publish(frozen_too=True)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """After a step and before the next backward pass: the gradient of each trainable parameter, reduced and clipped."""
+        return {trained.spec.name: self._global(trained.spec, trained.gradient) for trained in self.trained}
+
+    def _global(self, spec: ParameterSpec, shard: Tensor) -> Tensor:
+        return as_dtensor(spec, shard, self.state_mesh, sharded=self.stage != ZeroStage.NONE)
 
     def _reduce(self) -> None:
         """Finish the reductions over dp; then sum what is partial over other groups, one all-reduce per group."""

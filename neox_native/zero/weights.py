@@ -118,6 +118,12 @@ class UnitWeights:
             chunks = storage.view(layout.world, slot.width)
             chunks.copy_(matrix[:, slot.offset : slot.offset + slot.width])
 
+    def abandon_gathering(self) -> None:
+        """Let a gather end whose result nobody wants: copied late, it would overwrite newer masters that are views."""
+        if self.gathering is not None:
+            self.gathering[0].wait()
+            self.gathering = None
+
     def release(self) -> None:
         """Stage 3: give the memory of the full parameters back."""
         for storage in self.storages:

@@ -123,9 +123,10 @@ def build_data(
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"run.seed = {seed} must lie between 0 and 2^32 - 1 = {2**32 - 1}.")
-    own = {part: bool(getattr(config, part)) for part in PARTS}
+    given = {"train": config.train, "valid": config.valid, "test": config.test}
+    own = {part: bool(given[part]) for part in PARTS}
     settings = {part: part if own[part] else "train" for part in PARTS}
-    sources = {setting: parse_sources(getattr(config, setting), setting) for setting in set(settings.values())}
+    sources = {setting: parse_sources(given[setting], setting) for setting in set(settings.values())}
     if any(source.path == PYTHON_STDLIB for entries in sources.values() for source in entries):
         prefix = _prepare_builtin(config, vocab_size, is_writer, wait, log)
         for setting, entries in sources.items():

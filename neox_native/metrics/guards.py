@@ -1,8 +1,8 @@
 """Steps that must not be taken: losses or gradients that are not finite, and losses that leap.
 
-[Note: skipped updates] Whether a step is bad is a tensor on the device, equal on all ranks because loss and gradient norm are
-reduced over all of them, and the optimizer multiplies by it instead of asking the host. So skipping costs no wait and cannot
-split the ranks; the host learns of it on the next logged step.
+[Note: skipped updates] Whether a step is bad is a tensor on the device, equal on all ranks because loss and gradient
+norm are reduced over all of them, and the optimizer multiplies by it instead of asking the host. So skipping costs no
+wait and cannot split the ranks; the host learns of it on the next logged step.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from neox_native.config.schema import Training
 from neox_native.errors import UserError
 
 
@@ -32,11 +33,11 @@ class BadSteps:
     """Keeps the flags of the steps since the last logged one, and counts how many were bad in a row.
 
     Args:
-        limit: bad steps in a row that the run survives; 0 for no limit.
+        training: the [training] section; `max_bad_steps` in a row are survived, 0 for no limit.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, training: Training) -> None:
+        self.limit = training.max_bad_steps
         self.in_a_row = 0
         self.total = 0
         self._pending: list[tuple[int, tuple[int, ...], torch.Tensor]] = []
@@ -60,36 +61,39 @@ class BadSteps:
         return found
 
     def verdict(self) -> UserError | None:
-        """What ends the run, after its state is saved, or None: no update has been taken for more than `limit` steps."""
+        """What ends the run, after its state is saved, or None: no update has been taken for more than `limit`
+        steps.
+        """
         if self.limit <= 0 or self.in_a_row <= self.limit:
             return None
         return UserError(
             f"{self.in_a_row} steps in a row had a loss or gradient norm that is not finite, or a spike; "
-            f"training.max_bad_steps = {self.limit}. Their updates were skipped and the state is saved; look at the sample "
-            "ids in events.jsonl, lower optimizer.lr, or resume from an older checkpoint."
+            f"training.max_bad_steps = {self.limit}. Their updates were skipped and the state is saved; look at the "
+            "sample ids in events.jsonl, lower optimizer.lr, or resume from an older checkpoint."
         )
 
 
 class SpikeGuard:
     """Finds losses far above those of the last steps (the z-score rule of OLMo's skip-step optimizer, OLMo 2 2024).
 
-    The window lies on the device and nothing waits for it. Losses that are bad do not enter the window, so that a plateau of
-    spikes stays a plateau of spikes; a window that is not full yet calls nothing a spike.
+    The window lies on the device and nothing waits for it. Losses that are bad do not enter the window, so that a
+    plateau of spikes stays a plateau of spikes; a window that is not full yet calls nothing a spike.
 
     Args:
-        window: losses that mean and deviation are taken over [steps].
-        threshold: a loss more than this many standard deviations above the mean is a spike.
+        training: the [training] section; a loss more than `spike_threshold` standard deviations above the mean of the
+            last `spike_window` losses is a spike.
         device: where the losses are.
     """
 
-    def __init__(self, window: int, threshold: float, device: torch.device) -> None:
-        self.window, self.threshold = window, threshold
-        # window losses, then how many have been accepted: one tensor, so that a checkpoint holds it as one entry.
-        self.state = torch.zeros(window + 1, dtype=torch.float64, device=device)
+    def __init__(self, training: Training, device: torch.device) -> None:
+        self.window, self.threshold = training.spike_window, training.spike_threshold
+        # The window's losses, then how many have been accepted: one tensor, one entry of a checkpoint.
+        self.state = torch.zeros(self.window + 1, dtype=torch.float64, device=device)
 
     def is_spike(self, loss: torch.Tensor) -> torch.Tensor:
-        """Whether `loss` (scalar, equal on all ranks) is a spike, as a bool scalar; then takes it into the window unless it
-        is one or is not finite."""
+        """Whether `loss` (scalar, equal on all ranks) is a spike, as a bool scalar; then takes it into the window
+        unless it is one or is not finite.
+        """
         losses, count = self.state[:-1], self.state[-1:]
         value = loss.detach().reshape(1).to(losses)
         mean, deviation = losses.mean(), losses.std(correction=0)

@@ -15,9 +15,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class LeaveRequest:
     """Turns a signal on any rank into the same decision on all ranks after the same step.
 
-    A signal reaches the ranks at different moments, so one that acted alone would leave the others in a collective. Each step
-    starts a tiny all-reduce on a process group of its own and reads the one that the step before started: it has long
-    finished, so it costs no wait. Creating one is a collective.
+    A signal reaches the ranks at different moments, so one that acted alone would leave the others in a collective.
+    Each step starts a tiny all-reduce on a process group of its own and reads the one that the step before started:
+    it has long finished, so it costs no wait. Creating one is a collective.
     """
 
     def __init__(self) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from neox_native.config.schema import Training
 from neox_native.errors import UserError
 from neox_native.metrics.guards import BadSteps, SpikeGuard
 
 
 def guard(window: int = 4, threshold: float = 3.0) -> SpikeGuard:
-    return SpikeGuard(window, threshold, torch.device("cpu"))
+    return SpikeGuard(Training(spike_window=window, spike_threshold=threshold), torch.device("cpu"))
 
 
 def spikes(found: SpikeGuard, losses: list[float]) -> list[bool]:
@@ -18,7 +19,7 @@ def spikes(found: SpikeGuard, losses: list[float]) -> list[bool]:
 
 
 def test_bad_steps_are_named_with_their_samples() -> None:
-    counter = BadSteps(limit=2)
+    counter = BadSteps(Training(max_bad_steps=2))
     for step, bad in enumerate([0.0, 1.0, 0.0, 1.0], start=1):
         counter.record(step, (10 * step, 10 * step + 1), torch.tensor(bad))
     found = counter.collect()
@@ -28,7 +29,7 @@ def test_bad_steps_are_named_with_their_samples() -> None:
 
 
 def test_more_than_the_limit_in_a_row_ends_the_run_across_logged_steps() -> None:
-    counter = BadSteps(limit=2)
+    counter = BadSteps(Training(max_bad_steps=2))
     for step in (1, 2, 3):
         counter.record(step, (), torch.tensor(True))
         counter.collect()
@@ -41,7 +42,7 @@ def test_more_than_the_limit_in_a_row_ends_the_run_across_logged_steps() -> None
 
 
 def test_zero_limit_never_ends_the_run() -> None:
-    counter = BadSteps(limit=0)
+    counter = BadSteps(Training(max_bad_steps=0))
     for step in range(50):
         counter.record(step, (), torch.tensor(True))
     assert len(counter.collect()) == 50 and counter.verdict() is None

@@ -1,0 +1,225 @@
+"""Hangs: a watchdog that says which rank is where and ends the job, and the flight recorder of collectives.
+
+[Note: watchdog] Ranks that wait for each other hang together, so a rank need only watch itself: when its own main
+thread makes no progress for too long, its watchdog thread raises an alarm in the key-value store of the launcher.
+Every rank's thread sees the alarm, posts where its main thread is with its Python stacks, and after a moment the
+lowest rank that is alive prints the table. The store answers while collectives hang. Then all processes leave with
+`EXIT_STATUS`, and torchrun restarts the job. A rank that posts nothing is stopped, dead, or stuck outside Python: it
+is named first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from neox_native.config.schema import Run
+
+EXIT_STATUS = 75
+"""os.EX_TEMPFAIL: trying again may help."""
+GRACE_SECONDS = 5.0
+"""How long the ranks have to answer an alarm."""
+ALARM = "alarm"
+
+
+def job_store() -> dist.Store:
+    """A connection of our own to the job's key-value store, so that a call that waits there does not stop the watchdog.
+    The only user of this private function of torch."""
+    return dist.distributed_c10d._get_default_store().clone()
+
+
+def enable_flight_recorder(folder: Path) -> None:
+    """Let torch record the last collectives of each rank, and NCCL write them to `folder` when one times out.
+
+    Call before the process group is made; variables that the user has set stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{folder.absolute()}/nccl_timeout_rank_")
+
+
+def dump_flight_recorder(folder: Path, rank: int) -> Path | None:
+    """Write this rank's last collectives as JSON; None where this build of torch records none."""
+    library = torch._C._distributed_c10d
+    dump = getattr(library, "_dump_nccl_trace_json", None) or getattr(library, "_dump_fr_trace_json", None)
+    if dump is None:
+        return None
+    recorded = dump()
+    path = folder / f"collectives_rank_{rank}.json"
+    path.write_bytes(recorded if isinstance(recorded, bytes) else recorded.encode())
+    return path
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank's main thread is."""
+
+    rank: int
+    host: str
+    step: int
+    phase: str
+    microbatch: int
+    idle_seconds: float
+    stacks: str
+
+
+def python_stacks(but: int) -> str:
+    """The stacks of this process's threads, innermost call last, without the thread `but`."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)).rstrip()
+        for ident, frame in sys._current_frames().items()
+        if ident != but
+    )
+
+
+def report_hang(positions: list[Position], world_size: int) -> str:
+    """The table of positions, those furthest behind first, then each distinct stack with the ranks that share it."""
+    silent = sorted(set(range(world_size)) - {position.rank for position in positions})
+    lines = ["No progress: the job hangs. Where the ranks are, furthest behind first:"]
+    if silent:
+        lines.append(f"  ranks {silent}: no answer (stopped, dead, or stuck outside Python)")
+    behind = sorted(positions, key=lambda at: (at.step, at.microbatch, -at.idle_seconds, at.rank))
+    for at in behind:
+        lines.append(
+            f"  rank {at.rank} ({at.host}): step {at.step}, {at.phase}, microbatch {at.microbatch}, "
+            f"no progress for {at.idle_seconds:.0f} s"
+        )
+    shared: dict[str, list[int]] = {}
+    for at in behind:
+        shared.setdefault(at.stacks, []).append(at.rank)
+    for stacks, ranks in shared.items():
+        lines += [f"ranks {sorted(ranks)} are at:", stacks]
+    return "\n".join(lines)
+
+
+class Watchdog:
+    """Watches this rank's main thread from a thread of its own, see [Note: watchdog].
+
+    Args:
+        run: the [run] section; `watchdog_factor` 0 switches the watchdog off.
+        rank, world_size: of the job.
+        folder: takes the flight recorder's files.
+        store: of the job; `job_store()`.
+        report: takes the table, on one rank.
+        poll_seconds: how often it looks.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        rank: int,
+        world_size: int,
+        folder: Path,
+        store: dist.Store,
+        report: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+        poll_seconds: float = 1.0,
+    ) -> None:
+        self.run, self.rank, self.world_size, self.folder = run, rank, world_size, folder
+        self._store, self._report, self._poll_seconds = dist.PrefixStore("watchdog", store), report, poll_seconds
+        self._step, self._phase, self._microbatch, self._since = 0, "start", 0, time.monotonic()
+        self._step_seconds: deque[float] = deque(maxlen=100)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        if run.watchdog_factor > 0:
+            self._thread.start()
+
+    def at(self, step: int, phase: str, microbatch: int = 0) -> None:
+        """The main thread has come this far. Costs an assignment; call it as often as there is something to say.
+
+        "train" is the phase that `watchdog_factor` limits; any other ("start", "evaluate", "save") may take
+        `watchdog_startup_seconds`.
+        """
+        self._step, self._phase, self._microbatch, self._since = step, phase, microbatch, time.monotonic()
+
+    def measured(self, step_seconds: float) -> None:
+        """Learn how long steps take, from logged steps: the device's time, where `at` sees the host's."""
+        self._step_seconds.append(step_seconds)
+
+    def limit_seconds(self) -> float:
+        """How long the present phase may take without progress."""
+        if self._phase != "train" or not self._step_seconds:
+            return self.run.watchdog_startup_seconds
+        return max(self.run.watchdog_min_seconds, self.run.watchdog_factor * statistics.median(self._step_seconds))
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._poll_seconds):
+            hangs = time.monotonic() - self._since > self.limit_seconds()
+            try:
+                if hangs:
+                    self._store.set(ALARM, str(self.rank))
+                alarm = hangs or self._store.check([ALARM])
+            except dist.DistError:  # its host is gone: this rank learns of a hang from itself alone
+                alarm = hangs
+            if alarm:
+                try:
+                    self._end_job()
+                except Exception:
+                    self._report(f"{traceback.format_exc()}{report_hang([self._position()], self.world_size)}")
+                finally:
+                    os._exit(EXIT_STATUS)
+
+    def _position(self) -> Position:
+        return Position(
+            self.rank, socket.gethostname(), self._step, self._phase, self._microbatch,
+            time.monotonic() - self._since, python_stacks(but=threading.get_ident()),
+        )
+
+    def _end_job(self) -> None:
+        """Post where this rank is and let one rank print the table; the main thread cannot."""
+        self._store.set(f"position/{self.rank}", json.dumps(asdict(self._position())))
+        dump = dump_flight_recorder(self.folder, self.rank)
+        deadline = time.monotonic() + GRACE_SECONDS
+        positions: dict[int, Position] = {}
+        while len(positions) < self.world_size and time.monotonic() < deadline:
+            for rank in set(range(self.world_size)) - set(positions):
+                if self._store.check([f"position/{rank}"]):
+                    positions[rank] = Position(**json.loads(self._store.get(f"position/{rank}")))
+            time.sleep(min(0.1, self._poll_seconds))
+        if self.rank == min(positions):
+            self._report(report_hang(list(positions.values()), self.world_size))
+            if dump is not None:
+                self._report(f"The last collectives of each rank are in {dump.parent}.")
+        # Whoever holds the store leaves last, or the others could not read it to the end.
+        self._store.set(f"left/{self.rank}", "")
+        while self.rank == 0 and time.monotonic() < deadline:
+            if self._store.check([f"left/{rank}" for rank in positions]):
+                break
+            time.sleep(min(0.1, self._poll_seconds))
+
+
+def slowest_ranks(places: list[tuple[int, str, float]]) -> list[str]:
+    """Name the slowest rank of each pipeline stage.
+
+    Args:
+        places: (stage, host, seconds of own work per step) of every rank, by rank.
+    """
+    lines = []
+    for stage in sorted({stage for stage, _, _ in places}):
+        seconds = {rank: place[2] for rank, place in enumerate(places) if place[0] == stage}
+        slowest = max(seconds, key=lambda rank: seconds[rank])
+        lines.append(
+            f"stage {stage}: slowest is rank {slowest} ({places[slowest][1]}) with {seconds[slowest]:.3f} s a step, "
+            f"median {statistics.median(seconds.values()):.3f} s"
+        )
+    return lines

@@ -1,0 +1,66 @@
+"""Are replicas still equal? Ranks that hold copies of a tensor compare hashes, and the first name that differs is told.
+
+Copies drift apart through a bug, a broken GPU or a flipped bit; training goes on and the loss looks fine for a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Copies = Iterable[tuple[str, torch.Tensor]]
+"""Names and tensors that the ranks of a group should hold alike."""
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+"""The golden ratio in 64 bits, as a signed number: times a position, it spreads neighbours far apart."""
+_CHUNK = 1 << 22
+"""Elements hashed at a time: a hash needs 16 bytes for each of them."""
+
+
+def tensor_hash(tensor: torch.Tensor) -> torch.Tensor:
+    """A 64-bit hash of a tensor's bytes and their order, as an int64 scalar on its device; does not wait for the
+    device.
+
+    The sum of (4 bytes * an odd weight of their position) modulo 2^64: a change of any one element changes it.
+    """
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    words = torch.nn.functional.pad(flat, (0, -len(flat) % 4)).view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, len(words), _CHUNK):
+        chunk = words[start : start + _CHUNK].to(torch.int64)
+        weights = torch.arange(start + 1, start + 1 + len(chunk), device=flat.device) * _GOLDEN | 1
+        total += (chunk * weights).sum()
+    return total
+
+
+def replica_hashes(tensors: Copies, group: dist.ProcessGroup) -> list[tuple[str, list[int]]]:
+    """(name, hash on each rank of `group`) for tensors that these ranks should hold alike; one all-gather."""
+    named = list(tensors)
+    if not named:
+        return []
+    own = torch.stack([tensor_hash(tensor).cpu() for _, tensor in named])
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, own.tolist(), group=group)
+    return [(name, [hashes[number] for hashes in every]) for number, (name, _) in enumerate(named)]
+
+
+def check_replicas(
+    copies: Iterable[tuple[str, dist.ProcessGroup, Copies]], gather: Callable[[Any], list[Any]]
+) -> str | None:
+    """What differs first, as a sentence that is the same on all ranks, or None.
+
+    Args:
+        copies: (mesh axis, its process group, (name, tensor) of what the ranks of that group should hold alike).
+        gather: collects a value of every rank of the job.
+    """
+    complaint = None
+    for axis, group, tensors in copies:
+        for name, hashes in replica_hashes(tensors, group):
+            common = max(hashes, key=hashes.count)
+            if complaint is None and hashes.count(common) < len(hashes):
+                ranks = dist.get_process_group_ranks(group)
+                odd = [rank for rank, value in zip(ranks, hashes, strict=True) if value != common]
+                complaint = f"{name} differs between the {axis} replicas {ranks}: rank {odd[0]} is not like the others"
+    return next((found for found in gather(complaint) if found is not None), None)

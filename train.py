@@ -15,6 +15,7 @@ import torch.distributed as dist
 from neox_native.checkpoint.agree import Ranks
 from neox_native.config.check import notices, require
 from neox_native.config.load import from_command_line
+from neox_native.config.schema import Config
 from neox_native.data.build import build_data
 from neox_native.errors import report_user_errors
 from neox_native.mesh import Launch, build_mesh, pick_device, start_process_group
@@ -28,12 +29,18 @@ def main(arguments: list[str]) -> None:
     launch = Launch.from_environment()
     config = require(from_command_line(arguments), launch.world_size)
     device = pick_device(config.run.device, launch)
-    torch.use_deterministic_algorithms(config.run.determinism == "bitwise")
     start_process_group(device, launch)
-    ranks = Ranks()
     if launch.rank == 0:
-        print(*notices(config, launch.world_size, device.type), sep="\n", end="")
+        for notice in notices(config, launch.world_size, device.type):
+            print(notice)
+    train(config, device)
+    dist.destroy_process_group()
 
+
+def train(config: Config, device: torch.device) -> None:
+    """Train on the ranks of the process group; `config` has passed `require`."""
+    torch.use_deterministic_algorithms(config.run.determinism == "bitwise")
+    ranks = Ranks()
     open_run_folder(config, ranks)
     mesh = build_mesh(config.parallel, device)
     data = build_data(
@@ -45,12 +52,11 @@ def main(arguments: list[str]) -> None:
         steps=config.training.steps,
         eval_every=config.evaluation.every,
         eval_batches=config.evaluation.batches,
-        is_writer=launch.local_rank == 0,
+        is_writer=ranks.rank == 0,
         wait=dist.barrier,
     )
     parts, optimizer = build_model(config, mesh, device)
     Trainer(config, mesh, device, parts, optimizer, data, ranks).run()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

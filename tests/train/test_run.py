@@ -1,0 +1,149 @@
+"""Whole runs, from settings to metrics and checkpoints, on forked ranks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train as entry
+from neox_native.config.check import require
+from neox_native.config.load import load
+from neox_native.config.schema import Config
+from neox_native.data.indexed import IndexedWriter
+from neox_native.train import loop
+from tests.ranks import RankError, run_ranks
+
+CPU = torch.device("cpu")
+BASE = [
+    "--model.num_layers=4", "--model.hidden_size=32", "--model.num_heads=4", "--model.seq_length=16",
+    "--model.vocab_size=60", "--model.vocab_multiple_of=4", "--training.steps=20", "--training.global_batch_size=8",
+    "--training.micro_batch_size=1", "--optimizer.lr=1e-2", "--logging.every=1", "--logging.tensorboard=false",
+    "--run.determinism=bitwise", "--run.device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> str:
+    """A prefix of a small token file with a structure to learn."""
+    prefix = str(tmp_path_factory.mktemp("data") / "corpus")
+    random = np.random.RandomState(0)
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for _ in range(40):
+            start = random.randint(60)
+            writer.add_document((start + np.arange(random.randint(50, 200)) * random.randint(1, 3)) % 60)
+    return prefix
+
+
+def settings(corpus: str, folder: Path, *overrides: str) -> Config:
+    return load(None, [*BASE, f"--data.train={corpus}", f"--run.dir={folder}", *overrides])
+
+
+def run(config: Config, stop_after: int | None = None) -> list[dict]:
+    """Train on as many ranks as the config needs; with `stop_after`, die there. Returns what was logged."""
+    world_size = config.parallel.pp * max(config.parallel.dp, 1) * config.parallel.tp
+
+    def train() -> None:
+        if stop_after is not None:
+            step = loop.TrainStep.__call__
+
+            def dying(self, batch, rate):
+                assert batch.consumed_samples <= stop_after * config.training.global_batch_size, "killed here"
+                return step(self, batch, rate)
+
+            loop.TrainStep.__call__ = dying
+        entry.train(require(config, world_size), CPU)
+
+    if stop_after is None:
+        run_ranks(world_size, train)
+    else:
+        with pytest.raises(RankError, match="killed here"):
+            run_ranks(world_size, train)
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def curve(metrics: list[dict], *names: str) -> list[tuple]:
+    return [tuple(line[name] for name in ("step", *names)) for line in metrics]
+
+
+@pytest.mark.parametrize("layout", [["--parallel.dp=2"], ["--parallel.dp=2", "--parallel.zero_stage=3"]], ids=["stage 0", "stage 3"])
+def test_a_killed_and_resumed_run_logs_bitwise_what_an_undisturbed_one_does(corpus, tmp_path, layout):
+    whole = run(settings(corpus, tmp_path / "whole", *layout))
+    broken = settings(corpus, tmp_path / "broken", *layout, "--checkpoint.save_every=10")
+    run(broken, stop_after=13)
+    resumed = run(broken)
+    names = ("loss", "grad_norm", "batch_hash", "learning_rate", "consumed_samples")
+    assert curve(resumed, *names) == curve(whole, *names)
+    assert [line["step"] for line in resumed] == list(range(1, 21))
+    assert whole[-1]["loss"] < whole[0]["loss"] - 0.5
+
+
+def test_a_run_continues_in_any_other_layout(corpus, tmp_path):
+    fast = "--run.determinism=fast"
+    whole = run(settings(corpus, tmp_path / "whole", "--parallel.dp=1", fast))
+    layouts = [
+        ["--parallel.dp=2", "--parallel.tp=2", "--parallel.zero_stage=1", "--parallel.sequence_parallel=true"],
+        ["--parallel.dp=4", "--parallel.zero_stage=3"],
+        ["--parallel.pp=2", "--parallel.dp=1"],
+        ["--parallel.dp=1"],
+    ]
+    for number, layout in enumerate(layouts, start=1):
+        stop = 5 * number if number < len(layouts) else None
+        config = settings(corpus, tmp_path / "moving", *layout, fast, "--checkpoint.save_every=5")
+        moved = run(config, stop_after=stop)
+    for (step, loss, norm, digest), expected in zip(
+        curve(moved, "loss", "grad_norm", "batch_hash"), curve(whole, "loss", "grad_norm", "batch_hash"), strict=True
+    ):
+        assert (step, digest) == (expected[0], expected[3])
+        assert (loss, norm) == pytest.approx(expected[1:3], rel=1e-4)
+
+
+def test_bitwise_refuses_to_resume_in_another_layout(corpus, tmp_path):
+    run(settings(corpus, tmp_path, "--parallel.dp=1", "--checkpoint.save_every=5"), stop_after=6)
+    with pytest.raises(RankError, match="agree to rounding only"):
+        run(settings(corpus, tmp_path, "--parallel.dp=2"))
+
+
+def test_other_data_is_refused_by_name(corpus, tmp_path):
+    run(settings(corpus, tmp_path, "--parallel.dp=1", "--checkpoint.save_every=5"), stop_after=6)
+    with pytest.raises(RankError, match="data.split was"):
+        run(settings(corpus, tmp_path, "--parallel.dp=1", "--data.split=50,50,0"))
+
+
+def test_the_resolved_config_reproduces_the_run(corpus, tmp_path):
+    first = run(settings(corpus, tmp_path / "first", "--parallel.dp=2", "--training.steps=4"))
+    again = load(tmp_path / "first" / "config.toml", [f"--run.dir={tmp_path / 'second'}"])
+    assert curve(run(again), "loss", "batch_hash") == curve(first, "loss", "batch_hash")
+
+
+def test_resume_none_sets_the_old_checkpoints_aside(corpus, tmp_path):
+    config = settings(corpus, tmp_path, "--parallel.dp=1", "--training.steps=2")
+    first = run(config)
+    second = run(replace(config, checkpoint=replace(config.checkpoint, resume="none")))
+    assert curve(first, "loss") == curve(second, "loss")
+    assert (tmp_path / "checkpoints.before-1").is_dir()
+
+
+def test_fine_tuning_starts_from_weights_alone(corpus, tmp_path):
+    pretrained = run(settings(corpus, tmp_path / "base", "--parallel.dp=2", "--training.steps=10"))
+    start = tmp_path / "base" / "checkpoints" / "step_000000010"
+    tuned = run(settings(corpus, tmp_path / "tuned", "--parallel.dp=1", f"--checkpoint.initialize_from={start}"))
+    assert tuned[0]["step"] == 1 and tuned[0]["loss"] < pretrained[4]["loss"]
+
+
+def test_pythia_steps_are_saved(corpus, tmp_path):
+    run(settings(corpus, tmp_path, "--parallel.dp=1", "--training.steps=5", "--checkpoint.save_steps=pythia"))
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == [f"step_{step:09d}" for step in (0, 1, 2, 4, 5)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns_like_fp32(corpus, tmp_path, precision):
+    exact = run(settings(corpus, tmp_path / "fp32", "--parallel.dp=1"))
+    rounded = run(settings(corpus, tmp_path / precision, "--parallel.dp=2", f"--training.precision={precision}"))
+    assert rounded[-1]["loss"] == pytest.approx(exact[-1]["loss"], abs=0.1)

@@ -60,7 +60,7 @@ DATA_MISTAKES = [
     (['--data.valid=[{path = "a", weight = 1}, {weight = 1}]'], "data.valid[1] = {weight = 1} must have a path"),
 ]
 OPTIMISATION_MISTAKES = [
-    (["--lr_schedule.min_lr=0.01"], "lr_schedule.min_lr = 0.01 is above the peak, optimizer.lr = 0.003"),
+    (["--lr_schedule.min_lr=0.01"], "lr_schedule.min_lr = 0.01 is above the peak, optimizer.lr = 0.006"),
     (
         ["--lr_schedule.kind=wsd", "--lr_schedule.cooldown_fraction=0.97"],
         "lr_schedule.warmup_fraction(0.05) + cooldown_fraction(0.97) = 1.02 is more than the whole schedule",

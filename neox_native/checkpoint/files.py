@@ -19,6 +19,7 @@ import json
 import os
 import re
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ MANIFEST = "manifest.json"
 METADATA = "metadata.json"
 TEMPORARY = ".tmp-"
 READ_BYTES = 1 << 22
+LARGE_BYTES = 1 << 20
 
 Record = dict[str, Any]
 """What the manifest holds of one file: {"bytes": size, "crc32": eight hex digits}."""
@@ -54,18 +56,33 @@ def finished(directory: Path) -> list[Path]:
 
 
 class ChecksumStream(io.BufferedWriter):
-    """A file opened for writing that knows its crc32 and its size [bytes]."""
+    """A file opened for writing that knows its crc32 and its size [bytes].
+
+    Of large pieces the checksum is computed in a second thread while they are written: neither holds Python's lock.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "wb"), buffer_size=1 << 20)
         self.crc32 = 0
         self.size = 0
+        self._helper = ThreadPoolExecutor(max_workers=1)
 
     def write(self, data: Any) -> int:
-        written = super().write(data)
-        self.crc32 = zlib.crc32(data, self.crc32)
+        if len(data) < LARGE_BYTES:
+            self.crc32 = zlib.crc32(data, self.crc32)
+            written = super().write(data)
+        else:
+            crc32 = self._helper.submit(zlib.crc32, data, self.crc32)
+            try:
+                written = super().write(data)
+            finally:
+                self.crc32 = crc32.result()  # the helper must have left `data` before it goes
         self.size += written
         return written
+
+    def close(self) -> None:
+        self._helper.shutdown()
+        super().close()
 
     @property
     def record(self) -> Record:

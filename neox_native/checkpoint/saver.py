@@ -74,7 +74,7 @@ class Saver:
         """
         start = time.perf_counter()
         self.wait()
-        self.last_step = step
+        self.last_step, state = step, store.own_share(state)
         if not self.config.async_:
             self._write(step, state, metadata, None, start, None)
             return
@@ -107,8 +107,9 @@ class Saver:
             return None
         self.wait()
         dtype = EXPORT_DTYPES[self.config.export]
-        weights = {name: value.detach().to(dtype) for name, value in state.items() if name.startswith("model.")}
-        return store.write(Path(path), f"Exporting the weights to {path}", weights, metadata, self._ranks)
+        weights = {name: value for name, value in state.items() if name.startswith("model.")}
+        cast = {name: value.detach().to(dtype) for name, value in store.own_share(weights).items()}
+        return store.write(Path(path), f"Exporting the weights to {path}", cast, metadata, self._ranks)
 
     def _copy_to_host(self, state: store.State) -> store.State:
         """Copies of the local tensors in host memory, finished when this returns."""

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from neox_native.checkpoint import files
 from neox_native.checkpoint.agree import Ranks
@@ -75,6 +77,22 @@ class SavePlanner(dcp.DefaultSavePlanner):
         if self.host_copies is not None:
             return self.host_copies[index.fqn]
         return super().lookup_object(index)
+
+
+def own_share(state: State) -> State:
+    """What this rank should write of `state`: of copies of a DTensor on several ranks, one, picked by its name.
+
+    DCP would pick too, but only after every rank has copied everything to its host.
+    """
+
+    def is_mine(name: str, value: torch.Tensor) -> bool:
+        if not isinstance(value, DTensor):
+            return True
+        pick, mesh = zlib.crc32(name.encode()), value.device_mesh
+        copies = [dim for dim, placement in enumerate(value.placements) if placement.is_replicate()]
+        return all(mesh.get_local_rank(dim) == pick % mesh.size(dim) for dim in copies)
+
+    return {name: value for name, value in state.items() if is_mine(name, value)}
 
 
 def save(

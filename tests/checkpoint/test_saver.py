@@ -86,6 +86,22 @@ def test_background_save_of_several_ranks_beside_other_collectives(tmp_path: Pat
     assert steps(tmp_path) == [f"step_{step:09d}" for step in (1, 2, 3)]
 
 
+def test_copies_are_written_once_and_shared_out() -> None:
+    def rank() -> list[str]:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "dp"))
+        copies = {f"copy{n}": DTensor.from_local(torch.ones(2), mesh, [Replicate(), Replicate()]) for n in range(16)}
+        halves = {"half": DTensor.from_local(torch.ones(2), mesh, [Shard(0), Replicate()])}
+        return sorted(store.own_share({**copies, **halves, "plain": torch.ones(1)}))
+
+    shares = run_ranks(4, rank)
+    written = [name for share in shares for name in share if name.startswith("copy")]
+    assert sorted(written) == sorted(f"copy{n}" for n in range(16)) and all(len(share) < 12 for share in shares)
+    assert sum("half" in share for share in shares) == 2 and all("plain" in share for share in shares)
+
+
 def test_full_disk_in_the_background_is_raised_on_all_ranks_by_the_next_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

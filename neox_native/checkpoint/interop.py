@@ -1,0 +1,117 @@
+"""What every conversion needs: the names and shapes of a model, and checkpoints read and written a tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neox_native.checkpoint import files, store
+from neox_native.checkpoint.agree import Ranks
+from neox_native.checkpoint.safe import INDEX
+from neox_native.config.schema import Model
+from neox_native.errors import UserError
+from neox_native.model.transformer import Transformer
+
+PREFIX = "model."
+"""Names of weights in a checkpoint are this and the parameter's global name."""
+
+
+def parameter_shapes(model: Model) -> dict[str, torch.Size]:
+    """Shape of every parameter of the whole model by global name, in the order of the forward pass."""
+    with torch.device("meta"):
+        whole = Transformer(model)
+    return {name: parameter.shape for name, parameter in whole.named_parameters()}
+
+
+def model_of(metadata: Mapping[str, Any], path: Path) -> Model:
+    """The [model] section under which a checkpoint was written. Raises `UserError` where it names none, or settings
+    that this version does not know."""
+    settings = metadata.get("model")
+    known = {field.name for field in fields(Model)}
+    unknown = sorted(set(settings) - known) if isinstance(settings, dict) else ["(no model section)"]
+    if unknown:
+        raise UserError(f"{path} describes its model with {', '.join(unknown)}, which this version does not know.")
+    return Model(**settings)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that a path means: itself, or the newest one of a run's folder.
+
+    Raises `UserError` where there is none.
+    """
+    path = Path(path)
+    if (path / INDEX).is_file() or (path / files.MANIFEST).is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        found = files.finished(folder)
+        if found:
+            return found[0]
+    raise UserError(
+        f"{path} holds no checkpoint: give the folder of one (it has a {files.MANIFEST}), such as "
+        "runs/quickstart/checkpoints/step_000000200, or the folder of a run."
+    )
+
+
+def require_new(folder: Path) -> None:
+    """Raise `UserError` where converting into `folder` would overwrite something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already; name a new folder or remove it.")
+
+
+class CheckpointReader:
+    """A verified checkpoint, read one full tensor at a time by this process alone; fp32, on the CPU.
+
+    Raises `UserError` where it is damaged or does not hold the model that it describes.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._ranks = Path(path), Ranks()
+        complaints = store.find_damage(self.path, self._ranks)
+        if complaints:
+            shown = "; ".join(complaints[: store.NAMES_SHOWN])
+            raise UserError(f"The checkpoint {self.path} cannot be read: {shown}.")
+        self.metadata = files.read_metadata(self.path)
+        self.model = model_of(self.metadata, self.path)
+        self.shapes = parameter_shapes(self.model)
+
+    def __call__(self, name: str) -> Tensor:
+        """The parameter of that global name."""
+        tensor = torch.empty(self.shapes[name])
+        store.load(self.path, {PREFIX + name: tensor}, self._ranks, only=PREFIX + name, verified=True)
+        return tensor
+
+
+class _ReadWhenAsked(Mapping[str, Tensor]):
+    """State whose tensors are read when they are written, so that one at a time is in memory."""
+
+    def __init__(self, read: Callable[[str], Tensor], names: list[str]):
+        self.read, self.names = read, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name.removeprefix(PREFIX)).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def write_checkpoint(path: Path, model: Model, read: Callable[[str], Tensor], about: dict[str, Any]) -> None:
+    """Write weights alone as a checkpoint, by this process, with one tensor in memory at a time.
+
+    Args:
+        path: the checkpoint's folder, which must not exist.
+        read: full tensor of a parameter's global name, any float type.
+        about: more entries of `metadata.json`.
+    """
+    state = {PREFIX + name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(model).items()}
+    metadata = {"step": 0, "consumed_samples": 0, "model": asdict(model), "torch": torch.__version__, **about}
+    store.write(
+        Path(path), f"Writing the checkpoint {path}", state, metadata, Ranks(), _ReadWhenAsked(read, list(state))
+    )

@@ -37,9 +37,11 @@ class StepBatch:
     num_targets: int
     """Targets of this rank that are not -100."""
     document_ids: torch.Tensor | None = None
-    """int64 [m, B, T] if `data.document_attention`: number of the token's document in its row; padding has its own."""
+    """int64 [m, B, T] if `data.document_attention`: number of the token's document in its row; padding has its
+    own."""
     positions: torch.Tensor | None = None
-    """int64 [m, B, T] if `data.document_positions`: tokens since the start of the document, or of the row inside it."""
+    """int64 [m, B, T] if `data.document_positions`: tokens since the start of the document, or of the row inside
+    it."""
 
 
 def hash_row(row: int, sample: int, tokens: np.ndarray) -> int:

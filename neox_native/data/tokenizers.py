@@ -1,15 +1,21 @@
 """Text to token ids and back, on tiktoken.
 
-`load_tokenizer("byte")` needs no file and no network: token b is byte b, and one id more ends a document.
+`load_tokenizer` knows three kinds: "byte" (no file, no network: token b is byte b, and one id more ends a document),
+the path of a Hugging Face `tokenizer.json` with a byte-level BPE, and "tiktoken:NAME" for tiktoken's own encodings.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import tiktoken
 
+from neox_native.data.bpe_file import BpeFile, nfc, read_bpe_file
 from neox_native.errors import UserError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -28,11 +34,15 @@ class Tokenizer(Protocol):
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         """Ids of a text, u32 [n]. A text that spells a special token yields its id only if `allow_special`."""
 
-    def encode_batch(self, texts: list[str], allow_special: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of many texts end to end, u32 [sum of n], and the length of each, i64 [texts]."""
-
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """The text of some ids; bytes that are no UTF-8 become U+FFFD."""
+
+
+def encode_batch(tokenizer: Tokenizer, texts: list[str], allow_special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of many texts end to end, u32 [sum of n], and the length of each, i64 [texts]."""
+    parts = [tokenizer.encode(text, allow_special) for text in texts]
+    lengths = np.array([len(part) for part in parts], np.int64)
+    return np.concatenate(parts) if parts else np.empty(0, np.uint32), lengths
 
 
 class TiktokenTokenizer:
@@ -47,29 +57,98 @@ class TiktokenTokenizer:
         allowed = self.encoding.special_tokens_set if allow_special else set()
         return self.encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
 
-    def encode_batch(self, texts: list[str], allow_special: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """See `Tokenizer.encode_batch`."""
-        parts = [self.encode(text, allow_special) for text in texts]
-        lengths = np.array([len(part) for part in parts], np.int64)
-        return np.concatenate(parts) if parts else np.empty(0, np.uint32), lengths
-
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """See `Tokenizer.decode`."""
         return self.encoding.decode([int(token) for token in ids])
+
+
+class FileTokenizer:
+    """A Hugging Face byte-level BPE, its ids equal to the original's without the tokens that a template adds around
+    a text.
+
+    tiktoken merges by rank, which is the index of the merge; a table turns ranks into ids and another ids into bytes.
+    """
+
+    def __init__(self, name: str, file: BpeFile) -> None:
+        self.name, self.vocab_size, self._normalise = name, len(file.bytes_of_id), nfc if file.has_nfc else str
+        eod = [
+            file.special[text] for text in (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>") if text in file.special
+        ]
+        if not eod:
+            raise UserError(
+                f"data.tokenizer: {name} has no special token {END_OF_DOCUMENT!r} (or the like) to end documents."
+            )
+        self.eod_id = eod[0]
+        self._special = file.special
+        by_length = sorted(file.special, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, by_length)) + ")")
+        self._encoding = tiktoken.Encoding(name, pat_str=file.pattern, mergeable_ranks=file.ranks, special_tokens={})
+        self._id_of_rank = np.array(file.id_of_rank, np.uint32)
+        self._bytes_of_id = file.bytes_of_id
+
+    def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
+        """See `Tokenizer.encode`. Like the original, normalises each part between special tokens by itself."""
+        if not allow_special:
+            return self._encode_plain(text)
+        parts = self._special_pattern.split(text)
+        return np.concatenate(
+            [
+                np.array([self._special[part]], np.uint32) if n % 2 else self._encode_plain(part)
+                for n, part in enumerate(parts)
+            ]
+        )
+
+    def _encode_plain(self, text: str) -> np.ndarray:
+        ranks = self._encoding.encode_to_numpy(self._normalise(text), disallowed_special=())
+        return self._id_of_rank[ranks]
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return b"".join(self._bytes_of_id[int(token)] for token in ids).decode("utf-8", errors="replace")
 
 
 def byte_tokenizer() -> TiktokenTokenizer:
     """257 ids: the 256 bytes and the end of a document. The pattern only bounds the pieces; nothing is ever
     merged."""
     ranks = {bytes([byte]): byte for byte in range(256)}
-    encoding = tiktoken.Encoding(
-        "byte", pat_str=r"[\s\S]{1,64}", mergeable_ranks=ranks, special_tokens={END_OF_DOCUMENT: 256}
-    )
+    special = {END_OF_DOCUMENT: 256}
+    encoding = tiktoken.Encoding("byte", pat_str=r"[\s\S]{1,64}", mergeable_ranks=ranks, special_tokens=special)
     return TiktokenTokenizer("byte", encoding, eod_id=256)
 
 
+def _named_encoding(name: str) -> TiktokenTokenizer:
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise UserError(f"data.tokenizer = 'tiktoken:{name}' is not known; tiktoken has {', '.join(known)}.")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except OSError as error:
+        raise UserError(
+            f"data.tokenizer = 'tiktoken:{name}' must be downloaded once and this machine cannot reach its server "
+            f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that a machine with access has filled, or "
+            'use "byte" '
+            "or a tokenizer.json."
+        ) from error
+    return TiktokenTokenizer(f"tiktoken-{name}", encoding, encoding.eot_token)
+
+
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names. Raises `UserError` for a name that is none."""
+    """The tokenizer that `data.tokenizer` names; see the top of this file. Raises `UserError` where there is none."""
     if name == "byte":
         return byte_tokenizer()
-    raise UserError(f'data.tokenizer = {name!r} is not known; it can be "byte".')
+    if name.startswith("tiktoken:"):
+        return _named_encoding(name.removeprefix("tiktoken:"))
+    path = Path(name).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f'data.tokenizer = {name!r} is neither "byte" nor "tiktoken:NAME" nor the path of a tokenizer.json '
+            "that exists."
+        )
+    raw = path.read_bytes()
+    try:
+        content = json.loads(raw)
+    except ValueError as error:
+        raise UserError(f"data.tokenizer = {name!r} is no JSON file: {error}.") from error
+    stem = path.parent.name if path.stem == "tokenizer" else path.stem
+    return FileTokenizer(f"{stem}-{hashlib.sha256(raw).hexdigest()[:8]}", read_bpe_file(content, name))

@@ -1,13 +1,36 @@
-"""Tokenizers: exact, and closed to injected special tokens."""
+"""Tokenizers: exact, refused where they cannot be, and closed to injected special tokens."""
 
 from __future__ import annotations
 
-import pytest
+import json
+import os
+import sysconfig
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from neox_native.data.tokenizers import END_OF_DOCUMENT, load_tokenizer
+import numpy as np
+import pytest
+import tiktoken
+
+from neox_native.data.bpe_file import BYTE_OF_CHARACTER, nfc
+from neox_native.data.tokenizers import END_OF_DOCUMENT, Tokenizer, encode_batch, load_tokenizer
 from neox_native.errors import UserError
 
 TEXTS = ["", "a", "def f(x):\n\treturn x\n", "ä€😀\u0000\r\n", "x" * 1000, "\n" * 70, END_OF_DOCUMENT]
+NEOX_20B = Path(
+    os.environ.get("NEOX_20B_TOKENIZER") or Path(__file__).parents[3] / "shared" / "tokenizers" / "20B_tokenizer.json"
+)
+CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
+
+
+@pytest.fixture(scope="module")
+def neox_20b() -> Tokenizer:
+    if not NEOX_20B.is_file():
+        pytest.skip("needs the tokenizer.json of GPT-NeoX-20B; name its path in NEOX_20B_TOKENIZER")
+    return load_tokenizer(str(NEOX_20B))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -26,13 +49,217 @@ def test_a_document_injects_the_end_of_document_only_when_allowed() -> None:
 
 def test_a_batch_is_its_texts_end_to_end() -> None:
     tokenizer = load_tokenizer("byte")
-    ids, lengths = tokenizer.encode_batch(TEXTS)
-    assert bytes(ids.astype("u1")) == "".join(TEXTS).encode() and lengths.tolist() == [
-        len(text.encode()) for text in TEXTS
-    ]
-    assert [len(part) for part in tokenizer.encode_batch([])] == [0, 0]
+    ids, lengths = encode_batch(tokenizer, TEXTS)
+    assert bytes(ids.astype("u1")) == "".join(TEXTS).encode() and lengths.tolist() == [len(t.encode()) for t in TEXTS]
+    assert [len(part) for part in encode_batch(tokenizer, [])] == [0, 0]
 
 
 def test_an_unknown_tokenizer_is_refused() -> None:
-    with pytest.raises(UserError, match="data.tokenizer = 'klingon' is not known"):
+    with pytest.raises(UserError, match="data.tokenizer = 'klingon' is neither \"byte\" nor"):
         load_tokenizer("klingon")
+
+
+def test_the_20b_tokenizer_equals_the_original_on_adversarial_text(neox_20b: Tokenizer) -> None:
+    """The ids were made with Hugging Face tokenizers 0.23.3."""
+    assert (neox_20b.vocab_size, neox_20b.eod_id) == (50277, 0)
+    for golden in json.loads((Path(__file__).parent / "goldens" / "neox_20b_encodings.json").read_text()):
+        ids = neox_20b.encode(golden["text"], allow_special=True)
+        assert ids.tolist() == golden["ids"], ascii(golden["text"])
+        assert neox_20b.decode(ids) == unicodedata.normalize("NFC", golden["text"]) or not golden["text"].isascii()
+
+
+def test_the_20b_tokenizer_equals_the_original_on_the_standard_library(neox_20b: Tokenizer) -> None:
+    original = pytest.importorskip("tokenizers").Tokenizer.from_file(str(NEOX_20B))
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.glob("*.py"))[::6]:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        assert neox_20b.encode(text, allow_special=True).tolist() == original.encode(text).ids, path
+
+
+def test_the_20b_tokenizer_keeps_documents_from_ending_early(neox_20b: Tokenizer) -> None:
+    text = f"a{END_OF_DOCUMENT}<|padding|>b"
+    assert not {0, 1} & set(neox_20b.encode(text).tolist()) and neox_20b.decode(neox_20b.encode(text)) == text
+
+
+def test_characters_newer_than_the_originals_tables_bar_composition() -> None:
+    assert nfc("e\u0301") == "\u00e9" and nfc("\u0323\u0301e\u0301\u0323") == "\u0323\u0301\u1eb9\u0301"
+    assert nfc("\U00011935\U00011930") == "\U00011935\U00011930"
+    assert nfc("a\u0301\u1acea\u0301") == "\u00e1\u1ace\u00e1"
+    assert nfc("\u1abf\u0316") == "\u1abf\u0316"
+
+
+def train(text: str, num_merges: int) -> list[tuple[bytes, bytes]]:
+    """A plain byte-pair training: again and again the most frequent pair of one long text, without words."""
+    parts, merges = [bytes([byte]) for byte in text.encode()], []
+    for _ in range(num_merges):
+        pair = max(Counter(zip(parts, parts[1:])).items(), key=lambda item: (item[1], item[0]))[0]
+        merges.append(pair)
+        parts = apply(parts, pair)
+    return merges
+
+
+def apply(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
+    merged, i = [], 0
+    while i < len(parts):
+        if tuple(parts[i : i + 2]) == pair:
+            merged.append(parts[i] + parts[i + 1])
+            i += 2
+        else:
+            merged.append(parts[i])
+            i += 1
+    return merged
+
+
+SAMPLE = "ababcabcdababd abcabab.cdcdab" * 3
+
+
+def tokenizer_json(merges: list[tuple[bytes, bytes]], first_id: int = 0) -> dict[str, Any]:
+    """A tokenizer.json that takes a whole text as one word."""
+    spell = lambda token: "".join(CHARACTER_OF_BYTE[byte] for byte in token)  # noqa: E731
+    tokens = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
+    split = {"type": "Split", "pattern": {"Regex": "[a-d ]+"}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    return {
+        "added_tokens": [{"id": 900, "content": END_OF_DOCUMENT, "special": True, "normalized": False}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "model": {
+            "type": "BPE",
+            "vocab": {spell(token): first_id + number for number, token in enumerate(tokens)},
+            "merges": [f"{spell(left)} {spell(right)}" for left, right in merges],
+        },
+    }
+
+
+def load(tmp_path: Path, content: dict[str, Any]) -> Tokenizer:
+    (tmp_path / "some.json").write_text(json.dumps(content))
+    return load_tokenizer(str(tmp_path / "some.json"))
+
+
+@pytest.mark.parametrize("merges", [0, 1, 5, 20])
+def test_any_byte_level_file_equals_merging_pair_by_pair(tmp_path: Path, merges: int) -> None:
+    pairs = train(SAMPLE, merges)
+    tokenizer = load(tmp_path, tokenizer_json(pairs, first_id=7))
+    ids = {bytes([byte]): 7 + byte for byte in range(256)}
+    ids.update({left + right: 263 + number for number, (left, right) in enumerate(pairs)})
+    for start in range(0, 40, 3):
+        expected = []
+        for piece in SAMPLE[start:].replace(".", "|.|").split("|"):
+            parts = [bytes([byte]) for byte in piece.encode()]
+            for pair in pairs:
+                parts = apply(parts, pair)
+            expected += [ids[part] for part in parts]
+        assert tokenizer.encode(SAMPLE[start:]).tolist() == expected
+        assert tokenizer.decode(expected) == SAMPLE[start:]
+    assert tokenizer.eod_id == 900 and tokenizer.vocab_size == 901
+
+
+def test_text_that_the_pattern_leaves_out_is_kept(tmp_path: Path) -> None:
+    tokenizer = load(tmp_path, tokenizer_json([]))
+    assert tokenizer.decode(tokenizer.encode("ab..\nZZab9")) == "ab..\nZZab9"
+
+
+def test_the_name_follows_the_content(tmp_path: Path) -> None:
+    first = load(tmp_path, tokenizer_json([])).name
+    assert first.startswith("some-") and load(tmp_path, tokenizer_json(train(SAMPLE, 1))).name != first
+
+
+def edit(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            content = content[key]
+        content[path[-1]] = value
+
+    return change
+
+
+def token(**changes: object) -> list[dict[str, object]]:
+    return [{"id": 900, "content": END_OF_DOCUMENT, "special": True}, {"id": 901, "content": "<x>", **changes}]
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (edit("model", "type", value="Unigram"), "its model is 'Unigram'"),
+        (edit("model", "dropout", value=0.1), "sets dropout = 0.1"),
+        (edit("model", "byte_fallback", value=True), "sets byte_fallback = True"),
+        (edit("normalizer", value={"type": "NFKC"}), "its normalizer is 'NFKC'"),
+        (edit("pre_tokenizer", value={"type": "Metaspace"}), "its pre_tokenizer is neither ByteLevel"),
+        (edit("pre_tokenizer", value=None), "its pre_tokenizer is neither ByteLevel"),
+        (
+            edit("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", value=True),
+            "its pre_tokenizer is neither ByteLevel",
+        ),
+        (
+            edit("pre_tokenizer", "pretokenizers", 0, "behavior", value="Removed"),
+            "its pre_tokenizer is neither ByteLevel",
+        ),
+        (edit("added_tokens", value=token(lstrip=True)), "'<x>' strips its surroundings"),
+        (edit("added_tokens", value=token()), "'<x>' is neither special nor a run of spaces"),
+        (edit("added_tokens", value=token(content="   ")), "its runs of .3. spaces do not go from 2 on"),
+        (lambda content: content["model"]["vocab"].pop("a"), "its vocabulary lacks the byte 0x61"),
+        (edit("model", "vocab", "xyz", value=800), "no merge makes its token 'xyz'"),
+        (edit("model", "merges", value=["a b", "a c"]), "merge 'a' 'c' names a token that the vocabulary lacks"),
+        (lambda content: content["model"]["merges"].append("a b"), "two of its merges make 'ab'"),
+        (
+            lambda content: content["model"]["merges"].insert(0, "ab a"),
+            "merge 'ab' 'a' is not how the merges before it",
+        ),
+        (edit("added_tokens", value=[]), "has no special token '<|endoftext|>'"),
+    ],
+)
+def test_a_file_that_cannot_be_exact_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], sentence: str
+) -> None:
+    content = tokenizer_json([(b"a", b"b"), (b"ab", b"a")])
+    change(content)
+    with pytest.raises(UserError, match=sentence.replace("|", r"\|")):
+        load(tmp_path, content)
+
+
+def test_a_merge_that_earlier_merges_forestall_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="merge 'ab' 'c' is not how the merges before it read these bytes"):
+        load(tmp_path, tokenizer_json([(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]))
+    with pytest.raises(UserError, match="merge 'a' 'aa' is not how"):
+        load(tmp_path, tokenizer_json([(b"a", b"a"), (b"a", b"aa")]))
+    assert load(tmp_path, tokenizer_json([(b"a", b"a"), (b"aa", b"a")]))
+
+
+def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match="bad.json' is no JSON file"):
+        load_tokenizer(str(tmp_path / "bad.json"))
+
+
+def test_a_folder_stands_for_its_tokenizer_json(tmp_path: Path) -> None:
+    (tmp_path / "pythia").mkdir()
+    (tmp_path / "pythia" / "tokenizer.json").write_text(json.dumps(tokenizer_json([])))
+    assert load_tokenizer(str(tmp_path / "pythia")).name.startswith("pythia-")
+
+
+def test_named_encodings_are_tiktokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tiktoken.Encoding(
+        "gpt2",
+        pat_str=r"[\s\S]",
+        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+        special_tokens={END_OF_DOCUMENT: 50256},
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: made)
+    tokenizer = load_tokenizer("tiktoken:gpt2")
+    assert (tokenizer.name, tokenizer.eod_id, tokenizer.vocab_size) == ("tiktoken-gpt2", 50256, 50257)
+    assert tokenizer.encode(END_OF_DOCUMENT, allow_special=True).tolist() == [50256]
+    assert tokenizer.encode("ab").dtype == np.uint32
+
+
+def test_an_unknown_named_encoding_is_refused() -> None:
+    with pytest.raises(UserError, match="'tiktoken:gpt9' is not known; tiktoken has .*gpt2"):
+        load_tokenizer("tiktoken:gpt9")
+
+
+def test_a_named_encoding_on_an_offline_machine_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match="'tiktoken:gpt2' must be downloaded once .* TIKTOKEN_CACHE_DIR"):
+        load_tokenizer("tiktoken:gpt2")

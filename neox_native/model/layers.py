@@ -1,6 +1,7 @@
 """The parts of a NeoX block.
 
-Shapes: B microbatch, T sequence, D hidden, F feed-forward, N query heads, K key/value heads, G = N / K, H head dim.
+Shapes: B microbatch, T sequence, S keys (T, or more with a cache), D hidden, F feed-forward, N query heads,
+K key/value heads, G = N / K, H head dim.
 
 [Note: seams] Modules without parameters (`Normalize`, `Join`, `Join.total`) stand where a tensor-parallel plan changes
 how an activation is laid out. The model gives them names and knows nothing of what a plan does there.
@@ -102,13 +103,17 @@ class Attention(nn.Module):
         if context.cos_TR is not None:
             q_BTNH = rotate(q_BTNH, context.cos_TR, context.sin_TR)
             k_BTKH = rotate(k_BTKH, context.cos_TR, context.sin_TR)
+        if context.remember is not None:
+            k_BKSH, v_BKSH = context.remember(k_BTKH, v_BTKH)
+        else:
+            k_BKSH, v_BKSH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
         attended_BNTH = F.scaled_dot_product_attention(
             q_BTNH.transpose(1, 2),
-            k_BTKH.transpose(1, 2),
-            v_BTKH.transpose(1, 2),
+            k_BKSH,
+            v_BKSH,
             attn_mask=context.mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=context.mask is None,
+            is_causal=context.mask is None and q_BTNH.shape[1] > 1,
             enable_gqa=self.group_size > 1,
         )
         return self.dense(attended_BNTH.transpose(1, 2).flatten(2))

@@ -1,15 +1,19 @@
 """Position information: rotary, sinusoidal and ALiBi tables, and the attention mask of packed documents.
 
-Shapes: B microbatch, T sequence, N heads, H head dim, R rotary dim, D hidden.
+Shapes: B microbatch, T sequence, S keys, N heads, K key/value heads, H head dim, R rotary dim, D hidden.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Stores a layer's new keys and values [B, T, K, H]; returns those of all positions so far [B, K, S, H]."""
 
 
 class Context(NamedTuple):
@@ -20,8 +24,10 @@ class Context(NamedTuple):
     sin_TR: Tensor | None
     """The sines beside them."""
     mask: Tensor | None
-    """None: plain causal attention. Boolean [B, 1, T, T]: True where a query may look. Float [B or 1, N, T, T]:
-    added to the attention scores."""
+    """None: plain causal attention, or one last query that sees every key. Boolean [B, 1, T, S]: True where a query
+    may look. Float [B or 1, N, T, S]: added to the attention scores. S keys: T, or more with a cache."""
+    remember: Remember | None = None
+    """Set where a cache holds earlier positions of this layer."""
 
 
 def rotary_tables(rotary_dim: int, seq_length: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -70,9 +76,19 @@ def causal_mask(seq_length: int, documents_BT: Tensor | None, device: torch.devi
     return mask
 
 
-def alibi_bias(slopes_N: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """[1 or B, N, T, T] to add to the scores: -slope * distance where the mask allows, -inf elsewhere."""
-    positions_T = torch.arange(mask.shape[-1], device=mask.device)
-    distance_TT = (positions_T[None, :] - positions_T[:, None]).float()
-    bias = slopes_N[:, None, None] * distance_TT
+def mask_of_positions(positions_BT: Tensor, num_keys: int) -> Tensor:
+    """Boolean [B, 1, T, S]: True where a query at its position may look at the key of position 0 .. S - 1."""
+    return torch.arange(num_keys, device=positions_BT.device) <= positions_BT[:, None, :, None]
+
+
+def alibi_bias(slopes_N: Tensor, mask: Tensor, dtype: torch.dtype, queries_BT: Tensor | None = None) -> Tensor:
+    """[1 or B, N, T, S] to add to the scores: -slope * distance where the mask allows, -inf elsewhere.
+
+    Args:
+        queries_BT: index of each query among the keys, where it is not its index among the queries.
+    """
+    if queries_BT is None:
+        queries_BT = torch.arange(mask.shape[-2], device=mask.device)[None]
+    distance_BTS = (torch.arange(mask.shape[-1], device=mask.device) - queries_BT[..., None]).float()
+    bias = slopes_N[:, None, None] * distance_BTS[:, None]
     return bias.masked_fill(~mask, float("-inf")).to(dtype)

@@ -6,6 +6,7 @@ Shapes: B microbatch, T sequence, D hidden, V padded vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from neox_native.config.schema import Model
 from neox_native.model import positions
+from neox_native.model.cache import Cache
 from neox_native.model.layers import Affine, Block, Normalize
 
 
@@ -78,11 +80,20 @@ class Transformer(nn.Module):
             x_BTD = x_BTD + table.to(x_BTD.dtype)
         return self.dropout(self.embedded(x_BTD))
 
-    def context(self, seq_length: int, positions_BT: Tensor | None, documents_BT: Tensor | None) -> positions.Context:
+    def context(
+        self, seq_length: int, positions_BT: Tensor | None, documents_BT: Tensor | None, cache: Cache | None
+    ) -> positions.Context:
         """What the blocks need of positions for rows of `seq_length` tokens."""
         cos, sin, mask = self.cos, self.sin, None
         if cos is not None and positions_BT is not None:
             cos, sin = cos[positions_BT], sin[positions_BT]
+        if cache is not None:
+            if cache.needs_mask or self.slopes is not None:
+                mask = positions.mask_of_positions(cache.positions_BT, cache.num_keys)
+            if self.slopes is not None:
+                dtype = next(self.parameters()).dtype
+                mask = positions.alibi_bias(self.slopes, mask, dtype, cache.positions_BT)
+            return positions.Context(cos, sin, mask)
         if documents_BT is not None or self.slopes is not None:
             device = documents_BT.device if documents_BT is not None else self.slopes.device
             mask = positions.causal_mask(seq_length, documents_BT, device)
@@ -91,7 +102,12 @@ class Transformer(nn.Module):
         return positions.Context(cos, sin, mask)
 
     def forward(
-        self, x: Tensor, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None
+        self,
+        x: Tensor,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        readout_B: Tensor | None = None,
     ) -> Tensor:
         """Tokens [B, T] (hidden states [B, T, D] without the embedding) -> logits [B, T, V] (hidden states [B, T, D]
         without the head).
@@ -99,13 +115,23 @@ class Transformer(nn.Module):
         Args:
             positions_BT: position of each token where it is not its index in the row.
             documents_BT: document number of each token; attention then stays inside a document.
+            cache: what the layers remember of earlier tokens; `x` goes where it was told to place them.
+            readout_B: index in T of the one token of each row whose logits are wanted; they come as [B, 1, V].
         """
-        seq_length = x.shape[1] if self.embed_in is not None else self.config.seq_length
-        context = self.context(seq_length, positions_BT, documents_BT)
+        if cache is not None:
+            positions_BT = cache.positions_BT
+        # Hidden states may be cut along the sequence, so their shape does not tell its length.
+        of_length = positions_BT if positions_BT is not None else x if self.embed_in is not None else None
+        seq_length = self.config.seq_length if of_length is None else of_length.shape[1]
+        context = self.context(seq_length, positions_BT, documents_BT, cache)
         if self.embed_in is not None:
             x = self.embed(x, positions_BT)
-        for layer in self.layers.values():
+        for number, layer in self.layers.items():
+            if cache is not None:
+                context = context._replace(remember=partial(cache.extend, number))
             x = layer(x, context)
         if self.embed_out is not None:
+            if readout_B is not None:
+                x = x[torch.arange(len(x), device=x.device), readout_B][:, None]
             x = self.embed_out(self.final_layer_norm(self.normalize(x)))
         return x

@@ -1,4 +1,4 @@
-"""Train a model: settings -> mesh -> model -> data -> optimizer -> loop.
+"""Train a model: settings -> mesh -> data -> model and optimizer -> loop.
 
     torchrun --standalone --nproc-per-node 2 train.py --config configs/quickstart.toml --parallel.tp 2
 
@@ -12,16 +12,15 @@ import sys
 import torch
 import torch.distributed as dist
 
-from neox_native.checkpoint.agree import Ranks
 from neox_native.config.check import notices, require
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
-from neox_native.data.build import build_data
 from neox_native.errors import report_user_errors
-from neox_native.mesh import Launch, build_mesh, pick_device, start_process_group
+from neox_native.mesh import Launch, pick_device, start_process_group
+from neox_native.metrics.health import enable_flight_recorder
 from neox_native.train.build import build_model
-from neox_native.train.folder import open_run_folder
 from neox_native.train.loop import Trainer
+from neox_native.train.start import flight_recorder_folder, lay_out_ranks, open_data
 
 
 def main(arguments: list[str]) -> None:
@@ -29,6 +28,8 @@ def main(arguments: list[str]) -> None:
     launch = Launch.from_environment()
     config = require(from_command_line(arguments), launch.world_size)
     device = pick_device(config.run.device, launch)
+    if device.type == "cuda":
+        enable_flight_recorder(flight_recorder_folder(config))
     start_process_group(device, launch)
     if launch.rank == 0:
         for notice in notices(config, launch.world_size, device.type):
@@ -39,22 +40,8 @@ def main(arguments: list[str]) -> None:
 
 def train(config: Config, device: torch.device) -> None:
     """Train on the ranks of the process group; `config` has passed `require`."""
-    torch.use_deterministic_algorithms(config.run.determinism == "bitwise")
-    ranks = Ranks()
-    open_run_folder(config, ranks)
-    mesh = build_mesh(config.parallel, device)
-    data = build_data(
-        config.data,
-        seq_length=config.model.seq_length,
-        vocab_size=config.model.vocab_size,
-        seed=config.run.seed,
-        global_batch_size=config.training.global_batch_size,
-        steps=config.training.steps,
-        eval_every=config.evaluation.every,
-        eval_batches=config.evaluation.batches,
-        is_writer=ranks.rank == 0,
-        wait=dist.barrier,
-    )
+    mesh, ranks = lay_out_ranks(config, device)
+    data = open_data(config, ranks)
     parts, optimizer = build_model(config, mesh, device)
     Trainer(config, mesh, device, parts, optimizer, data, ranks).run()
 

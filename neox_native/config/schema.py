@@ -28,6 +28,8 @@ class Run:
     """A training step is never called a hang before this time [seconds]."""
     watchdog_startup_seconds: float = 1800.0
     """Limit of what has no step time: the first steps, which compile, evaluation and saving [seconds]."""
+    check_replicas_every: int = 0
+    """Compare the weights and random states of replicas after every so many steps, by hash; 0 never does [steps]."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,8 @@ class Logging:
     """Log after every so many steps; nothing waits for the device in between [steps]."""
     tensorboard: bool = True
     """Write TensorBoard scalars beside metrics.jsonl."""
+    stragglers_every: int = 100
+    """Name each pipeline stage's slowest rank after every so many steps; 0 never does [steps]."""
 
 
 @dataclass(frozen=True)

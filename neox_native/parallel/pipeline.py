@@ -5,9 +5,7 @@ Shapes: M microbatches of a step, B sequences of a microbatch, T sequence, D hid
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +16,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_sc
 
 from neox_native.model.transformer import Transformer
 from neox_native.parallel.stages import rank_of_stage
+from neox_native.parallel.timing import Timing
 
 SCHEDULES = {
     "gpipe": "GPipe",
@@ -42,57 +41,29 @@ class GradientSink(Protocol):
         """A weight-gradient pass of this stage ended; its gradients lie in `.grad`, no hook saw them."""
 
 
-class Stopwatch:
-    """Seconds of compute on this rank since the last reading, without waiting for the device."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds, self.events = device, 0.0, []
-
-    @contextmanager
-    def running(self):
-        """Count the time until the block ends (the device's time, where there is a GPU)."""
-        if self.device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            yield
-            end.record()
-            self.events.append((begin, end))
-        else:
-            begin = time.perf_counter()
-            yield
-            self.seconds += time.perf_counter() - begin
-
-    def read(self) -> float:
-        """Seconds counted since the last call. On a GPU it waits for the events: call it at logged steps."""
-        for begin, end in self.events:
-            end.synchronize()
-            self.seconds += begin.elapsed_time(end) / 1e3
-        seconds, self.seconds = self.seconds, 0.0
-        self.events.clear()
-        return seconds
-
-
 class Stage(PipelineStage):
     """torch's stage, which also tells the gradient sink where in the step it is, and times its compute."""
 
     sink: GradientSink
-    stopwatch: Stopwatch
+    timing: Timing
 
-    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Forward of one microbatch."""
-        with self.stopwatch.running():
-            return super().forward_one_chunk(*args, **kwargs)
+        self.timing.on_microbatch(fwd_chunk_id)
+        with self.timing.compute.running():
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, loss=None, full_backward: bool = True, last_backward: bool = False):
         """Backward of one microbatch, or its input half."""
+        self.timing.on_microbatch(bwd_chunk_id)
         self.sink.microbatch(self.stage_index, last_backward and full_backward)
-        with self.stopwatch.running():
+        with self.timing.compute.running():
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """The weight half of a split backward."""
         self.sink.microbatch(self.stage_index, False)
-        with self.stopwatch.running():
+        with self.timing.compute.running():
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self.sink.absorb(self.stage_index)
 
@@ -126,7 +97,7 @@ class Pipeline:
     ):
         self.parts, self.num_stages, self.schedule_name, self.group, self.device = parts, num_stages, schedule, pp_group, device
         self.num_microbatches = num_microbatches
-        self.stopwatch = Stopwatch(device)
+        self.timing = Timing(device)
         model = next(iter(parts.values())).config
         hidden = torch.empty(microbatch_shape[0], hidden_length, model.hidden_size, dtype=dtype, device="meta")
         self.hidden_meta = hidden.requires_grad_()
@@ -137,7 +108,7 @@ class Pipeline:
             output = self.hidden_meta if part.embed_out is None else self._logits_meta(part, microbatch_shape, dtype)
             inputs = tokens if number == 0 else self.hidden_meta
             stage = Stage(part, number, num_stages, device, input_args=inputs, output_args=output, group=pp_group)
-            stage.sink, stage.stopwatch = sink, self.stopwatch
+            stage.sink, stage.timing = sink, self.timing
             self.stages.append(stage)
         schedule_class = get_schedule_class(SCHEDULES[schedule])
         stages = self.stages if issubclass(schedule_class, PipelineScheduleMulti) else self.stages[0]
@@ -167,13 +138,14 @@ class Pipeline:
         self.loss_function = loss_function
         first, last = 0 in self.parts, self.num_stages - 1 in self.parts
         losses: list[Tensor] = []
-        self.schedule.step(
-            *((inputs_MBT.flatten(0, 1),) if first else ()),
-            target=targets_MBT.flatten(0, 1) if last else None,
-            losses=losses if last else None,
-            return_outputs=False,
-            **{name: tensor.flatten(0, 1) for name, tensor in extras.items()},
-        )
+        with self.timing.whole.running():
+            self.schedule.step(
+                *((inputs_MBT.flatten(0, 1),) if first else ()),
+                target=targets_MBT.flatten(0, 1) if last else None,
+                losses=losses if last else None,
+                return_outputs=False,
+                **{name: tensor.flatten(0, 1) for name, tensor in extras.items()},
+            )
         return torch.stack([loss.detach() for loss in losses]).sum() if last else torch.zeros((), device=self.device)
 
     @torch.no_grad()
@@ -187,6 +159,7 @@ class Pipeline:
         """
         total = torch.zeros((), device=self.device)
         for index in range(inputs_MBT.shape[0]):
+            self.timing.on_microbatch(index)
             arguments = {name: tensor[index] for name, tensor in extras.items()}
             hidden: Tensor | None = None
             for stage in range(self.num_stages):

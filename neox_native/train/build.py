@@ -105,7 +105,7 @@ def build_engine(
     """What runs a step's microbatches: a loop, or the pipeline's schedule."""
     parallel, training, model = config.parallel, config.training, config.model
     if parallel.pp == 1:
-        return SingleStage(parts[0], optimizer)
+        return SingleStage(parts[0], optimizer, device)
     return Pipeline(
         parts,
         num_stages=parallel.pp * parallel.virtual_stages,

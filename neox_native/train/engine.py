@@ -12,10 +12,13 @@ from torch import Tensor
 
 from neox_native.model.transformer import Transformer
 from neox_native.parallel.pipeline import GradientSink, LossFunction
+from neox_native.parallel.timing import Timing
 
 
 class Engine(Protocol):
     """Runs a step's microbatches; `parallel.pipeline.Pipeline` is the other one."""
+
+    timing: Timing
 
     def forward_backward(
         self, inputs_MBT: Tensor, targets_MBT: Tensor, extras: dict[str, Tensor], loss_function: LossFunction
@@ -32,8 +35,9 @@ class Engine(Protocol):
 class SingleStage:
     """One microbatch after the other through the whole model."""
 
-    def __init__(self, model: Transformer, sink: GradientSink):
+    def __init__(self, model: Transformer, sink: GradientSink, device: torch.device):
         self.model, self.sink = model, sink
+        self.timing = Timing(device)
 
     def forward_backward(
         self, inputs_MBT: Tensor, targets_MBT: Tensor, extras: dict[str, Tensor], loss_function: LossFunction
@@ -41,10 +45,12 @@ class SingleStage:
         """See `Engine`."""
         total = torch.zeros((), device=inputs_MBT.device)
         for index in range(len(inputs_MBT)):
+            self.timing.on_microbatch(index)
             arguments = {name: tensor[index] for name, tensor in extras.items()}
-            loss = loss_function(self.model(inputs_MBT[index], **arguments), targets_MBT[index])
-            self.sink.microbatch(0, last=index == len(inputs_MBT) - 1)
-            loss.backward()
+            with self.timing.compute.running():
+                loss = loss_function(self.model(inputs_MBT[index], **arguments), targets_MBT[index])
+                self.sink.microbatch(0, last=index == len(inputs_MBT) - 1)
+                loss.backward()
             total += loss.detach()
         return total
 
@@ -55,6 +61,7 @@ class SingleStage:
         """See `Engine`."""
         total = torch.zeros((), device=inputs_MBT.device)
         for index in range(len(inputs_MBT)):
+            self.timing.on_microbatch(index)
             arguments = {name: tensor[index] for name, tensor in extras.items()}
             total += loss_function(self.model(inputs_MBT[index], **arguments), targets_MBT[index])
         return total

@@ -1,13 +1,11 @@
-"""The loop around the steps: resume, train, log, evaluate, save."""
+"""The loop around the steps: resume, train, log, evaluate, save, and leave in good order."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.checkpoint import store
@@ -15,19 +13,22 @@ from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.resume import find_start
 from neox_native.checkpoint.retention import should_save
 from neox_native.checkpoint.saver import Saver
-from neox_native.config.load import dump
 from neox_native.config.schema import Config
 from neox_native.data.build import Datasets
-from neox_native.data.loader import StepBatch, build_loader, format_hash
-from neox_native.metrics.throughput import Throughput, device_name, peak_flops_per_second, peak_memory_bytes
-from neox_native.metrics.writers import StepRecord, Writers
-from neox_native.model.flops import model_flops_per_token
+from neox_native.data.loader import StepBatch, build_loader
+from neox_native.errors import UserError
+from neox_native.metrics.guards import BadSteps, SpikeGuard
+from neox_native.metrics.health import Watchdog, job_store
+from neox_native.metrics.preemption import LeaveRequest
+from neox_native.metrics.replicas import check_replicas
 from neox_native.model.transformer import Transformer
 from neox_native.optim.loss_scale import LossScale
 from neox_native.optim.schedule import learning_rate
 from neox_native.train import state as run_states
 from neox_native.train.build import build_engine
 from neox_native.train.evaluate import evaluate, evaluation_number
+from neox_native.train.report import Report
+from neox_native.train.start import flight_recorder_folder
 from neox_native.train.step import Losses, StepResult, TrainStep
 from neox_native.zero.optimizer import ShardedOptimizer
 
@@ -55,60 +56,65 @@ class Trainer:
     ):
         self.config, self.mesh, self.device, self.data, self.ranks = config, mesh, device, data, ranks
         self.parts, self.optimizer = parts, optimizer
+        training = config.training
         self.engine = build_engine(config, mesh, device, parts, optimizer)
         self.losses = Losses(mesh, device)
-        self.loss_scale = LossScale(config.training, device) if config.training.precision == "fp16" else None
-        self.train_step = TrainStep(self.engine, optimizer, self.losses, config.training.clip_grad_norm, self.loss_scale)
-        self.checkpoints = Path(config.run.dir) / "checkpoints"
-        self.saver = Saver(self.checkpoints, config.checkpoint)
+        self.loss_scale = LossScale(training, device) if training.precision == "fp16" else None
+        self.spike_guard = SpikeGuard(training, device) if training.spike_threshold > 0 else None
+        clip = training.clip_grad_norm
+        self.train_step = TrainStep(self.engine, optimizer, self.losses, clip, self.loss_scale, self.spike_guard)
+        self.bad_steps = BadSteps(training)
+        self.saver = Saver(Path(config.run.dir) / "checkpoints", config.checkpoint)
+        self.leave = LeaveRequest()
+        self.watchdog = Watchdog(config.run, ranks.rank, ranks.size, flight_recorder_folder(config), job_store())
         self.fingerprint = data.train.fingerprint()
         self.step, self.consumed_samples = 0, 0
-        self.writers: Writers | None = None
 
     def run(self) -> None:
-        """Train until `training.steps`; whatever is due after a step happens in this order: log, evaluate, save."""
+        """Train until `training.steps`, or until a signal asks to leave."""
         run_states.seed_dropout(self.config, self.mesh)
         self.resume()
-        if self.ranks.rank == 0:
-            logging = self.config.logging
-            self.writers = Writers(
-                Path(self.config.run.dir), self.step, self.config.training.steps, dump(self.config), logging.tensorboard, self.show
-            )
-        self.throughput = self._throughput()
-        total_steps = self.config.training.steps
-        if self.step == 0 and should_save(0, self.config.checkpoint, total_steps):
+        self.report = Report(
+            self.config, self.mesh, self.device, self.ranks, self.losses, self.engine.timing, resumed_step=self.step
+        )
+        self.engine.timing.on_microbatch = lambda index: self.watchdog.at(self.step + 1, self.phase, index)
+        try:
+            self.train()
+        finally:
+            self.leave.close()
+            self.watchdog.close()
+            self.report.close()
+
+    def train(self) -> None:
+        """The steps; whatever is due after one happens in this order: log, evaluate, save, leave."""
+        settings, total_steps = self.config, self.config.training.steps
+        self.phase = "train"
+        if self.step == 0 and should_save(0, settings.checkpoint, total_steps):
             self.save()
         for batch in self.batches("train", self.consumed_samples, total_steps - self.step):
-            rate = learning_rate(self.step + 1, self.config.lr_schedule, self.config.optimizer.lr, total_steps)
+            rate = learning_rate(self.step + 1, settings.lr_schedule, settings.optimizer.lr, total_steps)
+            self.watchdog.at(self.step + 1, self.phase)
             result = self.train_step(batch, rate)
             self.step, self.consumed_samples = self.step + 1, batch.consumed_samples
-            self.throughput.step_done()
-            last = self.step == total_steps
-            if last or self.step % self.config.logging.every == 0:
-                self.log(batch, result, rate)
-            with self.throughput.paused():
-                every = self.config.evaluation.every
-                if every and (last or self.step % every == 0):
-                    self.evaluate()
-                if should_save(self.step, self.config.checkpoint, total_steps):
+            self.report.throughput.step_done()
+            self.log_if_due(batch, result, rate)
+            with self.report.throughput.paused():
+                signal = self.leave.after_step()
+                self.evaluate_if_due()
+                if signal or should_save(self.step, settings.checkpoint, total_steps):
                     self.save()
-            self.report_saves()
+                self.report_saves()
+            if signal:
+                self.report.event("signal", self.step, f"step {self.step}: leaving after {signal}; the state is saved")
+                break
         self.saver.wait()
         self.report_saves()
-        if self.writers:
-            self.writers.close()
 
-    def report_saves(self) -> None:
-        """Write down the checkpoints that have been finished."""
-        for saved in self.saver.reports():
-            if self.writers:
-                self.writers.event("checkpoint", saved.step, str(saved), stall_seconds=saved.stall_seconds)
-
-    def batches(self, part: str, consumed_samples: int, steps: int):
+    def batches(self, part: str, consumed_samples: int, steps: int) -> Iterator[StepBatch]:
         """This data rank's batches of "train" or "valid" from a sample on."""
         training = self.config.training
         return build_loader(
-            getattr(self.data, part),
+            self.data.train if part == "train" else self.data.valid,
             consumed_samples=consumed_samples,
             global_batch_size=training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
@@ -118,68 +124,62 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
 
-    def show(self, message: str) -> None:
-        """Print a line, on rank 0."""
-        if self.ranks.rank == 0:
-            print(message, flush=True)
+    def log_if_due(self, batch: StepBatch, result: StepResult, rate: float) -> None:
+        """Write the step down where it is due, and what was noticed since the last time."""
+        logging, size = self.config.logging, self.config.training.global_batch_size
+        self.bad_steps.record(self.step, tuple(range(batch.consumed_samples - size, batch.consumed_samples)), result.skipped)
+        if self.step == self.config.training.steps or self.step % logging.every == 0:
+            extra = {"loss scale": self.loss_scale.scale.item()} if self.loss_scale else {}
+            self.watchdog.measured(self.report.step(self.step, batch, result, rate, extra))
+            for bad in self.bad_steps.collect():
+                self.report.event("bad step", bad.step, str(bad), sample_ids=list(bad.sample_ids))
+            if verdict := self.bad_steps.verdict():
+                self.save()
+                self.saver.wait()
+                raise verdict
+        if logging.stragglers_every and self.ranks.size > 1 and self.step % logging.stragglers_every == 0:
+            self.report.stragglers(self.step, logging.stragglers_every)
+        every = self.config.run.check_replicas_every
+        if every and self.step % every == 0:
+            copies = run_states.copies(self.config, self.mesh, self.optimizer)
+            if found := check_replicas(copies, self.ranks.gather):
+                raise UserError(f"step {self.step}: {found}; resume from the last checkpoint before it.")
 
-    def total(self, value: Tensor) -> Tensor:
-        """Sum of a value over the dp and pp ranks of this tp rank."""
-        value = value.detach().double() if value.is_floating_point() else value.clone()
-        for axis in ("dp", "pp"):
-            dist.all_reduce(value, group=self.mesh.get_group(axis))
-        return value
-
-    def log(self, batch: StepBatch, result: StepResult, rate: float) -> None:
-        """Write the step down. The only place in training that waits for the device."""
-        loss = self.total(result.loss).item()
-        batch_hash = torch.tensor(batch.row_hash, device=self.device)
-        dist.all_reduce(batch_hash, group=self.mesh.get_group("dp"))
-        peak = torch.tensor(peak_memory_bytes(self.device), device=self.device)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        speed = self.throughput.speed()
-        record = StepRecord(
-            step=self.step,
-            loss=loss,
-            grad_norm=result.grad_norm.item(),
-            learning_rate=rate,
-            consumed_samples=self.consumed_samples,
-            tokens_per_second=speed.tokens_per_second,
-            step_seconds=speed.step_seconds,
-            tflops_per_device=speed.tflops_per_device,
-            mfu=speed.mfu,
-            peak_memory_bytes=int(peak.item()),
-            batch_hash=format_hash(int(batch_hash.item())),
-        )
-        extra: dict[str, Any] = {}
-        if self.loss_scale:
-            extra["loss scale"] = self.loss_scale.scale.item()
-        if self.writers:
-            self.writers.step(record, extra)
-
-    def evaluate(self) -> None:
+    def evaluate_if_due(self) -> None:
         """Loss on the validation data, into the log."""
-        settings = self.config.evaluation
+        settings, last = self.config.evaluation, self.step == self.config.training.steps
+        if not settings.every or not (last or self.step % settings.every == 0):
+            return
+        self.phase = "evaluate"
         size = settings.batches * self.config.training.global_batch_size
         first = evaluation_number(self.step, settings.every) * size
         share = evaluate(self.engine, self.parts.values(), self.losses, self.batches("valid", first, settings.batches))
-        loss = self.total(share).item()
-        if self.writers:
-            message = f"step {self.step}: validation loss {loss:.4f} over {settings.batches} batches"
-            self.writers.event("evaluation", self.step, message, loss=loss)
-
-    def save(self) -> None:
-        """Write a checkpoint of this step."""
-        metadata = run_states.metadata(self.config, self.step, self.consumed_samples, self.fingerprint)
-        self.saver.save(self.step, self.state(), metadata)
+        loss = self.losses.total(share).item()
+        message = f"step {self.step}: validation loss {loss:.4f} over {settings.batches} batches"
+        self.report.event("evaluation", self.step, message, loss=loss)
+        self.phase = "train"
 
     def state(self) -> store.State:
         """The tensors of a checkpoint; they alias what they show."""
-        return run_states.run_state(self.optimizer, self.loss_scale, self.mesh, self.device)
+        return run_states.run_state(self.optimizer, self.loss_scale, self.spike_guard, self.mesh, self.device)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        if self.saver.last_step == self.step:
+            return
+        self.watchdog.at(self.step, "save")
+        metadata = run_states.metadata(self.config, self.step, self.consumed_samples, self.fingerprint)
+        self.saver.save(self.step, self.state(), metadata)
+
+    def report_saves(self) -> None:
+        """Write down the checkpoints that have been finished."""
+        for saved in self.saver.reports():
+            self.report.event("checkpoint", saved.step, str(saved), stall_seconds=saved.stall_seconds)
 
     def resume(self) -> None:
         """Start from what the [checkpoint] section says: a checkpoint, another run's weights, or anew."""
-        start = find_start(self.config.checkpoint, self.checkpoints, self.ranks, self.show)
+        show = print if self.ranks.rank == 0 else lambda message: None
+        start = find_start(self.config.checkpoint, self.saver.directory, self.ranks, show)
         if start is None:
             return
         state = self.state()
@@ -187,22 +187,11 @@ class Trainer:
             weights = {name: value for name, value in state.items() if name.startswith("model.")}
             store.load(start.path, weights, self.ranks, only="model.", verified=True)
             self.optimizer.after_load()
-            self.show(f"starts from the weights of {start.path}")
+            show(f"starts from the weights of {start.path}")
             return
         saved = store.load(start.path, state, self.ranks, lenient=run_states.LAYOUT_DEPENDENT, verified=True)
         run_states.check_fits(saved, self.config, self.fingerprint)
         self.optimizer.after_load()
         run_states.restore_random_state(state, self.device)
         self.step, self.consumed_samples = saved["step"], saved["consumed_samples"]
-        self.show(f"resumed {start.path} at step {self.step}")
-
-    def _throughput(self) -> Throughput:
-        training, model = self.config.training, self.config.model
-        return Throughput(
-            tokens_per_step=training.global_batch_size * model.seq_length,
-            flops_per_token=model_flops_per_token(model),
-            devices=self.ranks.size,
-            peak=peak_flops_per_second(device_name(self.device), training.precision),
-        )
-
-
+        show(f"resumed {start.path} at step {self.step}")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
 
 from neox_native.config.schema import Config
 from neox_native.data.dataset import check_fingerprint
 from neox_native.errors import UserError
 from neox_native.mesh import AXES
+from neox_native.metrics.guards import SpikeGuard
 from neox_native.model.initialize import seed_of
 from neox_native.optim.loss_scale import LossScale
+from neox_native.zero.layout import ZeroStage
 from neox_native.zero.optimizer import ShardedOptimizer
+from neox_native.zero.unit import local
 
 
 def seed_dropout(config: Config, mesh: DeviceMesh) -> None:
@@ -47,17 +53,39 @@ def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None
             torch.cuda.set_rng_state(value, device)
 
 
-LAYOUT_DEPENDENT = ("rng.", "loss_scale.")
-"""Names that another layout or precision may lack; they then keep their first values."""
+LAYOUT_DEPENDENT = ("rng.", "loss_scale.", "spike_guard.")
+"""Names that another layout or other settings may lack; they then keep their first values."""
 
 
 def run_state(
-    optimizer: ShardedOptimizer, loss_scale: LossScale | None, mesh: DeviceMesh, device: torch.device
+    optimizer: ShardedOptimizer,
+    loss_scale: LossScale | None,
+    spike_guard: SpikeGuard | None,
+    mesh: DeviceMesh,
+    device: torch.device,
 ) -> dict[str, Tensor]:
-    """Everything that changes while a run trains, under global names: weights, optimizer state, loss scale, random state."""
+    """Everything that changes while a run trains, under global names: weights, optimizer state, loss scale, the spike
+    guard's window, random state."""
     state = dict(optimizer.state_dict()) | random_state(mesh, device)
-    scale = loss_scale.state_dict() if loss_scale else {}
-    return state | {f"loss_scale.{name}": value for name, value in scale.items()}
+    if loss_scale:
+        state |= {f"loss_scale.{name}": value for name, value in loss_scale.state_dict().items()}
+    if spike_guard:
+        state[f"spike_guard.{spike_guard.window}"] = spike_guard.state
+    return state
+
+
+def copies(
+    config: Config, mesh: DeviceMesh, optimizer: ShardedOptimizer
+) -> Iterator[tuple[str, dist.ProcessGroup, list[tuple[str, Tensor]]]]:
+    """What several ranks hold alike, by mesh axis: replicated weights, and over tp the random state that drops the
+    same elements of the same residual stream."""
+    whole = [(trained.spec.name, trained.spec) for trained in optimizer.trained]
+    if optimizer.stage != ZeroStage.PARAMETERS:
+        yield "dp", mesh.get_group("dp"), [(name, local(spec.parameter)) for name, spec in whole]
+    replicated = [(t.spec.name, t.shard) for t in optimizer.trained if isinstance(t.spec.placement, Replicate)]
+    if not config.parallel.sequence_parallel:
+        replicated.append(("the random state", torch.get_rng_state()))
+    yield "tp", mesh.get_group("tp"), replicated
 
 
 def metadata(config: Config, step: int, consumed_samples: int, fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -90,15 +90,15 @@ class StageUnits:
     def _on_gradient(self, index: int, position: int) -> None:
         """Hook: autograd has finished the gradient of parameter `position` of unit `index`."""
         bucket = self.buckets[index]
-        self._take(self.weights[index].specs[position], bucket, position)
         bucket.arrived.add(position)
+        self.gatherer.through_with(index, position, everything=bucket.complete)
+        self._take(self.weights[index].specs[position], bucket, position)
         self.reducer.notice()
-        if bucket.complete:
-            self.gatherer.drop(index)
 
     @torch.no_grad()
     def _take(self, spec: ParameterSpec, bucket: GradientBucket, position: int) -> None:
         if spec.parameter.grad is not None:
+            self.reducer.settle(bucket)
             bucket.accumulate(position, local_gradient(spec))
             spec.parameter.grad = None
 
@@ -173,23 +173,34 @@ class ShardedOptimizer:
         self.stages[stage_index].absorb()
 
     @torch.no_grad()
-    def step(self, lr: float, clip: float, loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(
+        self,
+        lr: float,
+        clip: float,
+        loss_scale: Tensor | None = None,
+        loss: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Update the weights with the gradients that were collected since the last step.
 
         Args:
             lr: learning rate.
             clip: largest global L2 norm of the gradient; 0 does not clip.
             loss_scale: what the loss was multiplied by, a scalar on the device.
+            loss: this rank's share of the loss: not finite on any rank, it makes the norm not finite on all.
+            skip: a scalar, the same on all ranks; not zero, it skips the update.
 
         Returns:
-            The global norm of the unscaled gradient before clipping, and 1.0 if it is not finite and the update was skipped, else 0.0;
-            both fp32 scalars on the device.
+            The global norm of the unscaled gradient before clipping, and 1.0 if the update was skipped (the norm is not finite,
+            or `skip`), else 0.0; both fp32 scalars on the device.
         """
         self._reduce()
-        norm = self._global_norm()
+        norm = self._global_norm(loss)
         if loss_scale is not None:
             norm = norm / loss_scale
         found_inf = 1.0 - norm.isfinite().float()
+        if skip is not None:
+            found_inf = torch.maximum(found_inf, skip.float())
         divisor = torch.ones_like(norm) if loss_scale is None else loss_scale.float()
         if clip > 0:
             divisor = divisor * ((norm + NORM_EPSILON) / clip).clamp(min=1.0)
@@ -248,12 +259,14 @@ class ShardedOptimizer:
             pieces = flat.split([gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [piece.view_as(like) for piece, like in zip(pieces, gradients)])
 
-    def _global_norm(self) -> Tensor:
-        """L2 norm of the whole model's gradient, every element counted once. Not finite if any element is not."""
+    def _global_norm(self, loss: Tensor | None) -> Tensor:
+        """L2 norm of the whole model's gradient, every element counted once. Not finite if any element or any rank's loss is not."""
         replicas = 1 if self.stage else dist.get_world_size(self.dp_group)
         counted = [trained.gradient for trained in self.trained if trained.spec.counted and trained.gradient.numel()]
         norm = torch.nn.utils.get_total_norm(counted) if counted else torch.zeros((), device=self.device)
         square = norm.double().square() / replicas
+        if loss is not None:
+            square = square + 0.0 * loss
         if dist.get_world_size() > 1:
             dist.all_reduce(square)
         return square.sqrt().float()

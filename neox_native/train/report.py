@@ -1,0 +1,110 @@
+"""What a step's numbers become: reduced over the ranks, then one line in the log. The only part of training that waits
+for the device, and on logged steps alone."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from neox_native.checkpoint.agree import Ranks
+from neox_native.config.load import dump
+from neox_native.config.schema import Config
+from neox_native.data.loader import StepBatch, format_hash
+from neox_native.metrics.health import slowest_ranks
+from neox_native.metrics.throughput import Throughput, device_name, peak_flops_per_second, peak_memory_bytes
+from neox_native.metrics.writers import StepRecord, Writers
+from neox_native.model.flops import model_flops_per_token
+from neox_native.parallel.timeline import timeline
+from neox_native.parallel.timing import Timing
+from neox_native.train.step import Losses, StepResult
+
+
+class Report:
+    """Writes a run down. All ranks call it, because numbers are summed over them; rank 0 writes.
+
+    Args:
+        losses: sums shares of a loss over the ranks.
+        timing: the engine's.
+        resumed_step: steps already done; what was logged beyond is cut off.
+    """
+
+    def __init__(
+        self, config: Config, mesh: DeviceMesh, device: torch.device, ranks: Ranks, losses: Losses, timing: Timing, resumed_step: int
+    ):
+        self.mesh, self.device, self.ranks, self.losses, self.timing = mesh, device, ranks, losses, timing
+        training, parallel = config.training, config.parallel
+        self.writers: Writers | None = None
+        if ranks.rank == 0:
+            folder, board = Path(config.run.dir), config.logging.tensorboard
+            self.writers = Writers(folder, resumed_step, training.steps, dump(config), board)
+        self.throughput = Throughput(
+            tokens_per_step=training.global_batch_size * config.model.seq_length,
+            flops_per_token=model_flops_per_token(config.model),
+            devices=ranks.size,
+            peak=peak_flops_per_second(device_name(device), training.precision),
+        )
+        self.predicted_bubble: float | None = None
+        if parallel.pp > 1:
+            microbatches = training.global_batch_size // (training.micro_batch_size * parallel.dp)
+            drawn = timeline(parallel.pipeline_schedule, parallel.pp, parallel.virtual_stages, microbatches)
+            self.predicted_bubble = drawn.bubble_fraction
+        self.steps_since_stragglers = 0
+        self.compute_seconds = 0.0
+
+    def step(self, step: int, batch: StepBatch, result: StepResult, rate: float, extra: dict[str, Any]) -> float:
+        """Write a step; returns the seconds a step took since the last call."""
+        loss = self.losses.total(result.loss).item()
+        batch_hash = torch.tensor(batch.row_hash, device=self.device)
+        dist.all_reduce(batch_hash, group=self.mesh.get_group("dp"))
+        peak = torch.tensor(peak_memory_bytes(self.device), device=self.device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        extra = extra | self._bubble()
+        speed = self.throughput.speed()
+        record = StepRecord(
+            step=step,
+            loss=loss,
+            grad_norm=result.grad_norm.item(),
+            learning_rate=rate,
+            consumed_samples=batch.consumed_samples,
+            tokens_per_second=speed.tokens_per_second,
+            step_seconds=speed.step_seconds,
+            tflops_per_device=speed.tflops_per_device,
+            mfu=speed.mfu,
+            peak_memory_bytes=int(peak.item()),
+            batch_hash=format_hash(int(batch_hash.item())),
+        )
+        if self.writers:
+            self.writers.step(record, extra)
+        return speed.step_seconds
+
+    def _bubble(self) -> dict[str, str]:
+        """The pipeline's idle time over its compute time since the last call, measured beside predicted."""
+        compute, whole = self.timing.compute.read(), self.timing.whole.read()
+        self.compute_seconds += compute
+        if self.predicted_bubble is None:
+            return {}
+        seconds = self.losses.total(torch.tensor([compute, whole], device=self.device)).tolist()
+        return {"bubble": f"{seconds[1] / seconds[0] - 1:.1%} (predicted {self.predicted_bubble:.1%})"}
+
+    def stragglers(self, step: int, steps: int) -> None:
+        """Name the slowest rank of each pipeline stage over the last `steps` steps."""
+        self.compute_seconds += self.timing.compute.read()
+        place = (self.mesh.get_local_rank("pp"), socket.gethostname(), self.compute_seconds / max(steps, 1))
+        self.compute_seconds = 0.0
+        lines = slowest_ranks(self.ranks.gather(place))
+        self.event("stragglers", step, f"step {step}: " + "; ".join(lines))
+
+    def event(self, kind: str, step: int, message: str, **values: Any) -> None:
+        """Write something that is no training step."""
+        if self.writers:
+            self.writers.event(kind, step, message, **values)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self.writers:
+            self.writers.close()

@@ -1,0 +1,59 @@
+"""Before the first step: ranks that agree, a folder to write to, a mesh that communicates, data to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from neox_native.checkpoint.agree import Ranks
+from neox_native.config.schema import Config
+from neox_native.config.settings import SETTINGS
+from neox_native.data.build import Datasets, build_data
+from neox_native.mesh import build_mesh
+from neox_native.metrics.health import job_store
+from neox_native.metrics.startup import check_agreement, check_axes, code_version, describe_mesh
+from neox_native.train.folder import open_run_folder
+
+
+def lay_out_ranks(config: Config, device: torch.device) -> tuple[DeviceMesh, Ranks]:
+    """The mesh, after all ranks have agreed on settings and code and each of its axes has carried a collective.
+
+    Raises:
+        UserError: on all ranks, naming the rank and host that differs or does not answer.
+    """
+    torch.use_deterministic_algorithms(config.run.determinism == "bitwise")
+    ranks = Ranks()
+    facts = {name: str(setting.of(config)) for name, setting in SETTINGS.items()}
+    hosts = check_agreement(facts | {"the code": code_version()}, ranks.gather)
+    open_run_folder(config, ranks)
+    mesh = build_mesh(config.parallel, device)
+    check_axes(mesh, hosts, job_store())
+    if ranks.rank == 0:
+        print(describe_mesh(mesh, hosts), flush=True)
+    return mesh, ranks
+
+
+def open_data(config: Config, ranks: Ranks) -> Datasets:
+    """The run's data, the same on all ranks; rank 0 prepares what is built in."""
+    data = build_data(
+        config.data,
+        seq_length=config.model.seq_length,
+        vocab_size=config.model.vocab_size,
+        seed=config.run.seed,
+        global_batch_size=config.training.global_batch_size,
+        steps=config.training.steps,
+        eval_every=config.evaluation.every,
+        eval_batches=config.evaluation.batches,
+        is_writer=ranks.rank == 0,
+        wait=dist.barrier,
+    )
+    check_agreement({name: str(value) for name, value in data.train.fingerprint().items()}, ranks.gather)
+    return data
+
+
+def flight_recorder_folder(config: Config) -> Path:
+    """Where the last collectives of a run that hung are written."""
+    return Path(config.run.dir) / "flight_recorder"

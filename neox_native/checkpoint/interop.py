@@ -17,6 +17,8 @@ from neox_native.config.schema import Model
 from neox_native.errors import UserError
 from neox_native.model.transformer import Transformer
 
+Read = Callable[[str], Tensor]
+"""Full tensor of a parameter, by its global name."""
 PREFIX = "model."
 """Names of weights in a checkpoint are this and the parameter's global name."""
 
@@ -63,8 +65,13 @@ def require_new(folder: Path) -> None:
         raise UserError(f"{folder} exists already; name a new folder or remove it.")
 
 
+def unit_of(name: str) -> str:
+    """What is read together: a layer ("layers.3."), or a single parameter outside the layers."""
+    return ".".join(name.split(".")[:2]) + "." if name.startswith("layers.") else name
+
+
 class CheckpointReader:
-    """A verified checkpoint, read one full tensor at a time by this process alone; fp32, on the CPU.
+    """A verified checkpoint, read by this process alone: full tensors, fp32, on the CPU, one layer in memory at a time.
 
     Raises `UserError` where it is damaged or does not hold the model that it describes.
     """
@@ -78,18 +85,23 @@ class CheckpointReader:
         self.metadata = files.read_metadata(self.path)
         self.model = model_of(self.metadata, self.path)
         self.shapes = parameter_shapes(self.model)
+        self._unit, self._tensors = "", dict[str, Tensor]()
 
     def __call__(self, name: str) -> Tensor:
         """The parameter of that global name."""
-        tensor = torch.empty(self.shapes[name])
-        store.load(self.path, {PREFIX + name: tensor}, self._ranks, only=PREFIX + name, verified=True)
-        return tensor
+        if unit_of(name) != self._unit:
+            self._unit, self._tensors = unit_of(name), {}  # the old ones go before the new ones come
+            names = [each for each in self.shapes if unit_of(each) == self._unit]
+            state = {PREFIX + each: torch.empty(self.shapes[each]) for each in names}
+            store.load(self.path, state, self._ranks, only=PREFIX + self._unit, verified=True)
+            self._tensors = {each: state[PREFIX + each] for each in names}
+        return self._tensors[name]
 
 
 class _ReadWhenAsked(Mapping[str, Tensor]):
     """State whose tensors are read when they are written, so that one at a time is in memory."""
 
-    def __init__(self, read: Callable[[str], Tensor], names: list[str]):
+    def __init__(self, read: Read, names: list[str]):
         self.read, self.names = read, names
 
     def __getitem__(self, name: str) -> Tensor:
@@ -102,7 +114,7 @@ class _ReadWhenAsked(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def write_checkpoint(path: Path, model: Model, read: Callable[[str], Tensor], about: dict[str, Any]) -> None:
+def write_checkpoint(path: Path, model: Model, read: Read, about: dict[str, Any]) -> None:
     """Write weights alone as a checkpoint, by this process, with one tensor in memory at a time.
 
     Args:

@@ -1,4 +1,4 @@
-"""Hugging Face `GPTNeoXForCausalLM` folders: what they can express, read and written a shard at a time.
+"""Hugging Face `GPTNeoXForCausalLM` folders, read and written a shard at a time.
 
     config.json, model-00001-of-00003.safetensors, ..., model.safetensors.index.json, tokenizer.json
 
@@ -9,18 +9,19 @@ in some releases).
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from neox_native.checkpoint import files, interop
 from neox_native.checkpoint.agree import Ranks
+from neox_native.checkpoint.interop_hf_config import OURS, from_config, to_config
 from neox_native.checkpoint.tokenizer_files import tokenizer_files
 from neox_native.config.schema import Model
 from neox_native.errors import UserError
@@ -28,15 +29,8 @@ from neox_native.errors import UserError
 HEAD_NAMES = ("embed_out.weight", "lm_head.weight")
 BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 """Constants that old releases stored among the weights."""
-ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
-"""Ours -> theirs."""
-ACTIVATIONS_READ = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {
-    "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu",
-}  # fmt: skip
-OURS = "neox_native"
-"""Key of config.json under which we keep the settings that Hugging Face has no word for."""
-ONLY_OURS = ("vocab_size", "vocab_multiple_of", "init", "output_init", "init_std")
-SHARD_BYTES = 4 * 10**9
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 2 * 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,7 +39,7 @@ def _safetensors() -> ModuleType:
         import safetensors.torch
     except ImportError:
         raise UserError(
-            "Hugging Face folders need the package safetensors, which is an optional extra: pip install 'neox-native[hf]'."
+            "Hugging Face folders need the package safetensors, an optional extra: pip install 'neox-native[hf]'."
         ) from None
     return safetensors
 
@@ -53,97 +47,6 @@ def _safetensors() -> ModuleType:
 def hugging_face_name(name: str) -> str:
     """Their name of our parameter."""
     return name if name == "embed_out.weight" else f"gpt_neox.{name}"
-
-
-def inexpressible(model: Model) -> list[str]:
-    """The settings of a model that `GPTNeoXForCausalLM` has no equal for, as "model.norm = 'rmsnorm' (why)"."""
-    checks = {
-        "pos_emb": (model.pos_emb == "rotary", "only rotary positions"),
-        "norm": (model.norm == "layernorm", "only layernorm"),
-        "activation": (model.activation in ACTIVATIONS, f"only {', '.join(ACTIVATIONS)}"),
-        "num_kv_heads": (model.kv_heads == model.num_heads, "as many key and value heads as query heads"),
-        "mlp_bias": (model.mlp_bias, "always biases in the feed-forward layer"),
-    }
-    return [f"model.{name} = {getattr(model, name)!r} ({why})" for name, (fits, why) in checks.items() if not fits]
-
-
-def to_config(model: Model, dtype: torch.dtype, eod_id: int | None) -> dict[str, Any]:
-    """Our [model] section as config.json. Raises `UserError` naming every setting that it cannot express.
-
-    Args:
-        eod_id: the token that ends a document, where it is known.
-    """
-    problems = inexpressible(model)
-    if problems:
-        raise UserError(
-            f"Hugging Face's GPTNeoXForCausalLM cannot express {'; '.join(problems)}; keep this model in our own format."
-        )
-    return {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        "vocab_size": model.padded_vocab_size,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "intermediate_size": model.ffn_size,
-        "hidden_act": ACTIVATIONS[model.activation],
-        "rotary_pct": model.rotary_pct,
-        "rotary_emb_base": model.rotary_base,
-        "max_position_embeddings": model.seq_length,
-        "layer_norm_eps": model.norm_eps,
-        "use_parallel_residual": model.parallel_residual,
-        "attention_bias": model.attention_bias,
-        "tie_word_embeddings": model.tie_embeddings,
-        "attention_dropout": model.attention_dropout,
-        "hidden_dropout": model.hidden_dropout,
-        "initializer_range": model.init_std,
-        "bos_token_id": eod_id,
-        "eos_token_id": eod_id,
-        "use_cache": True,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        OURS: {name: getattr(model, name) for name in ONLY_OURS},
-    }
-
-
-def from_config(config: Mapping[str, Any], path: Path) -> Model:
-    """config.json as our [model] section. Raises `UserError` for another architecture or an unknown feature of it."""
-    if config.get("model_type") != "gpt_neox":
-        raise UserError(
-            f"{path} is a model of type {config.get('model_type')!r}; only 'gpt_neox' (GPTNeoXForCausalLM: GPT-NeoX-20B, "
-            "Pythia) can be read."
-        )
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    activation = config.get("hidden_act", "gelu")
-    if kind != "default" or activation not in ACTIVATIONS_READ:
-        raise UserError(
-            f"{path} has rotary positions of type {kind!r} and hidden_act = {activation!r}; this model has type "
-            f"'default' and {', '.join(sorted(ACTIVATIONS_READ))}."
-        )
-    extras = {name: value for name, value in config.get(OURS, {}).items() if name in ONLY_OURS}
-    model = Model(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        num_heads=config["num_attention_heads"],
-        ffn_hidden_size=config["intermediate_size"] if config["intermediate_size"] != 4 * config["hidden_size"] else 0,
-        seq_length=config["max_position_embeddings"],
-        rotary_pct=rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25)),
-        rotary_base=float(rope.get("rope_theta", config.get("rotary_emb_base", 10000))),
-        parallel_residual=config.get("use_parallel_residual", True),
-        norm_eps=config.get("layer_norm_eps", 1e-5),
-        activation=ACTIVATIONS_READ[activation],
-        attention_bias=config.get("attention_bias", True),
-        tie_embeddings=config.get("tie_word_embeddings", False),
-        attention_dropout=config.get("attention_dropout", 0.0),
-        hidden_dropout=config.get("hidden_dropout", 0.0),
-        **({"vocab_size": config["vocab_size"], "vocab_multiple_of": 1} | extras),
-    )
-    if model.padded_vocab_size != config["vocab_size"]:
-        raise UserError(
-            f"{path} contradicts itself: vocab_size = {config['vocab_size']}, but its {OURS} entry makes "
-            f"{model.padded_vocab_size} rows; remove that entry."
-        )
-    return model
 
 
 class HuggingFaceReader:
@@ -170,9 +73,15 @@ class HuggingFaceReader:
         with self._open(shard, framework="pt") as file:
             return file.get_tensor(theirs)
 
+    @property
+    def tokenizer(self) -> str:
+        """What `data.tokenizer` would say: what was kept at the export, else the folder, else ""."""
+        has_file = (self.path / "tokenizer.json").is_file()
+        return self.config.get(OURS, {}).get("tokenizer", str(self.path.resolve()) if has_file else "")
+
     def _find_tensors(self) -> dict[str, tuple[str, Path]]:
         """Our name -> their name and the shard that holds it."""
-        index = self.path / "model.safetensors.index.json"
+        index = self.path / INDEX
         if index.is_file():
             weight_map = {name: self.path / shard for name, shard in _json(index)["weight_map"].items()}
             missing = sorted({shard.name for shard in weight_map.values() if not shard.is_file()})
@@ -220,3 +129,100 @@ def _json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist: {path.parent} is no Hugging Face folder.") from None
     except ValueError as error:
         raise UserError(f"{path} is no JSON file: {error}.") from None
+
+
+class _Shard(NamedTuple):
+    """One file to be written."""
+
+    writer: int
+    """Rank that writes it: the first that holds its parameters."""
+    names: list[str]
+
+
+def plan_shards(held: list[dict[str, int]], limit_bytes: int) -> list[_Shard]:
+    """Cut the parameters into files of at most `limit_bytes` (or of one parameter), each written by one rank.
+
+    Args:
+        held: by rank, the size [bytes] of each parameter that it holds, in order; a parameter that several hold is written
+            by the first of them.
+    """
+    shards, written = [], set()
+    for rank, sizes in enumerate(held):
+        names, size = [], 0
+        for name in sizes:
+            if name in written:
+                continue
+            if names and size + sizes[name] > limit_bytes:
+                shards.append(_Shard(rank, names))
+                names, size = [], 0
+            written.add(name)
+            names.append(name)
+            size += sizes[name]
+        if names:
+            shards.append(_Shard(rank, names))
+    return shards
+
+
+def write_folder(
+    folder: Path,
+    model: Model,
+    shapes: Mapping[str, torch.Size],
+    read: interop.Read,
+    ranks: Ranks,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str = "",
+    shard_bytes: int = SHARD_BYTES,
+) -> list[str]:
+    """Write a Hugging Face folder, complete or not at all; returns what is worth knowing. A collective over all ranks.
+
+    Args:
+        folder: must not exist.
+        shapes: parameters that this rank holds, or shares in, by global name.
+        read: full tensor of one of them; every rank that names it calls this at the same time.
+        dtype: type of the stored weights.
+        tokenizer: what `data.tokenizer` says, for the tokenizer's files; "" writes none.
+        shard_bytes: size of a file, which bounds the memory that this takes.
+
+    Raises:
+        UserError: where the model cannot be expressed, the folder exists, or the disk is full; on all ranks.
+    """
+    temporary = folder.with_name(folder.name + files.TEMPORARY + ranks.from_first(secrets.token_hex(4)))
+    doing = f"Writing the Hugging Face folder {folder}"
+    with ranks.together(doing):
+        save_file = _safetensors().torch.save_file
+        extra_files, eod_id, remarks = tokenizer_files(tokenizer, model)
+        config = to_config(model, dtype, eod_id, tokenizer)
+        interop.require_new(folder)
+        if ranks.rank == 0:
+            temporary.mkdir(parents=True)
+    try:
+        itemsize = dtype.itemsize
+        held = ranks.gather({name: shape.numel() * itemsize for name, shape in shapes.items()})
+        shards = plan_shards(held, shard_bytes)
+        file_names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+        for shard, file_name in zip(shards, file_names):
+            tensors = {}
+            for name in shard.names:
+                whole = read(name) if name in shapes else None
+                if ranks.rank == shard.writer:
+                    tensors[hugging_face_name(name)] = whole.detach().to("cpu", dtype).contiguous()
+                del whole
+            with ranks.together(doing):
+                if tensors:
+                    save_file(tensors, temporary / file_name, metadata={"format": "pt"})
+        with ranks.together(doing):
+            if ranks.rank == 0:
+                total = sum({name: size for sizes in held for name, size in sizes.items()}.values())
+                weight_map = {hugging_face_name(n): f for s, f in zip(shards, file_names) for n in s.names}
+                files.write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+                files.write_json(temporary / "config.json", config)
+                for file_name, content in extra_files.items():
+                    (temporary / file_name).write_bytes(content)
+                if folder.exists():
+                    folder.rmdir()
+                temporary.rename(folder)
+    except BaseException:
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return remarks

@@ -1,0 +1,80 @@
+"""The files by which Hugging Face's libraries know a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from neox_native.config.schema import Model
+from neox_native.data.tokenizers import END_OF_DOCUMENT, Tokenizer, load_tokenizer
+from neox_native.errors import UserError
+
+
+def fitting_tokenizer(name: str, model: Model, setting: str = "data.tokenizer") -> Tokenizer:
+    """The tokenizer of that name. Raises `UserError` where it has ids that the model does not."""
+    tokenizer = load_tokenizer(name)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{setting} = {name!r} has {tokenizer.vocab_size} ids, but the model's vocabulary has model.vocab_size = "
+            f"{model.vocab_size}; name the tokenizer that its data was made with."
+        )
+    return tokenizer
+
+
+def tokenizer_files(name: str, model: Model) -> tuple[dict[str, bytes], int | None, list[str]]:
+    """File name -> content for a Hugging Face folder, the id that ends a document, and what is worth knowing.
+
+    Args:
+        name: what `data.tokenizer` says; "" for a tokenizer that is not known.
+    """
+    if not name:
+        return {}, None, ["The tokenizer is not known: the folder gets none."]
+    tokenizer = fitting_tokenizer(name, model)
+    if name.startswith("tiktoken:"):
+        return {}, tokenizer.eod_id, [f"{name} is no tokenizer.json: the folder gets no tokenizer."]
+    path = Path(name).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    content = json.dumps(byte_level_json()).encode() if name == "byte" else path.read_bytes()
+    eod = tokenizer.decode([tokenizer.eod_id])
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": eod,
+        "eos_token": eod,
+        "unk_token": eod,
+        "model_max_length": model.seq_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    files = {"tokenizer.json": content, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
+    return files, tokenizer.eod_id, []
+
+
+def byte_level_json() -> dict[str, Any]:
+    """The "byte" tokenizer as a tokenizer.json: a byte-level BPE without merges, in which id b is byte b."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    # GPT-2's spelling of bytes: printable ones stand for themselves, the others for characters from 256 on.
+    spelling = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    end = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": 256, "content": END_OF_DOCUMENT, **end}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {spelling[byte]: byte for byte in range(256)},
+            "merges": [],
+        },
+    }

@@ -1,0 +1,127 @@
+"""Convert checkpoints from and to other programs' formats, with one shard of the weights in memory at a time.
+
+    python tools/convert.py to-hf runs/quickstart OUT                       ours -> Hugging Face GPTNeoXForCausalLM
+    python tools/convert.py from-hf FOLDER OUT                              Hugging Face -> ours
+    python tools/convert.py from-neox global_step150000 OUT --config configs/20b.toml    GPT-NeoX (DeepSpeed) -> ours
+
+OUT of the last two is a checkpoint; train from it with --checkpoint.initialize_from OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from neox_native.checkpoint import interop
+from neox_native.checkpoint.agree import Ranks
+from neox_native.checkpoint.interop_hf import DTYPES, HuggingFaceReader, write_folder
+from neox_native.checkpoint.interop_neox import NeoxReader, step_folder
+from neox_native.checkpoint.interop_neox_config import find_yaml, model_from_yaml
+from neox_native.checkpoint.tokenizer_files import fitting_tokenizer
+from neox_native.config.load import load
+from neox_native.config.schema import Model
+from neox_native.data.tokenizers import load_tokenizer
+from neox_native.errors import UserError, report_user_errors
+
+
+def to_hf(options: argparse.Namespace) -> None:
+    """Our checkpoint -> a Hugging Face folder."""
+    reader = interop.CheckpointReader(interop.find_checkpoint(options.source))
+    tokenizer = options.tokenizer or reader.metadata.get("tokenizer", "")
+    remarks = write_folder(
+        options.out,
+        reader.model,
+        reader.shapes,
+        reader,
+        Ranks(),
+        DTYPES[options.dtype],
+        tokenizer,
+        int(options.shard_gb * 1e9),
+    )
+    print(*remarks, sep="\n", end="\n" if remarks else "")
+
+
+def from_hf(options: argparse.Namespace) -> None:
+    """A Hugging Face folder -> our checkpoint."""
+    interop.require_new(options.out)
+    reader = HuggingFaceReader(options.source)
+    tokenizer = options.tokenizer
+    if reader.tokenizer and not tokenizer:
+        try:
+            fitting_tokenizer(reader.tokenizer, reader.model)
+            tokenizer = reader.tokenizer
+        except UserError as error:
+            print(f"The folder's own tokenizer is left out: {error}")
+    write(options.out, reader.model, reader, tokenizer)
+
+
+def from_neox(options: argparse.Namespace) -> None:
+    """A checkpoint of GPT-NeoX -> our checkpoint."""
+    interop.require_new(options.out)
+    reader = NeoxReader(options.source, neox_model(options))
+    write(options.out, reader.model, reader, options.tokenizer)
+
+
+def neox_model(options: argparse.Namespace) -> Model:
+    """What a folder of GPT-NeoX's holds: as `--config` says, else as the YAML files beside it say."""
+    if options.config:
+        return load(options.config).model
+    folder = step_folder(options.source)
+    files = find_yaml(folder)
+    if not files:
+        raise UserError(
+            f"{folder} does not say what model it holds and has no configs/*.yml beside it; describe it with --config, "
+            "such as --config configs/20b.toml."
+        )
+    if options.vocab_size:
+        return model_from_yaml(files, options.vocab_size)
+    if options.tokenizer:
+        return model_from_yaml(files, load_tokenizer(options.tokenizer).vocab_size)
+    # Nothing says where padding begins: keep every row.
+    smallest = replace(model_from_yaml(files, 1), vocab_multiple_of=1)
+    rows = NeoxReader(folder, smallest).vocabulary_rows()
+    return replace(smallest, vocab_size=rows)
+
+
+def write(out: Path, model: Model, read: interop.Read, tokenizer: str) -> None:
+    """Write our checkpoint, with the tokenizer's name in it where it is known."""
+    if tokenizer:
+        fitting_tokenizer(tokenizer, model, "--tokenizer")
+    interop.write_checkpoint(out, model, read, {"tokenizer": tokenizer} if tokenizer else {})
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="to-hf | from-hf | from-neox")
+
+    def command(name: str, function, source: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=function.__doc__)
+        added.set_defaults(function=function)
+        added.add_argument("source", metavar=source, type=Path)
+        added.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+        added.add_argument("--tokenizer", default="", help='"byte", a tokenizer.json or "tiktoken:NAME", where it is not known')
+        return added
+
+    export = command("to-hf", to_hf, "CHECKPOINT")
+    export.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the written weights (default: fp32, exact)")
+    export.add_argument("--shard-gb", type=float, default=2.0, help="largest file, which bounds memory [GB]")
+    command("from-hf", from_hf, "FOLDER")
+    neox = command("from-neox", from_neox, "FOLDER")
+    neox.add_argument("--config", help="our config file whose [model] section describes the checkpoint")
+    neox.add_argument("--vocab-size", type=int, default=0, help="ids of the tokenizer; the padding above is cut [tokens]")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    """Convert, and say where the result is."""
+    options = parse(arguments)
+    options.function(options)
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main(sys.argv[1:])

@@ -45,6 +45,10 @@ class GradientBucket:
         """Whether the current backward pass has delivered every gradient."""
         return len(self.arrived) == len(self.layout.slots)
 
+    def forget(self) -> None:
+        """Stages 2 and 3: free the last step's gradient; the row comes back with the first reduction."""
+        self.row.untyped_storage().resize_(0)
+
     def accumulate(self, index: int, gradient: Tensor) -> None:
         """Copy or add the whole gradient of parameter `index` into the matrix."""
         assert self.work is None and (self.num_reductions == 0 or not self.keeps_matrix), "the reduction has begun"
@@ -65,11 +69,14 @@ class GradientBucket:
         for index, slot in enumerate(self.layout.slots):
             if index not in self.filled:
                 self.matrix[:, slot.offset : slot.offset + slot.width].zero_()
-        if self.stage == ZeroStage.NONE:
-            self.work = collectives.all_reduce(self.row, self.group) if dist.get_world_size(self.group) > 1 else None
-        else:
+        output = self.row
+        if not self.keeps_matrix:
+            self.row.untyped_storage().resize_(self.row.numel() * self.row.element_size())
             output = self.row if self.num_reductions == 0 else self._my_row(self.matrix)
+        if self.stage:
             self.work = collectives.reduce_scatter(output, self.matrix.view(-1), self.group)
+        elif dist.get_world_size(self.group) > 1:
+            self.work = collectives.all_reduce(output, self.group)
         self.num_reductions += 1
 
     def finish_reduction(self) -> None:
@@ -102,20 +109,30 @@ class Reducer:
         self.max_in_flight = 1 if self.every_microbatch else 2
         self.in_flight: deque[GradientBucket] = deque()
         self.next = 0
+        """Position in `order` of the next bucket to reduce."""
+        self.num_backwards = 0
+        """Backward passes that were announced in this step."""
         self.reducing = False
-        """Whether what is complete is reduced at once."""
-        self.open = self.watching = False
-        """Whether a backward pass has been announced whose end was not seen yet; whether it will be."""
+        """Whether the current backward pass reduces what is complete."""
+        self.watching = False
+        """Whether the end of the current backward pass will be noticed."""
+
+    def forget(self) -> None:
+        """A training forward begins. If it is the step's first, the last step's gradients make room for its activations."""
+        if self.every_microbatch and self.num_backwards == 0:
+            for bucket in self.order:
+                bucket.forget()
 
     def begin(self, last: bool) -> None:
         """A backward pass begins; `last` if it is the step's last."""
         if self.every_microbatch:
-            if self.open:
-                self._flush()
+            if self.num_backwards:
+                self._flush()  # in case no gradient arrived at all
             self.next = 0
-        self.open, self.watching, self.reducing = True, False, last or self.every_microbatch
         for bucket in self.order:
             bucket.arrived.clear()
+        self.num_backwards += 1
+        self.reducing, self.watching = last or self.every_microbatch, False
 
     def notice(self) -> None:
         """A gradient has arrived: reduce what is complete and next."""
@@ -125,22 +142,25 @@ class Reducer:
         while self.reducing and self.next < len(self.order) and self.order[self.next].complete:
             self._reduce_next()
 
-    def _end(self) -> None:
-        """The backward pass is over: what it left incomplete is reduced now, at the same point on every rank."""
-        self.open = self.watching = False
-        self._flush()
+    def settle(self, bucket: GradientBucket) -> None:
+        """A bucket's matrix is wanted again: wait for its reduction."""
+        while bucket in self.in_flight:
+            self.in_flight.popleft().finish_reduction()
 
     def finish(self) -> None:
         """The step's backward passes are over: reduce the rest and wait for the results."""
-        if self.open or not self.every_microbatch:
-            self._flush()
+        self._flush()
         while self.in_flight:
             self.in_flight.popleft().finish_reduction()
-        self.next = 0
-        self.open = self.watching = self.reducing = False
         for bucket in self.order:
             bucket.num_reductions = 0
-            bucket.arrived.clear()
+        self.next = self.num_backwards = 0
+        self.reducing = False
+
+    def _end(self) -> None:
+        """The backward pass is over: what it left incomplete is reduced now, at the same point on every rank."""
+        self.watching = False
+        self._flush()
 
     def _flush(self) -> None:
         while self.next < len(self.order):

@@ -70,6 +70,14 @@ class Gatherer:
             self.units[index].release()
             self.presence[index] = Presence.STALE
 
+    def through_with(self, index: int, position: int, everything: bool) -> None:
+        """The gradient of one parameter is there, so every node of the backward pass that reads it has run: stage 3 releases
+        it, before the gradient asks for memory. With `everything`, it was the unit's last."""
+        if self.releases:
+            self.units[index].release(position)
+            if everything:
+                self.drop(index)
+
     def _prefetch(self, index: int) -> None:
         if 0 <= index < len(self.units) and self.presence[index] is Presence.STALE:
             self.units[index].start_gathering(self.all_stale)
@@ -77,11 +85,11 @@ class Gatherer:
 
     def _before_forward(self, index: int) -> None:
         self.need(index)
-        if not _inside_backward():  # a recomputed forward has the unit before it next, and that is on its way
+        if not inside_backward():  # a recomputed forward has the unit before it next, and that is on its way
             self._prefetch(index + 1)
 
     def _after_forward(self, index: int, output: Any) -> None:
-        if _inside_backward():
+        if inside_backward():
             return
         for tensor in output if isinstance(output, tuple) else (output,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
@@ -95,6 +103,6 @@ class Gatherer:
             self.drop(later)
 
 
-def _inside_backward() -> bool:
+def inside_backward() -> bool:
     """Whether this is a forward pass that activation checkpointing repeats inside the backward pass."""
     return torch._C._current_graph_task_id() != -1

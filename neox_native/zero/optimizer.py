@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.zero import collectives
 from neox_native.zero.bucket import GradientBucket, Reducer
-from neox_native.zero.gather import Gatherer
+from neox_native.zero.gather import Gatherer, inside_backward
 from neox_native.zero.layout import ZeroStage, lay_out
 from neox_native.zero.state import as_dtensor, optimizer_state, state_mesh
 from neox_native.zero.unit import ParameterSpec, Unit, local_gradient
@@ -78,14 +78,19 @@ class StageUnits:
                 parameter = self.weights[index].specs[position].parameter
                 parameter.register_post_accumulate_grad_hook(lambda _p, i=index, j=position: self._on_gradient(i, j))
             if gather:
-                modules = unit.modules if isinstance(unit.modules, tuple) else (unit.modules,)
-                self.gatherer.install(index, modules)
+                self.gatherer.install(index, unit.readers)
+        self.units[0].readers[0].register_forward_pre_hook(lambda _module, _inputs: self._on_forward())
 
     def absorb(self) -> None:
         """Take every gradient that lies in `.grad`, which no hook has seen."""
         for weights, bucket in zip(self.weights, self.buckets):
             for position in range(len(bucket.shards)):
                 self._take(weights.specs[position], bucket, position)
+
+    def _on_forward(self) -> None:
+        """Hook: the stage's forward pass begins, unless this is an evaluation, or a recomputation."""
+        if torch.is_grad_enabled() and not inside_backward():
+            self.reducer.forget()
 
     def _on_gradient(self, index: int, position: int) -> None:
         """Hook: autograd has finished the gradient of parameter `position` of unit `index`."""

@@ -54,6 +54,11 @@ class Unit:
     embedding that is also the head) needs the module around all its readers."""
     specs: list[ParameterSpec]
 
+    @property
+    def readers(self) -> tuple[nn.Module, ...]:
+        """`modules`, also where it is one."""
+        return self.modules if isinstance(self.modules, tuple) else (self.modules,)
+
 
 def local(tensor: Tensor) -> Tensor:
     """The tensor that this rank holds of a DTensor; any other tensor as it is."""

@@ -124,9 +124,9 @@ class UnitWeights:
             self.gathering[0].wait()
             self.gathering = None
 
-    def release(self) -> None:
-        """Stage 3: give the memory of the full parameters back."""
-        for storage in self.storages:
+    def release(self, position: int | None = None) -> None:
+        """Stage 3: give the memory of the full parameters back, or of one."""
+        for storage in self.storages if position is None else [self.storages[position]]:
             storage.untyped_storage().resize_(0)
 
 

@@ -1,0 +1,307 @@
+"""ZeRO beside what torch itself offers: tokens/s and peak memory of one training step, same model, batch and ranks.
+
+Every contender trains in fresh processes, so that memory is its own. All update with fused AdamW and none clips; ours
+computes the gradient norm all the same. On CPU the ranks are forked and meet over gloo; on a GPU one rank trains, which
+measures what sharding costs where there is nothing to shard.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from neox_native.config.schema import Model, Optimizer, Parallel
+from neox_native.mesh import build_mesh
+from neox_native.model import initialize
+from neox_native.model.transformer import Transformer
+from neox_native.optim.groups import decays, optimizer_factory
+from neox_native.train.build import units_of
+from neox_native.zero.layout import ZeroStage
+from neox_native.zero.optimizer import ShardedOptimizer
+
+MIB = 2**20
+SETTINGS = Optimizer(name="adamw", lr=1e-4)
+MMAP_THRESHOLD_OPTION, MMAP_THRESHOLD_BYTES = -3, 65536
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every contender trains."""
+
+    model: Model
+    sequences_per_rank: int
+    dtype: torch.dtype
+    device_type: str
+    steps: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one rank's step."""
+        return self.sequences_per_rank * self.model.seq_length
+
+
+CPU = Workload(
+    Model(num_layers=12, hidden_size=512, num_heads=8, seq_length=64, vocab_size=16384),
+    sequences_per_rank=2,
+    dtype=torch.float32,
+    device_type="cpu",
+    steps=6,
+)
+GPU = Workload(
+    Model(num_layers=12, hidden_size=768, num_heads=12, seq_length=2048, vocab_size=50304),
+    sequences_per_rank=8,
+    dtype=torch.bfloat16,
+    device_type="cuda",
+    steps=20,
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender's figures: the best step, and memory above what the process had before it."""
+
+    seconds_per_step: float
+    peak_bytes: int
+    steady_bytes: int
+    losses: list[float]
+
+
+Step = Callable[[Tensor], Tensor]
+"""One training step on this rank's tokens [B, T]; returns its loss."""
+
+
+def loss_of(model: Callable[[Tensor], Tensor], tokens_BT: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the next token, the row read as a ring."""
+    logits_BTV = model(tokens_BT)
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT.roll(-1, 1).flatten())
+
+
+def ours(stage: int, work: Workload, mesh: DeviceMesh, device: torch.device) -> Step:
+    """One of our stages."""
+    with torch.device("meta"):
+        model = Transformer(work.model).to(work.dtype)
+    units = units_of({0: model}, Parallel(dp=mesh["dp"].size()), mesh)
+    optimizer = ShardedOptimizer(units, mesh, ZeroStage(stage), optimizer_factory(SETTINGS), work.dtype, device)
+    optimizer.materialize(lambda spec: initialize.draw(spec.name, spec.parameter.shape, work.model, seed=0))
+    model.build_tables(device)
+    num_ranks = mesh["dp"].size()
+
+    def step(tokens_BT: Tensor) -> Tensor:
+        loss = loss_of(model, tokens_BT)
+        optimizer.microbatch(0, last=True)
+        (loss / num_ranks).backward()
+        optimizer.step(SETTINGS.lr, clip=0.0)
+        return loss
+
+    return step
+
+
+def plain_model(work: Workload, device: torch.device) -> Transformer:
+    """The model with the same weights as ours, whole."""
+    model = Transformer(work.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initialize.draw(name, parameter.shape, work.model, seed=0))
+    return model.to(device=device, dtype=work.dtype)
+
+
+def trained_by(model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer) -> Step:
+    """The usual three lines."""
+
+    def step(tokens_BT: Tensor) -> Tensor:
+        loss = loss_of(model, tokens_BT)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def parameter_groups(model: Transformer) -> list[dict[str, Any]]:
+    """The decay groups that ours has."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [parameter for name, parameter in named if decays(name)]},
+        {"params": [parameter for name, parameter in named if not decays(name)], "weight_decay": 0.0},
+    ]
+
+
+def adamw_settings() -> dict[str, Any]:
+    """The settings that ours has."""
+    beta1, beta2 = SETTINGS.betas
+    settings = {"lr": SETTINGS.lr, "betas": (beta1, beta2), "eps": SETTINGS.eps}
+    return settings | {"weight_decay": SETTINGS.weight_decay, "fused": True}
+
+
+def ddp(work: Workload, _mesh: DeviceMesh, device: torch.device) -> Step:
+    """DistributedDataParallel with AdamW on every rank."""
+    model = plain_model(work, device)
+    optimizer = torch.optim.AdamW(parameter_groups(model), **adamw_settings())
+    return trained_by(DistributedDataParallel(model, gradient_as_bucket_view=True), optimizer)
+
+
+def zero_redundancy(work: Workload, _mesh: DeviceMesh, device: torch.device) -> Step:
+    """DistributedDataParallel with ZeroRedundancyOptimizer: whole parameters dealt out to ranks, then broadcast."""
+    model = plain_model(work, device)
+    data_parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = ZeroRedundancyOptimizer(
+        parameter_groups(model), torch.optim.AdamW, parameters_as_bucket_view=True, **adamw_settings()
+    )
+    return trained_by(data_parallel, optimizer)
+
+
+def fsdp(reshard: bool, work: Workload, mesh: DeviceMesh, device: torch.device) -> Step:
+    """`fully_shard` on the same units as ours; with bf16, fp32 shards and bf16 compute."""
+    model = plain_model(replace(work, dtype=torch.float32), device)
+    policy = MixedPrecisionPolicy(param_dtype=work.dtype, reduce_dtype=torch.float32)
+    options = {"mesh": mesh["dp"], "reshard_after_forward": reshard, "mp_policy": policy}
+    for unit in (model.embed_in, *model.layers.values(), [model.final_layer_norm, model.embed_out], model):
+        fully_shard(unit, **options)
+    return trained_by(model, torch.optim.AdamW(parameter_groups(model), **adamw_settings()))
+
+
+CONTENDERS: dict[str, Callable[[Workload, DeviceMesh, torch.device], Step]] = {
+    "DistributedDataParallel": ddp,
+    "ZeroRedundancyOptimizer": zero_redundancy,
+    "fully_shard": lambda *rest: fsdp(True, *rest),
+    "fully_shard, not resharding": lambda *rest: fsdp(False, *rest),
+    "stage 0": lambda *rest: ours(0, *rest),
+    "stage 1": lambda *rest: ours(1, *rest),
+    "stage 2": lambda *rest: ours(2, *rest),
+    "stage 3": lambda *rest: ours(3, *rest),
+}
+
+
+def resident_bytes(device: torch.device, peak: bool) -> int:
+    """Memory of this process: resident on CPU, allocated on a GPU; now, or the most since `reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    label = "VmHWM:" if peak else "VmRSS:"
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(label))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the highest memory so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(name: str, work: Workload, world_size: int) -> Result:
+    """Train with one contender on this rank."""
+    device = torch.device(work.device_type)
+    mesh = build_mesh(Parallel(pp=1, dp=world_size, tp=1), device)
+    before = resident_bytes(device, peak=False)
+    step = CONTENDERS[name](work, mesh, device)
+    gc.collect()
+    reset_peak(device)
+    seconds, losses = [], []
+    for number in range(work.steps):
+        generator = torch.Generator().manual_seed(number)
+        shape = (world_size, work.sequences_per_rank, work.model.seq_length)
+        tokens_BT = torch.randint(0, work.model.vocab_size, shape, generator=generator)[dist.get_rank()].to(device)
+        dist.barrier()
+        begin = time.perf_counter()
+        loss = step(tokens_BT)
+        dist.barrier()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+        loss = loss.detach().clone()
+        dist.all_reduce(loss)
+        losses.append(loss.item() / world_size)
+    peak, steady = resident_bytes(device, peak=True), resident_bytes(device, peak=False)
+    return Result(min(seconds[1:]), peak - before, steady - before, losses)
+
+
+def _rank_main(rank: int, name: str, work: Workload, world_size: int, folder: str, results: Any) -> None:
+    """The life of one rank: it sends its `Result`, or its traceback."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # peers use names that torch has renamed
+    # Otherwise glibc keeps freed memory for itself and every contender looks as hungry as the hungriest.
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD_OPTION, MMAP_THRESHOLD_BYTES)
+    try:
+        backend = "cpu:gloo,cuda:nccl" if work.device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+        results.put(measure(name, work, world_size))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        results.put(traceback.format_exc())
+
+
+def contend(name: str, work: Workload, world_size: int) -> Result:
+    """The slowest rank's time and the hungriest rank's memory.
+
+    Raises:
+        RuntimeError: a rank failed; with its traceback.
+    """
+    context = multiprocessing.get_context("fork" if work.device_type == "cpu" else "spawn")
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (name, work, world_size, folder, results)
+        processes = [context.Process(target=_rank_main, args=(rank, *arguments), daemon=True) for rank in range(world_size)]
+        for process in processes:
+            process.start()
+        answers = [results.get() for _ in processes]
+        for process in processes:
+            process.join(timeout=60)
+    for answer in answers:
+        if isinstance(answer, str):
+            raise RuntimeError(f"{name} failed:\n{answer}")
+    return Result(
+        max(answer.seconds_per_step for answer in answers),
+        max(answer.peak_bytes for answer in answers),
+        max(answer.steady_bytes for answer in answers),
+        answers[0].losses,
+    )
+
+
+def run(device_type: str = "cpu", world_size: int = 2, rounds: int = 2, names: list[str] | None = None) -> str:
+    """Measure the contenders, in turn, `rounds` times; return a Markdown table of each one's best round.
+
+    Args:
+        device_type: "cpu", or "cuda" for one rank on one GPU.
+        names: contenders, all by default.
+    """
+    work = GPU if device_type == "cuda" else CPU
+    world_size = 1 if device_type == "cuda" else world_size
+    best: dict[str, Result] = {}
+    for _ in range(rounds):
+        for name in names or CONTENDERS:
+            result = contend(name, work, world_size)
+            if name not in best or result.seconds_per_step < best[name].seconds_per_step:
+                best[name] = result
+    lines = [
+        "| | tokens/s | x DDP | peak MiB | steady MiB | loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    reference = best.get("DistributedDataParallel", next(iter(best.values()))).seconds_per_step
+    for name, result in best.items():
+        tokens_per_second = world_size * work.tokens_per_step / result.seconds_per_step
+        lines.append(
+            f"| {name} | {tokens_per_second:,.0f} | {reference / result.seconds_per_step:.2f} | {result.peak_bytes / MIB:.0f} "
+            f"| {result.steady_bytes / MIB:.0f} | {result.losses[-1]:.5f} |"
+        )
+    return "\n".join(lines)

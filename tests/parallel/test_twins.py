@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-
 from neox_native.config.schema import Parallel
 from tests.parallel.layouts import MODEL, on_mesh, serial
 from tests.ranks import run_ranks

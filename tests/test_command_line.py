@@ -1,0 +1,81 @@
+"""What a user sees: train.py as a command, alone and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from neox_native.data.indexed import IndexedWriter
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--config", "configs/quickstart.toml", "--training.steps=2", "--training.global_batch_size=4",
+    "--training.micro_batch_size=1", "--model.seq_length=32", "--logging.every=1", "--logging.tensorboard=false",
+    "--evaluation.every=0",
+]  # fmt: skip
+
+
+def write_corpus(prefix: Path, documents: list[np.ndarray]) -> str:
+    with IndexedWriter(str(prefix), np.uint16) as writer:
+        for document in documents:
+            writer.add_document(document)
+    return str(prefix)
+
+
+def command(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    return subprocess.run(
+        [sys.executable, *launcher, "train.py", *SMALL, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--model.num_heads=7"], "model.num_heads"),
+        (["--modle.num_heads=8"], "modle"),
+        (["--training.micro_batch_size=3"], "training.global_batch_size = 4"),
+        (["--parallel.tp=2"], "torchrun"),
+        (["--data.train=nowhere/corpus"], "nowhere/corpus"),
+    ],
+    ids=["heads", "unknown section", "batch", "world size", "missing data"],
+)
+def test_a_mistake_gets_a_sentence_and_status_1(tmp_path, arguments, sentence):
+    done = command(f"--run.dir={tmp_path / 'run'}", *arguments)
+    assert done.returncode == 1
+    assert sentence in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_failure_on_one_rank_ends_the_job_with_its_error_first(tmp_path):
+    documents = [np.full(33, 7) for _ in range(30)]
+    prefix = write_corpus(tmp_path / "corpus", documents)
+    tokens = np.memmap(f"{prefix}.bin", np.uint16, mode="r+")
+    tokens[33 * 10] = 300  # one bad token: it lies in one rank's rows
+    tokens.flush()
+    done = command(f"--data.train={prefix}", "--data.split=1,0,0", f"--run.dir={tmp_path / 'run'}", "--training.steps=20", ranks=2)
+    assert done.returncode == 1
+    first = next(line for line in done.stderr.splitlines() if "rror" in line and "OMP_NUM_THREADS" not in line)
+    assert "token id 300" in first and "model.vocab_size = 257" in first
+
+
+def test_three_axes_from_the_command_line(tmp_path):
+    losses = []
+    for ranks, layout in (0, []), (8, ["--parallel.pp=2", "--parallel.dp=2", "--parallel.tp=2"]):
+        folder = tmp_path / str(ranks)
+        done = command(f"--run.dir={folder}", *layout, "--training.global_batch_size=8", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        losses.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_help_lists_every_setting():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    for name in ("model.rotary_pct", "parallel.zero_stage", "checkpoint.async", "lr_schedule.kind"):
+        assert name in done.stdout

@@ -11,13 +11,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from neox_native.data.blend import Blend
-from neox_native.data.indexed import IndexedDataset
+from neox_native.data.indexed import IGNORED, IndexedDataset
 from neox_native.data.order import ENDLESS, Corpus, EpochOrder, NeoxOrder, Order, StoredOrder
 from neox_native.data.packing import Packing, Segment
 from neox_native.errors import UserError
-
-IGNORED = -100
-"""Label of a token that the model is not trained to predict."""
 
 
 class Place(NamedTuple):

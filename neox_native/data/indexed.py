@@ -34,6 +34,8 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 MAX_TOKENS_PER_DOCUMENT = 2**31 - 1
 """Sizes are stored as i32."""
+IGNORED = -100
+"""Label of a token that the model is not trained to predict."""
 
 
 def token_dtype(vocab_size: int) -> type[np.integer]:
@@ -216,6 +218,13 @@ class IndexedWriter:
             )
         self._sizes.append(self._open_size)
         self._document_starts.append(len(self._sizes))
+        self._open_size = 0
+
+    def discard_document(self) -> None:
+        """Takes back what was added to the open document."""
+        self._bin.seek(-self._open_size * self.dtype.itemsize, os.SEEK_CUR)
+        self._bin.truncate()
+        self.num_tokens -= self._open_size
         self._open_size = 0
 
     def add_document(self, tokens: np.ndarray) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torchdata.nodes import BaseNode, Loader, ParallelMapper, Prefetcher
 
-from neox_native.data.dataset import IGNORED, Dataset, Row
+from neox_native.data.dataset import Dataset, Row
+from neox_native.data.indexed import IGNORED
 from neox_native.data.order import rows_of_rank
 from neox_native.errors import UserError
 

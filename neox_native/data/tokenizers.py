@@ -82,7 +82,11 @@ class FileTokenizer:
         self._special = file.special
         by_length = sorted(file.special, key=len, reverse=True)
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, by_length)) + ")")
-        self._encoding = tiktoken.Encoding(name, pat_str=file.pattern, mergeable_ranks=file.ranks, special_tokens={})
+        # Without a special token tiktoken would look for the empty one at every character, at half the speed.
+        unused = {END_OF_DOCUMENT: len(file.id_of_rank)}
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=file.pattern, mergeable_ranks=file.ranks, special_tokens=unused
+        )
         self._id_of_rank = np.array(file.id_of_rank, np.uint32)
         self._bytes_of_id = file.bytes_of_id
 

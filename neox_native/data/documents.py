@@ -1,0 +1,186 @@
+"""Documents in files: found, cut into parts of like size, and read one by one in bounded memory.
+
+A line of a `.jsonl` file is a document; any other file is one document as a whole. `.gz`, `.xz` and `.zst` files are
+unpacked on the fly, `.zst` by the program `zstd`.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import lzma
+import re
+import shutil
+import string
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from neox_native.errors import UserError
+
+PACKED_SUFFIXES = (".gz", ".xz", ".zst")
+SMALLEST_PART_BYTES, LARGEST_PART_BYTES, PARTS_WANTED = 4 << 20, 256 << 20, 256
+CHUNK_BYTES = 1 << 20
+WORD_AFTER_NEWLINE = re.compile(rb"\n(?=[0-9A-Za-z])")
+"""Where text may be cut: every word pattern ends a piece at a newline before a letter or digit, and NFC does not
+cross it."""
+
+
+class Piece(NamedTuple):
+    """A file, or the lines that begin in bytes [start, stop) of a plain .jsonl file."""
+
+    path: str
+    start: int
+    stop: int
+
+
+class BadLine(ValueError):
+    """A line of a .jsonl file that holds no document; the message is the reason."""
+
+
+def is_jsonl(path: str) -> bool:
+    """Whether each line is a document."""
+    name = path
+    for suffix in PACKED_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name.endswith(".jsonl")
+
+
+def find_files(inputs: list[str]) -> list[str]:
+    """Files that paths, folders and globs name, in the order given; within a folder or glob sorted, hidden ones left
+    out.
+
+    Raises `UserError` for an input that names nothing.
+    """
+    found = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            paths = sorted(
+                p for p in path.rglob("*") if p.is_file() and not p.relative_to(path).as_posix().startswith(".")
+            )
+            files = [str(p) for p in paths if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        else:
+            files = (
+                [name] if path.is_file() else sorted(f for f in glob.glob(name, recursive=True) if Path(f).is_file())
+            )
+        if not files:
+            raise UserError(f"--input {name!r} names no file; give files, folders or quoted globs.")
+        found += files
+    if any(file.endswith(".zst") for file in found) and not shutil.which("zstd"):
+        raise UserError(
+            "--input names .zst files, but the program zstd that unpacks them is not installed; install it."
+        )
+    return found
+
+
+def cut_into_parts(files: list[str]) -> list[list[Piece]]:
+    """Parts of about equal bytes, the same for any number of workers. A packed file is never cut."""
+    sizes = {file: Path(file).stat().st_size for file in files}
+    total = sum(sizes[file] for file in files)
+    part_bytes = min(max(total // PARTS_WANTED, SMALLEST_PART_BYTES), LARGEST_PART_BYTES)
+    parts: list[list[Piece]] = [[]]
+    room = part_bytes
+    for file in files:
+        step = part_bytes if is_jsonl(file) and file.endswith(".jsonl") else max(1, sizes[file])
+        for start in range(0, max(1, sizes[file]), step):
+            if room <= 0:
+                parts.append([])
+                room = part_bytes
+            parts[-1].append(Piece(file, start, min(start + step, sizes[file])))
+            room -= min(step, sizes[file] - start)
+    return parts
+
+
+@contextmanager
+def unpacked(path: str) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked. Raises `UserError` where a packed file is damaged."""
+    try:
+        if path.endswith(".gz"):
+            with gzip.open(path) as file:
+                yield file  # type: ignore[misc]
+        elif path.endswith(".xz"):
+            with lzma.open(path) as file:
+                yield file  # type: ignore[misc]
+        elif path.endswith(".zst"):
+            with subprocess.Popen(["zstd", "-dcq", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                assert process.stdout and process.stderr
+                yield process.stdout  # type: ignore[misc]
+                if process.wait():
+                    raise EOFError(process.stderr.read().decode(errors="replace").strip())
+        else:
+            with open(path, "rb") as file:
+                yield file
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
+        raise UserError(f"{path} cannot be unpacked ({error}); it is damaged or truncated, fetch it again.") from error
+
+
+def lines_of(piece: Piece) -> Iterator[bytes]:
+    """The lines that begin in the piece, with their ends."""
+    with unpacked(piece.path) as file:
+        if piece.path.endswith(".jsonl"):
+            if piece.start:
+                file.seek(piece.start - 1)
+                file.readline()
+            position = file.tell()
+            while position < piece.stop and (line := file.readline()):
+                position += len(line)
+                yield line
+        else:
+            yield from file
+
+
+def texts_of(path: str) -> Iterator[str]:
+    """A whole file in chunks that are encoded to the same tokens as the whole. Raises `BadLine` where it is not
+    UTF-8."""
+    rest = b""
+    with unpacked(path) as file:
+        while block := file.read(CHUNK_BYTES):
+            searched = max(0, len(rest) - 1)
+            rest += block
+            cuts = [match.end() for match in WORD_AFTER_NEWLINE.finditer(rest, searched)]
+            if cuts:
+                yield _utf8(rest[: cuts[-1]])
+                rest = rest[cuts[-1] :]
+    yield _utf8(rest)
+
+
+def _utf8(text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadLine("not UTF-8") from error
+
+
+def text_of_line(line: bytes, key: str) -> str:
+    """The document of a .jsonl line. Raises `BadLine` with the reason where there is none."""
+    return _text(_object(line), key)
+
+
+def prompt_and_response(line: bytes, template: str, key: str) -> tuple[str, str]:
+    """The filled-in template, whose {fields} are keys of the line, and the response. Raises `BadLine`."""
+    content = _object(line)
+    fields = {name: _text(content, name) for _, name, _, _ in string.Formatter().parse(template) if name}
+    return template.format(**fields), _text(content, key)
+
+
+def _object(line: bytes) -> dict[str, object]:
+    try:
+        content = json.loads(_utf8(line))
+    except json.JSONDecodeError as error:
+        raise BadLine("not JSON") from error
+    if not isinstance(content, dict):
+        raise BadLine("not a JSON object")
+    return content
+
+
+def _text(content: dict[str, object], key: str) -> str:
+    if key not in content:
+        raise BadLine(f"no key {key!r}")
+    text = content[key]
+    if not isinstance(text, str):
+        raise BadLine(f"{key!r} is not a string")
+    return text

@@ -1,0 +1,190 @@
+"""From documents to token files, in parts that worker processes make and a restart finds again.
+
+The inputs are cut into parts that do not depend on the number of workers. Each finished part lies in PREFIX.parts
+under its own name, with a report written last; when all are there they are joined in order and the folder goes away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+
+from neox_native.data import documents
+from neox_native.data.documents import Piece
+from neox_native.data.indexed import IndexedDataset, IndexedWriter, disk_errors_named
+from neox_native.data.part import (
+    LABELS_SUFFIX,
+    Recipe,
+    Report,
+    load_tokenizer_once,
+    prepare_part,
+    read_report,
+    write_json,
+)
+from neox_native.errors import UserError
+
+PROGRESS_SECONDS = 2.0
+
+
+@contextmanager
+def parts_folder(prefix: Path, plan: dict[str, object]) -> Iterator[Path]:
+    """PREFIX.parts, locked, holding finished parts of this very plan or none; removed when the block ends well."""
+    folder = prefix.with_name(prefix.name + ".parts")
+    with disk_errors_named(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another preparation of {prefix} is at work ({folder} is locked); let it finish."
+            ) from error
+        plan_file = folder / "plan.json"
+        if plan_file.exists() and json.loads(plan_file.read_text()) != json.loads(json.dumps(plan)):
+            raise UserError(
+                f"{folder} holds parts of a preparation with other inputs or settings; finish it with those, or "
+                "remove the folder."
+            )
+        write_json(plan_file, plan)
+        yield folder
+    shutil.rmtree(folder)
+
+
+def prepare(
+    inputs: list[str],
+    prefix: Path,
+    recipe: Recipe,
+    *,
+    workers: int,
+    max_bad_share: float = 0.001,
+    log: Callable[[str], None] = print,
+) -> Report:
+    """Writes PREFIX.idx and PREFIX.bin (and PREFIX_labels for prompts and responses) from the inputs.
+
+    The result does not depend on `workers`; finished parts of an earlier, killed call are kept. Raises `UserError`,
+    among others where more than `max_bad_share` of the lines are faulty; then nothing stands under the final names.
+    """
+    load_tokenizer_once(recipe.tokenizer)
+    if Path(f"{prefix}.idx").exists():
+        raise UserError(f"{prefix}.idx exists already; remove it or choose another --output.")
+    files = documents.find_files(inputs)
+    if recipe.prompt and not all(documents.is_jsonl(file) for file in files):
+        raise UserError(
+            "--prompt reads prompts and responses from .jsonl files, but the inputs hold others; leave those out."
+        )
+    parts = documents.cut_into_parts(files)
+    stats = {file: [Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in files}
+    with parts_folder(prefix, {"recipe": asdict(recipe), "files": stats, "parts": parts}) as folder:
+        reports = _make_parts(parts, recipe, folder, workers, log)
+        total = Report()
+        for report in reports:
+            total.add(report)
+        if total.bad_share() > max_bad_share:
+            raise UserError(
+                f"{100 * total.bad_share():.3g}% of the lines are faulty, --max-bad allows {100 * max_bad_share:.3g}%: "
+                f"{'; '.join(total.dropped())}. Mend the input or raise --max-bad."
+            )
+        prefixes = [part_prefix(folder, number) for number in range(len(parts))]
+        join(
+            [Path(f"{part}{LABELS_SUFFIX}") for part in prefixes], Path(f"{prefix}{LABELS_SUFFIX}")
+        ) if recipe.prompt else None
+        join(prefixes, prefix)
+    return total
+
+
+def part_prefix(folder: Path, number: int) -> Path:
+    """Where part `number` lies."""
+    return folder / f"part-{number:06d}"
+
+
+def _make_parts(
+    parts: list[list[Piece]], recipe: Recipe, folder: Path, workers: int, log: Callable[[str], None]
+) -> list[Report]:
+    """Reports of all parts, in order; makes those that are missing."""
+    reports: dict[int, Report] = {}
+    for number in range(len(parts)):
+        report = part_prefix(folder, number).with_suffix(".json")
+        if report.exists():
+            reports[number] = read_report(report)
+    if reports:
+        log(f"{len(reports):,} of {len(parts):,} parts are there from an earlier run")
+    missing = [number for number in range(len(parts)) if number not in reports]
+    progress = Progress(sum(_disk_bytes(parts[number]) for number in missing), log)
+    with ProcessPoolExecutor(workers, get_context("fork"), _leave_with_parent, (os.getpid(),)) as pool:
+        running: dict[Future[Report], int] = {
+            pool.submit(prepare_part, parts[number], recipe, part_prefix(folder, number)): number for number in missing
+        }
+        try:
+            for future in as_completed(running):
+                number = running[future]
+                reports[number] = future.result()
+                progress.add(_disk_bytes(parts[number]), reports[number].tokens)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return [reports[number] for number in range(len(parts))]
+
+
+def _disk_bytes(pieces: list[Piece]) -> int:
+    return sum(piece.stop - piece.start for piece in pieces)
+
+
+def _leave_with_parent(parent: int) -> None:
+    """Ends a worker whose parent was killed; it would wait for work for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Progress:
+    """Prints how far a preparation is, every few seconds."""
+
+    def __init__(self, total_bytes: int, log: Callable[[str], None]) -> None:
+        self.total_bytes, self.log = total_bytes, log
+        self.bytes = self.tokens = 0
+        self.start = self.last = time.monotonic()
+
+    def add(self, num_bytes: int, tokens: int) -> None:
+        """A part is done."""
+        self.bytes += num_bytes
+        self.tokens += tokens
+        now = time.monotonic()
+        if now - self.last >= PROGRESS_SECONDS:
+            self.last, seconds = now, now - self.start
+            left = seconds * (self.total_bytes - self.bytes) / max(1, self.bytes)
+            self.log(
+                f"{100 * self.bytes / max(1, self.total_bytes):.0f}% of {self.total_bytes / 1e6:,.0f} MB, "
+                f"{self.bytes / 1e6 / seconds:.1f} MB/s, {self.tokens / seconds:,.0f} tokens/s, {left:.0f} s left"
+            )
+
+
+def join(prefixes: list[Path], output: Path) -> int:
+    """Concatenates token files of one type, documents included, and returns the number of tokens.
+
+    Raises `UserError` for files of different types.
+    """
+    first = IndexedDataset(prefixes[0])
+    with IndexedWriter(output, first.dtype.type) as writer:
+        for prefix in prefixes:
+            source = IndexedDataset(prefix)
+            if source.dtype != first.dtype:
+                raise UserError(
+                    f"{prefix} stores {source.dtype} tokens and {prefixes[0]} {first.dtype}; prepare them with one "
+                    "tokenizer."
+                )
+            writer.append_files(source)
+    return writer.num_tokens

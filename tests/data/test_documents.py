@@ -1,0 +1,140 @@
+"""Documents are found, cut and read whole, whatever the cuts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from neox_native.data import documents
+from neox_native.data.documents import BadLine, Piece
+from neox_native.errors import UserError
+
+
+def write_packed(path: Path, content: bytes) -> str:
+    """A file whose name says how it is packed."""
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content))
+    elif path.suffix == ".xz":
+        path.write_bytes(lzma.compress(content))
+    elif path.suffix == ".zst":
+        if not shutil.which("zstd"):
+            pytest.skip("needs the program zstd")
+        path.write_bytes(subprocess.run(["zstd", "-cq"], input=content, capture_output=True, check=True).stdout)
+    else:
+        path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_line_is_read_once_however_a_file_is_cut(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    lines = [b"x" * draw.randrange(6) + b"\n" for _ in range(30)] + [b"last" * draw.randrange(2)]
+    path = write_packed(tmp_path / "some.jsonl", b"".join(lines))
+    size = Path(path).stat().st_size
+    cuts = sorted({0, size, *(draw.randrange(size + 1) for _ in range(draw.randrange(12)))})
+    read = [line for start, stop in zip(cuts, cuts[1:]) for line in documents.lines_of(Piece(path, start, stop))]
+    assert read == [line for line in lines if line]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"])
+def test_packed_lines_are_unpacked(tmp_path: Path, suffix: str) -> None:
+    path = write_packed(tmp_path / f"some{suffix}", b"a\nb\n")
+    assert documents.is_jsonl(path)
+    assert list(documents.lines_of(Piece(path, 0, Path(path).stat().st_size))) == [b"a\n", b"b\n"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("damage", [lambda packed: packed[:-9], lambda packed: b"nothing packed"])
+def test_a_damaged_packed_file_is_named(tmp_path: Path, suffix: str, damage: object) -> None:
+    path = Path(write_packed(tmp_path / f"some.jsonl{suffix}", random.Random(0).randbytes(5000)))
+    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    with pytest.raises(UserError, match=f"some.jsonl{suffix} cannot be unpacked .* fetch it again"):
+        list(documents.lines_of(Piece(str(path), 0, 0)))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
+def test_a_file_in_chunks_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(documents, "CHUNK_BYTES", chunk)
+    text = "eins\nzwei\n\n  drei\n/vier\ncafé\u0301\nende"
+    path = write_packed(tmp_path / "some.txt", text.encode())
+    parts = list(documents.texts_of(path))
+    assert "".join(parts) == text
+    assert all(part.endswith("\n") for part in parts[:-1])
+    assert all(part[0].isascii() and part[0].isalnum() for part in parts[1:])
+
+
+def test_a_file_that_is_not_utf8_has_no_document(tmp_path: Path) -> None:
+    with pytest.raises(BadLine, match="not UTF-8"):
+        list(documents.texts_of(write_packed(tmp_path / "some.txt", b"fine\n\xff")))
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b'{"text": ', "not JSON"),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b"[1]", "not a JSON object"),
+        (b'{"body": "a"}', "no key 'text'"),
+        (b'{"text": 5}', "'text' is not a string"),
+    ],
+)
+def test_a_faulty_line_says_why(line: bytes, reason: str) -> None:
+    with pytest.raises(BadLine, match=reason):
+        documents.text_of_line(line, "text")
+
+
+def test_a_template_takes_its_fields_from_the_line() -> None:
+    line = json.dumps({"q": "why", "context": "here", "a": "so"}).encode()
+    assert documents.prompt_and_response(line, "{context}: {q}?\n", "a") == ("here: why?\n", "so")
+    with pytest.raises(BadLine, match="no key 'hint'"):
+        documents.prompt_and_response(line, "{hint}", "a")
+
+
+def test_inputs_are_files_folders_and_globs_in_order(tmp_path: Path) -> None:
+    for name in ("b/2.txt", "b/1.py", "b/.hidden/x.txt", "b/.x", "a/z.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    folder = str(tmp_path / "b")
+    found = documents.find_files([folder, str(tmp_path / "a" / "*.jsonl"), f"{folder}/2.txt"])
+    assert [str(Path(file).relative_to(tmp_path)) for file in found] == ["b/1.py", "b/2.txt", "a/z.jsonl", "b/2.txt"]
+
+
+def test_an_input_that_names_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--input '.*none' names no file"):
+        documents.find_files([str(tmp_path / "none")])
+
+
+def test_zst_without_the_program_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    (tmp_path / "some.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(UserError, match="the program zstd that unpacks them is not installed"):
+        documents.find_files([str(tmp_path / "some.jsonl.zst")])
+
+
+def test_parts_hold_all_files_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "SMALLEST_PART_BYTES", 10)
+    sizes = {"a.jsonl": 25, "b.txt": 30, "c.txt": 3, "d.txt": 0, "e.jsonl.gz": 40, "f.jsonl": 4}
+    files = []
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+        files.append(str(tmp_path / name))
+    parts = documents.cut_into_parts(files)
+    pieces = [(Path(piece.path).name, piece.start, piece.stop) for part in parts for piece in part]
+    assert pieces == [
+        ("a.jsonl", 0, 10),
+        ("a.jsonl", 10, 20),
+        ("a.jsonl", 20, 25),
+        ("b.txt", 0, 30),
+        ("c.txt", 0, 3),
+        ("d.txt", 0, 0),
+        ("e.jsonl.gz", 0, 40),
+        ("f.jsonl", 0, 4),
+    ]
+    assert [len(part) for part in parts] == [1, 1, 2, 3, 1]

@@ -1,0 +1,96 @@
+"""Prepares text for training, or joins prepared files.
+
+    python tools/prepare_data.py --input "pile/*.jsonl.zst" --tokenizer 20B_tokenizer.json --append-eod --workers 16
+    \\
+        --output data/pile
+    python tools/prepare_data.py --input dolly.jsonl --prompt "### Instruction: {instruction}\\n### Response: " \\
+        --response-key response --tokenizer 20B_tokenizer.json --append-eod --output data/dolly
+    python tools/prepare_data.py --merge data/a data/b --output data/ab
+
+Writes OUTPUT.idx and OUTPUT.bin, with --prompt also OUTPUT_labels.idx and .bin. A killed preparation goes on where
+it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from neox_native.data.part import Recipe, Report
+from neox_native.data.prepare import join, prepare
+from neox_native.errors import UserError, report_user_errors
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = options.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input", nargs="+", metavar="PATH", help="files, folders or globs: .jsonl (a document a line), others"
+    )
+    source.add_argument("--merge", nargs="+", metavar="PREFIX", help="prepared files to join, in this order")
+    options.add_argument("--output", required=True, metavar="PREFIX", help="where to write, without .idx or .bin")
+    options.add_argument(
+        "--tokenizer", default="byte", help='"byte", a tokenizer.json, or "tiktoken:gpt2" (default: byte)'
+    )
+    options.add_argument("--key", default="text", help="key of a .jsonl line that holds the document (default: text)")
+    options.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    options.add_argument(
+        "--allow-special", action="store_true", help="let texts that spell special tokens have their ids"
+    )
+    options.add_argument(
+        "--prompt", default="", help="template over the keys of a line; what it makes is not to be predicted"
+    )
+    options.add_argument(
+        "--response-key", default="response", help="with --prompt: key of the response (default: response)"
+    )
+    options.add_argument(
+        "--workers", type=int, default=1, help="processes (default: 1); the result is the same for any"
+    )
+    options.add_argument(
+        "--max-bad", type=float, default=0.001, help="share of faulty lines that is let pass (default: 0.001)"
+    )
+    return options
+
+
+def summary(report: Report, seconds: float) -> str:
+    """What was read and written, in lines."""
+    lines = [
+        f"{report.documents:,} documents, {report.tokens:,} tokens, "
+        f"{report.text_bytes / max(1, report.tokens):.3f} bytes per token, {seconds:.1f} s, "
+        f"{report.text_bytes / 1e6 / seconds:.1f} MB/s, {report.tokens / seconds:,.0f} tokens/s",
+        *report.dropped(),
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Runs one command."""
+    options = parser().parse_args(arguments)
+    output = Path(options.output)
+    if options.merge:
+        if output.with_name(output.name + ".idx").exists():
+            raise UserError(f"{output}.idx exists already; remove it or choose another --output.")
+        tokens = join([Path(prefix) for prefix in options.merge], output)
+        print(f"{output}: {tokens:,} tokens of {len(options.merge)} files")
+        return
+    if options.workers < 1:
+        raise UserError(f"--workers {options.workers} must be at least 1.")
+    recipe = Recipe(
+        tokenizer=options.tokenizer,
+        text_key=options.key,
+        append_eod=options.append_eod,
+        allow_special=options.allow_special,
+        prompt=options.prompt.replace("\\n", "\n"),
+        response_key=options.response_key,
+    )
+    start = time.monotonic()
+    report = prepare(options.input, output, recipe, workers=options.workers, max_bad_share=options.max_bad)
+    print(summary(report, time.monotonic() - start))
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main(sys.argv[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.checkpoint.agree import Ranks
-from neox_native.config.schema import Config
+from neox_native.config.schema import Config, Run
 from neox_native.config.settings import SETTINGS
 from neox_native.data.build import Datasets, build_data
 from neox_native.mesh import build_mesh
@@ -24,7 +25,7 @@ def lay_out_ranks(config: Config, device: torch.device) -> tuple[DeviceMesh, Ran
     Raises:
         UserError: on all ranks, naming the rank and host that differs or does not answer.
     """
-    torch.use_deterministic_algorithms(config.run.determinism == "bitwise")
+    choose_determinism(config.run)
     ranks = Ranks()
     facts = {name: str(setting.of(config)) for name, setting in SETTINGS.items()}
     hosts = check_agreement(facts | {"the code": code_version()}, ranks.gather)
@@ -34,6 +35,16 @@ def lay_out_ranks(config: Config, device: torch.device) -> tuple[DeviceMesh, Ran
     if ranks.rank == 0:
         print(describe_mesh(mesh, hosts), flush=True)
     return mesh, ranks
+
+
+def choose_determinism(run: Run) -> None:
+    """Let kernels choose, or demand those that repeat bitwise, as `run.determinism` says."""
+    bitwise = run.determinism == "bitwise"
+    if bitwise:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
+    torch.use_deterministic_algorithms(bitwise)
+    # Filling every new buffer would find reads of unset memory, not make anything repeat.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def open_data(config: Config, ranks: Ranks) -> Datasets:

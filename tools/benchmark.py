@@ -1,0 +1,51 @@
+"""Measure this code on this machine, beside its peers where it has any, and print Markdown tables for the README.
+
+    python tools/benchmark.py                the training loop beside DistributedDataParallel; one process, tp 2, pp 2
+    python tools/benchmark.py --peers        ZeRO beside DDP, ZeroRedundancyOptimizer and fully_shard
+    python tools/benchmark.py --checkpoint   saving and loading beside torch.save
+    python tools/benchmark.py --data         preparation, index, loader
+    python tools/benchmark.py --generate     generation beside Hugging Face
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from neox_native.metrics.throughput import device_name
+
+SUBJECTS = ("training", "peers", "checkpoint", "data", "generate")
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = f"{len(names)} x {names[0]}" if names else model
+    gpu = f", {device_name(device)}" if device.type == "cuda" else ""
+    return f"{model}{gpu}, torch {torch.__version__}, {datetime.date.today().isoformat()}"
+
+
+def main(arguments: list[str]) -> None:
+    """Run one subject's benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choice = parser.add_mutually_exclusive_group()
+    for subject in SUBJECTS:
+        choice.add_argument(f"--{subject}", dest="subject", action="store_const", const=subject)
+    subject = parser.parse_args(arguments).subject or "training"
+    print(f"`python tools/benchmark.py --{subject}` on {machine()}\n", flush=True)
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools is a folder of the clone, not of the package
+    print(importlib.import_module(f"tools.benchmarks.{subject}").run())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

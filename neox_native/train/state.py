@@ -96,6 +96,7 @@ def metadata(config: Config, step: int, consumed_samples: int, fingerprint: dict
         "consumed_samples": consumed_samples,
         "data": fingerprint,
         "model": asdict(config.model),
+        "tokenizer": config.data.tokenizer,
         "layout": {"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp, "zero_stage": parallel.zero_stage},
         "torch": torch.__version__,
     }

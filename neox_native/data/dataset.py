@@ -72,6 +72,9 @@ class Dataset(Protocol):
     def locate(self, index: int) -> Place:
         """Where those tokens lie."""
 
+    def prefixes(self) -> list[str]:
+        """The token files that are read."""
+
     def samples_of(self, prefix: str, document: int, stop: int) -> np.ndarray:
         """Which of the samples below `stop` hold a token of a document of a file, ascending, int64."""
 
@@ -180,6 +183,10 @@ class TokenDataset:
         """See `Dataset.locate`."""
         return Place(self.files.prefix, self.order.segments(index))
 
+    def prefixes(self) -> list[str]:
+        """See `Dataset.prefixes`."""
+        return [self.files.prefix]
+
     def samples_of(self, prefix: str, document: int, stop: int) -> np.ndarray:
         """See `Dataset.samples_of`."""
         return self.order.samples_of(document, stop) if prefix == self.files.prefix else np.empty(0, np.int64)
@@ -238,6 +245,10 @@ class Mixture:
         """See `Dataset.locate`."""
         number, sample = self.blend.locate(index)
         return self.datasets[number].locate(sample)
+
+    def prefixes(self) -> list[str]:
+        """See `Dataset.prefixes`."""
+        return [dataset.files.prefix for dataset in self.datasets]
 
     def samples_of(self, prefix: str, document: int, stop: int) -> np.ndarray:
         """See `Dataset.samples_of`."""

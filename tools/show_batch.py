@@ -1,0 +1,164 @@
+"""What did step N see? Answers from the config alone, without a GPU and without reading the corpus.
+
+    python tools/show_batch.py --config configs/quickstart.toml --step 7              the rows of the step
+    python tools/show_batch.py --config configs/quickstart.toml --step 7 --rank 1 --parallel.dp 2
+    python tools/show_batch.py --config configs/quickstart.toml --document 12         the steps and rows that see a
+    document python tools/show_batch.py --config configs/quickstart.toml --hash 1:20           the steps' batch_hash
+
+Steps count from 1, as in metrics.jsonl, whose `batch_hash` is the one shown here. `--json` prints one object a line.
+Any setting of the config may be overridden as in train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from neox_native.config.load import from_command_line
+from neox_native.config.schema import Config
+from neox_native.data.build import build_data
+from neox_native.data.dataset import Dataset
+from neox_native.data.loader import as_signed, format_hash, hash_row
+from neox_native.data.order import rows_of_rank
+from neox_native.data.tokenizers import load_tokenizer
+from neox_native.errors import UserError, report_user_errors
+
+SHOWN_CHARACTERS = 160
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options beside those of the config."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    question = options.add_mutually_exclusive_group(required=True)
+    question.add_argument("--step", type=int, metavar="N", help="rows of this step")
+    question.add_argument(
+        "--document", type=int, metavar="D", help="steps and rows that see this document of the training data"
+    )
+    question.add_argument("--hash", metavar="A:B", help="batch_hash of steps A to B")
+    options.add_argument(
+        "--rank", type=int, metavar="R", help="with --step: only the rows of this data-parallel rank, in its order"
+    )
+    options.add_argument("--dataset", metavar="PREFIX", help="with --document: which files of a mixture")
+    options.add_argument(
+        "--consumed", type=int, metavar="SAMPLES", help="with --step: samples before it, if the batch size changed"
+    )
+    options.add_argument("--json", action="store_true", help="one JSON object a line")
+    return options
+
+
+def training_data(config: Config) -> Dataset:
+    """The training data, as training opens it."""
+    training = config.training
+    return build_data(
+        config.data,
+        config.model.seq_length,
+        config.model.vocab_size,
+        config.run.seed,
+        training.global_batch_size,
+        training.steps,
+        0,
+        config.evaluation.batches,
+        is_writer=True,
+        wait=lambda: None,
+        log=partial(print, file=sys.stderr),
+    ).train
+
+
+def first_sample(config: Config, dataset: Dataset, step: int) -> int:
+    """The first sample of a step. Raises `UserError` for a step that the data does not reach."""
+    size = config.training.global_batch_size
+    if not 1 <= step <= dataset.num_samples // size:
+        raise UserError(f"step {step} is not there: steps go from 1 to {dataset.num_samples // size:,} on this data.")
+    return (step - 1) * size
+
+
+def rows_of(config: Config, rank: int | None) -> list[int]:
+    """Rows of the global batch that a data rank reads, in its order, or all of them."""
+    training, dp = config.training, config.parallel.dp
+    if rank is None:
+        return list(range(training.global_batch_size))
+    if not 0 <= rank < dp:
+        raise UserError(f"--rank {rank} is not one of parallel.dp = {dp} data ranks; say how many with --parallel.dp.")
+    if training.global_batch_size % (training.micro_batch_size * dp):
+        raise UserError(
+            f"training.global_batch_size = {training.global_batch_size} does not divide into "
+            f"training.micro_batch_size = {training.micro_batch_size} times parallel.dp = {dp}; change one of them."
+        )
+    return rows_of_rank(training.global_batch_size, training.micro_batch_size, rank, dp).flatten().tolist()
+
+
+def step_rows(
+    config: Config, dataset: Dataset, step: int, rank: int | None, consumed: int | None
+) -> Iterator[dict[str, object]]:
+    """One object a row; document and offset are those of its first token."""
+    start = first_sample(config, dataset, step) if consumed is None else consumed
+    for row in rows_of(config, rank):
+        place = dataset.locate(start + row)
+        document, offset, _ = place.segments[0]
+        yield {
+            "step": step,
+            "row": row,
+            "sample": start + row,
+            "dataset": place.dataset,
+            "document": document,
+            "offset": offset,
+            "tokens": dataset.sample(start + row).tolist(),
+        }
+
+
+def document_rows(config: Config, dataset: Dataset, document: int, prefix: str | None) -> Iterator[dict[str, object]]:
+    """One object for each row of the run that holds a token of the document."""
+    prefixes = dataset.prefixes()
+    if prefix is None and len(prefixes) == 1:
+        prefix = prefixes[0]
+    if prefix not in prefixes:
+        raise UserError(f"--dataset {prefix!r} is none of the training data: {', '.join(prefixes)}.")
+    size = config.training.global_batch_size
+    for sample in dataset.samples_of(prefix, document, config.training.steps * size).tolist():
+        yield {"step": sample // size + 1, "row": sample % size, "sample": sample}
+
+
+def step_hashes(config: Config, dataset: Dataset, steps: str) -> Iterator[dict[str, object]]:
+    """One object a step, the last one included."""
+    try:
+        first, last = (int(step) for step in steps.split(":"))
+    except ValueError as error:
+        raise UserError(f"--hash {steps!r} must be two steps such as 1:20.") from error
+    for step in range(first, last + 1):
+        start = first_sample(config, dataset, step)
+        total = sum(hash_row(row, start + row, dataset.sample(start + row)) for row in rows_of(config, None))
+        yield {"step": step, "batch_hash": format_hash(as_signed(total))}
+
+
+def main(arguments: list[str]) -> None:
+    """Answers one question."""
+    options, rest = parser().parse_known_args(arguments)
+    config = from_command_line(rest)
+    dataset = training_data(config)
+    if options.step is not None:
+        answers = step_rows(config, dataset, options.step, options.rank, options.consumed)
+    elif options.document is not None:
+        answers = document_rows(config, dataset, options.document, options.dataset)
+    else:
+        answers = step_hashes(config, dataset, options.hash)
+    tokenizer = None if options.json or options.step is None else load_tokenizer(config.data.tokenizer)
+    for answer in answers:
+        if options.json:
+            print(json.dumps(answer))
+            continue
+        tokens = answer.pop("tokens", None)
+        print("  ".join(f"{name} {value}" for name, value in answer.items()))
+        if tokenizer:
+            print(f"    {tokenizer.decode(np.array(tokens))[:SHOWN_CHARACTERS]!r}")
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,71 @@
+"""What all ranks must decide together: skipped updates, and which elements to drop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from neox_native.config.schema import Config, Parallel
+from neox_native.mesh import AXES, build_mesh
+from neox_native.metrics.guards import SpikeGuard
+from neox_native.optim.loss_scale import LossScale
+from neox_native.train.build import build_engine, build_model
+from neox_native.train.state import seed_dropout
+from neox_native.train.step import Losses, TrainStep
+from tests.ranks import run_ranks
+from tests.train.runs import CPU, batch, config_of, shards
+
+THREE_AXES = Parallel(pp=2, dp=2, tp=2, zero_stage=1)
+
+
+def first_step(config: Config, damage: float = 0.0, spikes: bool = False) -> tuple[float, float, float, bool]:
+    """One step in which one data rank's weights were multiplied by `damage`; whether it was skipped, the loss scale
+    after it, this rank's own loss, and whether its weights moved."""
+    mesh = build_mesh(config.parallel, CPU)
+    seed_dropout(config, mesh)
+    parts, optimizer = build_model(config, mesh, CPU)
+    engine, losses = build_engine(config, mesh, CPU, parts, optimizer), Losses(mesh, CPU)
+    scale = LossScale(config.training, CPU) if config.training.precision == "fp16" else None
+    guard = SpikeGuard(config.training, CPU) if spikes else None
+    if guard:
+        guard.state[:-1], guard.state[-1] = torch.arange(guard.window) / 1e3, guard.window  # losses near zero so far
+    if damage and mesh.get_local_rank("dp") == 1:
+        next(iter(parts.values())).layers["0" if mesh.get_local_rank("pp") == 0 else "2"].input_layernorm.weight.data.mul_(damage)
+    place = tuple(mesh.get_local_rank(axis) for axis in AXES)
+    before = shards(optimizer, place, "shard")
+    step = TrainStep(engine, optimizer, losses, config.training.clip_grad_norm, scale, guard)
+    result = step(batch(config, 0, place[1], masked=False), config.optimizer.lr)
+    after = shards(optimizer, place, "shard")
+    moved = any(not torch.equal(before.of[name][1], after.of[name][1]) for name in before.of)
+    return result.skipped.item(), scale.scale.item() if scale else 1.0, result.loss.item(), moved
+
+
+def test_an_fp16_overflow_is_agreed_by_all_ranks():
+    config = config_of(THREE_AXES, precision="fp16", initial_loss_scale=2.0**40, loss_scale_hysteresis=1)
+    outcomes = run_ranks(8, first_step, config)
+    assert all(skipped == 1 and scale == 2.0**39 and not moved for skipped, scale, _, moved in outcomes)
+
+
+def test_a_loss_that_is_not_finite_on_one_replica_skips_the_update_on_all():
+    outcomes = run_ranks(8, first_step, config_of(replace(THREE_AXES, zero_stage=0)), float("inf"))
+    assert all(skipped == 1 and not moved for skipped, _, _, moved in outcomes)
+
+
+def test_a_spike_skips_the_update_on_all_ranks():
+    config = config_of(THREE_AXES, spike_threshold=4.0, spike_window=8)
+    outcomes = run_ranks(8, first_step, config, 0.0, True)
+    assert all(skipped == 1 and not moved for skipped, _, _, moved in outcomes)
+    assert all(skipped == 0 and moved for skipped, _, _, moved in run_ranks(8, first_step, config))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensor_parallel_ranks_drop_the_same_elements_of_the_same_residual_stream(sequence_parallel):
+    config = config_of(Parallel(dp=1, tp=2, sequence_parallel=sequence_parallel))
+    config = replace(config, model=replace(config.model, hidden_dropout=0.3))
+    losses = [loss for _, _, loss, _ in run_ranks(2, first_step, config)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses == [loss for _, _, loss, _ in run_ranks(2, first_step, config)]
+    plain = [loss for _, _, loss, _ in run_ranks(2, first_step, config_of(config.parallel))]
+    assert abs(losses[0] - plain[0]) > 1e-4

@@ -1,0 +1,100 @@
+"""A trained model, laid out over a mesh for inference: from our checkpoints or from a Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from neox_native.checkpoint import files, interop, store
+from neox_native.checkpoint.agree import Ranks
+from neox_native.checkpoint.interop_hf import HuggingFaceReader
+from neox_native.config import layout_rules
+from neox_native.config.schema import Compile, Config, Model, Parallel, Training
+from neox_native.errors import UserError
+from neox_native.mesh import build_mesh
+from neox_native.model.transformer import Transformer
+from neox_native.parallel import tensor
+from neox_native.parallel.assemble import assemble, local_slice
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """This rank's part of a model, ready to run."""
+
+    model: Model
+    part: Transformer
+    tokenizer: str
+    """What `data.tokenizer` would say; "" where the checkpoint does not tell."""
+    mesh: DeviceMesh
+    device: torch.device
+
+
+def inference_mesh(pp: int, tp: int, world_size: int, device: torch.device) -> DeviceMesh:
+    """A mesh of pp * tp ranks. Raises `UserError` where that is not the number of processes."""
+    if pp * tp != world_size:
+        raise UserError(
+            f"pp({pp}) * tp({tp}) = {pp * tp} ranks hold one copy of the model, but {world_size} processes were started; "
+            "make the two equal."
+        )
+    return build_mesh(Parallel(pp=pp, dp=1, tp=tp), device)
+
+
+def load_model(path: str | Path, mesh: DeviceMesh, dtype: str, device: torch.device) -> Loaded:
+    """Load the weights of a checkpoint, of a run's newest checkpoint, or of a Hugging Face folder. A collective.
+
+    Nothing is held but this rank's share in the type that was asked for.
+
+    Args:
+        mesh: from `inference_mesh`.
+        dtype: "fp32", "bf16" or "fp16".
+
+    Raises:
+        UserError: where the checkpoint is missing, damaged or of another architecture, or cannot be cut so.
+    """
+    ranks = Ranks()
+    with ranks.together(f"Opening {path}"):
+        source = _open(Path(path))
+    model = source.model if isinstance(source, HuggingFaceReader) else interop.model_of(files.read_metadata(source), source)
+    part = _empty_part(model, mesh, dtype, device)
+    weights = {name: parameter.detach() for name, parameter in part.named_parameters()}
+    if isinstance(source, HuggingFaceReader):
+        with ranks.together(f"Loading {path}"):
+            for name, weight in weights.items():
+                local = weight.to_local() if isinstance(weight, DTensor) else weight
+                local.copy_(local_slice(source(part.global_name(name)), weight))
+        tokenizer = source.tokenizer
+    else:
+        state = {interop.PREFIX + part.global_name(name): weight for name, weight in weights.items()}
+        tokenizer = store.load(source, state, ranks, only=interop.PREFIX).get("tokenizer", "")
+    part.build_tables(device)
+    if mesh["tp"].size() > 1:
+        tensor.shard_tables(part, mesh["tp"])
+    return Loaded(model, part.eval(), tokenizer, mesh, device)
+
+
+def _open(path: Path) -> HuggingFaceReader | Path:
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name a checkpoint, a run's folder or a Hugging Face folder.")
+    return HuggingFaceReader(path) if (path / "config.json").is_file() else interop.find_checkpoint(path)
+
+
+def _empty_part(model: Model, mesh: DeviceMesh, dtype: str, device: torch.device) -> Transformer:
+    """This rank's part with memory for its parameters."""
+    parallel = Parallel(pp=mesh["pp"].size(), dp=1, tp=mesh["tp"].size())
+    config = Config(model=model, parallel=parallel)
+    for rule in (layout_rules.tensor_parallel, layout_rules.stages):
+        for sentence in rule(config, mesh.size()):
+            raise UserError(sentence)
+    (part,) = assemble(model, parallel, Training(precision=dtype), Compile(), mesh).values()
+    for module in part.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            empty: Tensor = torch.empty_like(parameter, device=device)
+            module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    part.tie()
+    return part

@@ -1,0 +1,120 @@
+"""Evaluate a checkpoint: perplexity of documents, multiple choice, or tasks of lm-evaluation-harness.
+
+    python tools/evaluate.py --checkpoint runs/quickstart --data PREFIX --json      # prepared token files
+    python tools/evaluate.py --checkpoint runs/quickstart --text novel.txt --stride 64
+    python tools/evaluate.py --checkpoint runs/quickstart --tasks questions.jsonl   # multiple choice, offline
+    python tools/evaluate.py --checkpoint pythia-70m --tasks lambada_openai,piqa    # needs the extra [eval]
+
+`--json` prints one object; of documents {"loss", "tokens", ...}: mean negative log-likelihood in nats over the tokens
+that were predicted, which are all but the first of each document. A text is read as a document that follows another,
+so that its first token is predicted too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from neox_native.data.indexed import IndexedDataset
+from neox_native.data.tokenizers import Tokenizer
+from neox_native.errors import UserError, report_user_errors
+from neox_native.generate.choices import accuracy, read_questions
+from neox_native.generate.command import add_model_options, model_from, tokenizer_of
+from neox_native.generate.generator import Generator
+from neox_native.generate.load import Loaded
+from neox_native.generate.perplexity import measure
+from neox_native.generate.runner import Runner
+from neox_native.generate.score import Scorer
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", help="prefix of .idx and .bin files")
+    what.add_argument("--text", type=Path, help="a text file, read as one document")
+    what.add_argument("--tasks", help="a .jsonl file of questions, or names of lm-evaluation-harness's tasks with commas between")
+    parser.add_argument("--stride", type=int, default=0, help="tokens that a window predicts; 0: the whole context, no overlap")
+    parser.add_argument("--documents", type=int, default=0, help="read the first so many documents of --data; 0: all")
+    parser.add_argument("--include-path", help="a folder with more tasks for lm-evaluation-harness")
+    parser.add_argument("--limit", type=int, help="questions of each task of lm-evaluation-harness")
+    parser.add_argument("--num-fewshot", type=int, help="examples before each question of lm-evaluation-harness's tasks")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser.parse_args(arguments)
+
+
+def documents(prefix: str, count: int, vocab_size: int) -> Iterator[np.ndarray]:
+    """Token ids of each document. Raises `UserError` where an id is none of the model's."""
+    data = IndexedDataset(prefix)
+    for number in range(min(count, len(data)) if count else len(data)):
+        tokens = data.get(number)
+        if len(tokens) and (int(tokens.max()) >= vocab_size or int(tokens.min()) < 0):
+            raise UserError(
+                f"--data {prefix}: document {number} holds the id {int(tokens.max())}, but the model's vocabulary has "
+                f"model.vocab_size = {vocab_size}; the data was made with another tokenizer."
+            )
+        yield tokens
+
+
+def text_document(path: Path, tokenizer: Tokenizer) -> np.ndarray:
+    """A text file as one document, after the end of another."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {path} cannot be read: {error}.") from None
+    return np.concatenate((np.array([tokenizer.eod_id], np.int64), tokenizer.encode(text).astype(np.int64)))
+
+
+def perplexity(options: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
+    """Of `--data` or `--text`."""
+    scorer = Scorer(Runner(loaded), options.batch_size)
+    known = bool(options.tokenizer or loaded.tokenizer)
+    tokenizer = tokenizer_of(options, loaded) if known or options.text else None
+    stride = options.stride or scorer.context
+    if options.text:
+        return measure(scorer, [text_document(options.text, tokenizer)], stride, tokenizer).report()
+    return measure(scorer, documents(options.data, options.documents, loaded.model.vocab_size), stride, tokenizer).report()
+
+
+def tasks(options: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
+    """Of a file of questions, or of the harness's tasks."""
+    runner, tokenizer = Runner(loaded), tokenizer_of(options, loaded)
+    scorer = Scorer(runner, options.batch_size)
+    if options.tasks.endswith(".jsonl"):
+        return accuracy(scorer, tokenizer, read_questions(Path(options.tasks)))
+    from neox_native.generate.harness import HarnessModel, evaluate_tasks  # an optional extra
+
+    model = HarnessModel(Generator(runner, tokenizer), scorer)
+    return evaluate_tasks(model, options.tasks.split(","), options.include_path, options.limit, options.num_fewshot)
+
+
+def main(arguments: list[str]) -> None:
+    """Evaluate; rank 0 prints."""
+    options = parse(arguments)
+    with model_from(options) as loaded:
+        found = tasks(options, loaded) if options.tasks else perplexity(options, loaded)
+        if dist.get_rank() == 0:
+            print(json.dumps(found) if options.json else "\n".join(lines(found)))
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """A result for people."""
+    for name, value in found.items():
+        if isinstance(value, dict):
+            yield f"{name}:"
+            yield from (f"  {line}" for line in lines(value))
+        else:
+            yield f"{name}: {value:,.6g}" if isinstance(value, int | float) else f"{name}: {value}"
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main(sys.argv[1:])

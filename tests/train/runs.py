@@ -148,11 +148,9 @@ def _join(pieces: dict[tuple[int, int], torch.Tensor], dim: int | None, sharded:
 
 
 @cache
-def serial(model: str, optimizer: str, masked: bool, precision: str) -> Outcome:
+def serial(model: str, optimizer: str, masked: bool) -> list[Outcome]:
     """The twin: one process, one microbatch a step."""
-    config = config_of(Parallel(dp=1), model, optimizer, micro_batch_size=8, precision=precision)
-    (outcome,) = run_ranks(1, train, config, masked)
-    return outcome
+    return run_ranks(1, train, config_of(Parallel(dp=1), model, optimizer, micro_batch_size=8), masked)
 
 
 def compare(
@@ -160,31 +158,30 @@ def compare(
     model: str = "parallel",
     optimizer: str = "sgd",
     masked: bool = False,
-    tolerance: float = 1e-5,
     compiled: bool = False,
+    twin: Config | None = None,
     **training,
 ) -> None:
-    """Assert that a layout's losses, gradient norms, evaluation, first gradients and last weights are the twin's."""
+    """Assert that a layout's losses, gradient norms, evaluation, first gradients and last weights are its twin's: one
+    process, unless `twin` says otherwise."""
     config = config_of(parallel, model, optimizer, compiled, **training)
-    expected = serial(model, optimizer, masked, training.get("precision", "fp32"))
     outcomes = run_ranks(parallel.pp * parallel.dp * parallel.tp, train, config, masked)
+    expected = run_ranks(len(outcomes), train, twin, masked) if twin else serial(model, optimizer, masked)
     for outcome in outcomes:
-        close(outcome.losses, expected.losses, tolerance)
-        close(outcome.norms, expected.norms, tolerance)
-        close([outcome.evaluation], [expected.evaluation], tolerance)
+        close(outcome.losses, expected[0].losses)
+        close(outcome.norms, expected[0].norms)
+        close([outcome.evaluation], [expected[0].evaluation])
     sharded = parallel.zero_stage > 0 and parallel.dp > 1
-    found = whole([outcome.gradients for outcome in outcomes], sharded)
-    twin = whole([expected.gradients])
-    assert sorted(found) == sorted(twin)
-    for name, gradient in twin.items():
-        assert (found[name] - gradient).abs().max() <= tolerance * gradient.abs().max(), name
+    gradients = whole([outcome.gradients for outcome in outcomes], sharded)
     weights = whole([outcome.weights for outcome in outcomes], sharded)
-    for name, weight in whole([expected.weights]).items():
-        limit = 1e-6 if optimizer == "sgd" else 5e-5
-        assert (weights[name] - weight).abs().max() <= limit * tolerance / 1e-5, name
+    expected_weights = whole([outcome.weights for outcome in expected])
+    for name, gradient in whole([outcome.gradients for outcome in expected]).items():
+        assert (gradients[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+        assert (weights[name] - expected_weights[name]).abs().max() <= (1e-6 if optimizer == "sgd" else 5e-5), name
+    assert sorted(gradients) == sorted(weights) == sorted(expected_weights)
 
 
-def close(found: list[float], expected: list[float], relative: float) -> None:
+def close(found: list[float], expected: list[float], relative: float = 1e-5) -> None:
     """Assert that two lists of numbers agree."""
     for mine, theirs in zip(found, expected, strict=True):
         assert abs(mine - theirs) <= relative * abs(theirs), (found, expected)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from neox_native.config.schema import Parallel
-from tests.train.runs import compare
+from tests.train.runs import compare, config_of
 
 MESHES = [(1, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1), (2, 2, 2)]
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": 2, "looped_bfs": 2, "interleaved_zero_bubble": 2, "zbv": 2}
@@ -78,12 +79,39 @@ def test_every_layout_draws_the_serial_curve(parallel, model, size):
     compare(parallel, model, micro_batch_size=size)
 
 
+ZERO_MESHES = [(1, 2, 1), (1, 4, 1), (1, 2, 2), (2, 2, 1), (2, 2, 2)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("mesh", [(1, 2, 1), (1, 4, 1), (1, 2, 2), (2, 2, 1), (2, 2, 2)], ids=str)
-def test_every_zero_stage_draws_the_serial_curve(mesh, stage, optimizer, recompute, compiled):
+@pytest.mark.parametrize("mesh", ZERO_MESHES, ids=str)
+def test_every_zero_stage_draws_the_serial_curve(mesh, stage, optimizer, recompute):
     parallel = layout(*mesh, sequence_parallel=True, zero_stage=stage)
-    compare(parallel, optimizer=optimizer, activation_checkpointing=recompute, compiled=compiled)
+    compare(parallel, optimizer=optimizer, activation_checkpointing=recompute)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("mesh", ZERO_MESHES, ids=str)
+def test_every_zero_stage_of_compiled_blocks_draws_the_serial_curve(mesh, stage, recompute):
+    compare(layout(*mesh, sequence_parallel=True, zero_stage=stage), activation_checkpointing=recompute, compiled=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name not in ("interleaved_zero_bubble", "zbv")])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_2_and_3_work_under_every_schedule_that_takes_them(schedule, stage):
+    compare(layout(2, 2, 1, schedule, zero_stage=stage), "tied")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("mesh", ZERO_MESHES, ids=str)
+def test_in_bf16_every_zero_stage_agrees_with_stage_0(mesh, stage, recompute):
+    settings = dict(precision="bf16", activation_checkpointing=recompute)
+    same_mesh = layout(*mesh, sequence_parallel=True)
+    compare(replace(same_mesh, zero_stage=stage), twin=config_of(same_mesh, **settings), **settings)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -51,11 +54,41 @@ def pick_device(setting: str, launch: Launch) -> torch.device:
 def start_process_group(device: torch.device, launch: Launch) -> None:
     """Join the other ranks: NCCL for GPU tensors, gloo for CPU tensors. A lone process needs no launcher."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = dist.HashStore() if launch.world_size == 1 and "MASTER_ADDR" not in os.environ else None
-    rank, world_size = (launch.rank, launch.world_size) if store else (-1, -1)
+    if launch.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        store: dist.Store = dist.HashStore()
+    else:
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = fresh_store(store, launch)
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, device_id=device if device.type == "cuda" else None
+        backend,
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        device_id=device if device.type == "cuda" else None,
     )
+
+
+def fresh_store(store: dist.Store, launch: Launch, timeout: timedelta = timedelta(minutes=10)) -> dist.Store:
+    """A part of the launcher's key-value store that no earlier attempt of this job has written to.
+
+    torchrun keeps its store when it restarts the ranks, with the addresses of the dead ones in it, and its restart counts
+    differ between nodes. So rank 0 names each attempt anew, and a rank joins the name that answers to the rank itself.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    own = secrets.token_hex(8)
+    if launch.rank == 0:
+        store.set("attempt", own)
+        joined = [f"{own}/{rank}" for rank in range(1, launch.world_size)]
+        store.wait(joined, timeout)
+        store.set(f"{own}/all", " ".join(store.get(key).decode() for key in joined))
+        return dist.PrefixStore(own, store)
+    while time.monotonic() < deadline:
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt}/{launch.rank}", own)
+        if store.check([f"{attempt}/all"]) and own in store.get(f"{attempt}/all").decode().split():
+            return dist.PrefixStore(attempt, store)
+        time.sleep(0.01)
+    raise TimeoutError(f"rank 0 did not answer rank {launch.rank} within {timeout.total_seconds():.0f} seconds")
 
 
 def build_mesh(parallel: Parallel, device: torch.device) -> DeviceMesh:

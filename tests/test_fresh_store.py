@@ -1,0 +1,39 @@
+"""Ranks that are restarted over the launcher's old key-value store do not find what the dead ones left in it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from neox_native.mesh import Launch, fresh_store
+
+
+def attempt(store: dist.Store, world_size: int) -> list[bytes]:
+    """All ranks meet and rank 0 leaves its address; what each of them reads."""
+
+    def rank(number: int) -> bytes:
+        fresh = fresh_store(store.clone(), Launch(number, number, world_size), timedelta(seconds=30))
+        if number == 0:
+            assert not fresh.check(["address"])
+            fresh.set("address", str(id(fresh)))
+        return fresh.get("address")
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(rank, reversed(range(world_size))))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_each_attempt_has_a_part_of_the_store_of_its_own(world_size: int) -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    first, second = attempt(store, world_size), attempt(store, world_size)
+    assert len(set(first)) == len(set(second)) == 1 and first[0] != second[0]
+
+
+def test_rank_without_its_first_rank_gives_up() -> None:
+    store = dist.HashStore()
+    store.set("attempt", "of dead ranks")
+    with pytest.raises(TimeoutError, match="rank 0 did not answer rank 1"):
+        fresh_store(store, Launch(1, 1, 2), timedelta(seconds=0.05))

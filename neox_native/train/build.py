@@ -24,14 +24,26 @@ from neox_native.zero.unit import ParameterSpec, Unit
 
 
 def build_model(config: Config, mesh: DeviceMesh, device: torch.device) -> tuple[dict[int, Transformer], ShardedOptimizer]:
-    """This rank's parts of the model, materialised, and the optimizer that owns their parameters.
+    """This rank's parts of the model, materialised, and the optimizer that owns their parameters."""
+    parts = assemble(config.model, config.parallel, config.training, config.compile, mesh)
+    units = units_of(parts, config.parallel, mesh)
+    return parts, build_optimizer(config, mesh, device, parts, units)
+
+
+def build_optimizer(
+    config: Config,
+    mesh: DeviceMesh,
+    device: torch.device,
+    parts: dict[int, Transformer],
+    units: dict[int, list[Unit]],
+) -> ShardedOptimizer:
+    """The optimizer that owns the parameters of `parts`, grouped as `units_of` does; it takes them to `device`.
 
     The last step of `parallel/assemble.py`'s order: only the optimizer knows which rows of a parameter this rank
     keeps, so it materialises them, one full parameter in memory at a time.
     """
-    parts = assemble(config.model, config.parallel, config.training, config.compile, mesh)
     optimizer = ShardedOptimizer(
-        units_of(parts, config.parallel, mesh),
+        units,
         mesh,
         ZeroStage(config.parallel.zero_stage),
         optimizer_factory(config.optimizer),
@@ -48,7 +60,7 @@ def build_model(config: Config, mesh: DeviceMesh, device: torch.device) -> tuple
         part.build_tables(device)
         if config.parallel.tp > 1:
             tensor.shard_tables(part, mesh["tp"])
-    return parts, optimizer
+    return optimizer
 
 
 def units_of(parts: dict[int, Transformer], parallel: Parallel, mesh: DeviceMesh) -> dict[int, list[Unit]]:

@@ -6,7 +6,7 @@ Then `step`:
     reduce   what the last backward pass has not reduced yet; gradients that are partial over other groups, too
     clip     one all-reduce of one number over all ranks gives the norm, and whether a gradient is not finite
     update   this rank's fp32 master shards
-    gather   the first unit's parameters; the others follow, each one unit ahead of its use
+    gather   nothing yet: parameters are stale, and come in the next forward pass, one unit ahead of their use
 
 Nothing in it waits for the device: norm, clipping and the decision to skip the update stay tensors.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,6 +61,9 @@ class StageUnits:
         self.units = units
         self.weights = [UnitWeights(unit.specs, group, stage, param_dtype, device) for unit in units]
         self.buckets = [GradientBucket(weights.trained_layout, group, stage, device) for weights in self.weights]
+        if stage == ZeroStage.OPTIMIZER:
+            for weights, bucket in zip(self.weights, self.buckets):
+                weights.scratch = bucket.matrix
         self.reducer = Reducer(self.buckets, stage)
         self.gatherer = Gatherer(self.weights, releases=stage == ZeroStage.PARAMETERS)
 
@@ -134,7 +138,7 @@ class ShardedOptimizer:
         self.device, self.make_optimizer = device, make_optimizer
         self.dp_group = mesh.get_group("dp")
         self.stage = ZeroStage(stage) if dist.get_world_size(self.dp_group) > 1 else ZeroStage.NONE
-        self.state_mesh = state_mesh(mesh)
+        self.mesh = mesh
         self.stages = {
             number: StageUnits(units, self.dp_group, self.stage, param_dtype, device)
             for number, units in units_by_stage.items()
@@ -171,6 +175,7 @@ class ShardedOptimizer:
     def microbatch(self, stage_index: int, last: bool) -> None:
         """A backward pass of pipeline stage `stage_index` begins; `last` if no other of this step follows. A caller that cannot
         tell says False: `step` reduces then, without overlap."""
+        self.stages[stage_index].gatherer.settle()
         self.stages[stage_index].reducer.begin(last)
 
     def absorb(self, stage_index: int) -> None:
@@ -244,8 +249,13 @@ class ShardedOptimizer:
         self._publish(frozen_too=True)
 
     def gradients(self) -> dict[str, Tensor]:
-        """After a step and before the next backward pass: the gradient of each trainable parameter, reduced and clipped."""
+        """After a step and before the next forward pass: the gradient of each trainable parameter, reduced and clipped."""
         return {trained.spec.name: self._global(trained.spec, trained.gradient) for trained in self.trained}
+
+    @cached_property
+    def state_mesh(self) -> DeviceMesh:
+        """See `state.state_mesh`."""
+        return state_mesh(self.mesh)
 
     def _global(self, spec: ParameterSpec, shard: Tensor) -> Tensor:
         return as_dtensor(spec, shard, self.state_mesh, sharded=self.stage != ZeroStage.NONE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -80,12 +81,19 @@ def parse_sources(value: str | list[dict], setting: str) -> list[Source]:
     """The files that a setting names. Raises `UserError` for an unknown key and for files that do not exist."""
     sources = []
     for number, entry in enumerate([{"path": value, "weight": 1.0}] if isinstance(value, str) else value):
-        unknown = sorted(set(entry) - set(Source._fields))
-        if unknown:
+        wrong = sorted(set(entry) - set(Source._fields)) or [key for key in ("path", "weight") if key not in entry]
+        if wrong:
+            has = "has a" if wrong[0] in entry else "lacks the"
             raise UserError(
-                f"data.{setting}[{number}] has a key {unknown[0]!r}; its keys are {', '.join(Source._fields)}."
+                f"data.{setting}[{number}] {has} key {wrong[0]!r}; its keys are {', '.join(Source._fields)}."
             )
-        sources.append(Source(**entry))
+        source = Source(**entry)
+        if not 0 < source.weight < math.inf:
+            raise UserError(
+                f"data.{setting}[{number}].weight = {source.weight} ({source.path}) must be above 0; leave "
+                "the entry out to read nothing of it."
+            )
+        sources.append(source)
     if not 1 <= len(sources) <= MAX_SOURCES:
         raise UserError(f"data.{setting} names {len(sources)} datasets, it takes 1 to {MAX_SOURCES}.")
     missing = [

@@ -203,6 +203,17 @@ def test_an_unknown_key_of_a_mixture_is_named(prefix: str) -> None:
         datasets([{"path": prefix, "wieght": 1.0}])  # type: ignore[arg-type]
 
 
+def test_a_mixture_entry_without_its_weight_is_named(prefix: str) -> None:
+    with pytest.raises(UserError, match=r"data\.train\[1\] lacks the key 'weight'"):
+        datasets([{"path": prefix, "weight": 1.0}, {"path": prefix}])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weight", [0, -1.5, float("inf"), float("nan")])
+def test_a_weight_that_is_not_above_zero_is_refused(prefix: str, weight: float) -> None:
+    with pytest.raises(UserError, match=rf"data\.train\[1\]\.weight = {weight} \(.*text\) must be above 0"):
+        datasets([{"path": prefix, "weight": 1.0}, {"path": prefix, "weight": weight}])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("count", [0, 256])
 def test_a_mixture_of_no_or_too_many_sets_is_refused(prefix: str, count: int) -> None:
     with pytest.raises(UserError, match=f"data.train names {count} datasets, it takes 1 to 255"):

@@ -20,6 +20,7 @@ from neox_native.data.part import PieceReport, Recipe, Report
 from neox_native.data.prepare import join, prepare
 from neox_native.errors import UserError
 from tests.data.corpora import file_bytes, random_documents, write_files
+from tests.data.loading import datasets, steps_of
 from tests.data.test_documents import write_packed
 from tools import prepare_data
 
@@ -93,6 +94,17 @@ def test_prompts_are_masked_and_responses_are_labels(tmp_path: Path) -> None:
     assert files_of(tmp_path / "out") == file_bytes(tokens)
     assert files_of(tmp_path / "out_labels") == file_bytes(labels, "int32")
     assert report.dropped() == [f"{tmp_path}/a.jsonl: 1 dropped, empty (line 3)"]
+
+
+def test_prepared_prompts_train_on_their_responses_alone(tmp_path: Path) -> None:
+    rows = [{"q": "x" * draw, "a": "y" * (1 + draw % 5)} for draw in range(1, 60)]
+    write_packed(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    quietly([tmp_path / "a.jsonl"], tmp_path / "out", Recipe(prompt="{q}", response_key="a", append_eod=True))
+    entry = {"path": str(tmp_path / "out"), "weight": 1.0, "labels": str(tmp_path / "out_labels")}
+    for packing in ("packed", "pack_until_overflow", "unpacked"):
+        data = datasets([entry], packing=packing, split="1")  # type: ignore[arg-type]
+        seen = {int(token) for step in steps_of(data) for token in step.targets.unique()}
+        assert seen == {-100, ord("y"), END}
 
 
 def test_prompts_from_other_files_are_refused(tmp_path: Path) -> None:

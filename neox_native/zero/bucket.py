@@ -36,7 +36,7 @@ class GradientBucket:
         """Parameters that have contributed to the matrix."""
         self.arrived: set[int] = set()
         """Parameters whose gradient the current backward pass has delivered."""
-        self.work: dist.Work | None = None
+        self.work: collectives.Handle | None = None
         self.num_reductions = 0
         """Reductions in this step."""
 

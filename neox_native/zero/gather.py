@@ -47,12 +47,17 @@ class Gatherer:
             modules[-1].register_forward_hook(lambda _module, _inputs, output: self._after_forward(index, output))
 
     def expire(self, frozen_too: bool = False) -> None:
-        """The masters have changed: parameters must be gathered before they are read; the first unit's gather starts."""
+        """The masters have changed: parameters must be gathered before they are read."""
         for index in range(len(self.units)):
             self.drop(index)
             self.presence[index] = Presence.STALE
         self.all_stale = frozen_too or self.releases
-        self._prefetch(0)
+
+    def settle(self) -> None:
+        """A backward pass begins: end gathers that the forward pass started in vain, for they use its memory."""
+        for index, presence in enumerate(self.presence):
+            if presence is Presence.COMING:
+                self.need(index)
 
     def need(self, index: int) -> None:
         """Make unit `index` present for what the compute stream does next."""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from neox_native.checkpoint import files, interop
 from neox_native.checkpoint.agree import Ranks
@@ -172,16 +173,17 @@ def write_folder(
     dtype: torch.dtype = torch.float32,
     tokenizer: str = "",
     shard_bytes: int = SHARD_BYTES,
+    replace: bool = False,
 ) -> list[str]:
     """Write a Hugging Face folder, complete or not at all; returns what is worth knowing. A collective over all ranks.
 
     Args:
-        folder: must not exist.
         shapes: parameters that this rank holds, or shares in, by global name.
         read: full tensor of one of them; every rank that names it calls this at the same time.
         dtype: type of the stored weights.
         tokenizer: what `data.tokenizer` says, for the tokenizer's files; "" writes none.
         shard_bytes: size of a file, which bounds the memory that this takes.
+        replace: whether the folder may exist; its content makes way at the end.
 
     Raises:
         UserError: where the model cannot be expressed, the folder exists, or the disk is full; on all ranks.
@@ -189,40 +191,86 @@ def write_folder(
     temporary = folder.with_name(folder.name + files.TEMPORARY + ranks.from_first(secrets.token_hex(4)))
     doing = f"Writing the Hugging Face folder {folder}"
     with ranks.together(doing):
-        save_file = _safetensors().torch.save_file
-        extra_files, eod_id, remarks = tokenizer_files(tokenizer, model)
-        config = to_config(model, dtype, eod_id, tokenizer)
-        interop.require_new(folder)
+        small_files, remarks = describe(model, dtype, tokenizer)
+        if not replace:
+            interop.require_new(folder)
         if ranks.rank == 0:
             temporary.mkdir(parents=True)
     try:
-        itemsize = dtype.itemsize
-        held = ranks.gather({name: shape.numel() * itemsize for name, shape in shapes.items()})
-        shards = plan_shards(held, shard_bytes)
-        file_names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-        for shard, file_name in zip(shards, file_names):
-            tensors = {}
-            for name in shard.names:
-                whole = read(name) if name in shapes else None
-                if ranks.rank == shard.writer:
-                    tensors[hugging_face_name(name)] = whole.detach().to("cpu", dtype).contiguous()
-                del whole
-            with ranks.together(doing):
-                if tensors:
-                    save_file(tensors, temporary / file_name, metadata={"format": "pt"})
+        _write_weights(temporary, shapes, read, ranks, dtype, shard_bytes, doing)
         with ranks.together(doing):
             if ranks.rank == 0:
-                total = sum({name: size for sizes in held for name, size in sizes.items()}.values())
-                weight_map = {hugging_face_name(n): f for s, f in zip(shards, file_names) for n in s.names}
-                files.write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-                files.write_json(temporary / "config.json", config)
-                for file_name, content in extra_files.items():
+                for file_name, content in small_files.items():
                     (temporary / file_name).write_bytes(content)
                 if folder.exists():
-                    folder.rmdir()
+                    shutil.rmtree(folder)
                 temporary.rename(folder)
     except BaseException:
         if ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return remarks
+
+
+def describe(model: Model, dtype: torch.dtype, tokenizer: str) -> tuple[dict[str, bytes], list[str]]:
+    """The files of a folder beside its weights, and what is worth knowing.
+
+    Raises `UserError` where the model or its tokenizer cannot be exported, or safetensors is missing.
+    """
+    _safetensors()
+    tokenizer_parts, eod_id, remarks = tokenizer_files(tokenizer, model)
+    config = json.dumps(to_config(model, dtype, eod_id, tokenizer), indent=1).encode()
+    return tokenizer_parts | {"config.json": config}, remarks
+
+
+def _write_weights(
+    folder: Path,
+    shapes: Mapping[str, torch.Size],
+    read: interop.Read,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    doing: str,
+) -> None:
+    """The shards and their index."""
+    held = ranks.gather({name: shape.numel() * dtype.itemsize for name, shape in shapes.items()})
+    shards = plan_shards(held, shard_bytes)
+    file_names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for shard, file_name in zip(shards, file_names):
+        tensors = {}
+        for name in shard.names:
+            whole = read(name) if name in shapes else None
+            if ranks.rank == shard.writer:
+                tensors[hugging_face_name(name)] = whole.detach().to("cpu", dtype).contiguous()
+            del whole
+        with ranks.together(doing):
+            if tensors:
+                _safetensors().torch.save_file(tensors, folder / file_name, metadata={"format": "pt"})
+                (folder / file_name).chmod(folder.stat().st_mode & 0o666)  # save_file makes it private
+    with ranks.together(doing):
+        if ranks.rank == 0:
+            sizes = {name: size for each in held for name, size in each.items()}
+            weight_map = {hugging_face_name(name): file for shard, file in zip(shards, file_names) for name in shard.names}
+            files.write_json(
+                folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            )
+
+
+def export_state(
+    folder: Path, model: Model, state: Mapping[str, Tensor], ranks: Ranks, dtype: torch.dtype, tokenizer: str
+) -> list[str]:
+    """`write_folder` from the live state of a run in any layout, replacing what is there. A collective over all ranks.
+
+    Args:
+        state: see [Note: state] of `store.py`; only names under "model." count.
+    """
+    weights = {
+        name.removeprefix(interop.PREFIX): value for name, value in state.items() if name.startswith(interop.PREFIX)
+    }
+
+    def read(name: str) -> Tensor:
+        value = weights[name]
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    shapes = {name: value.shape for name, value in weights.items()}
+    return write_folder(folder, model, shapes, read, ranks, dtype, tokenizer, replace=True)

@@ -253,6 +253,9 @@ class Checkpoint:
     """Write in a background thread while training goes on; costs a copy of the state in host memory."""
     export: Literal["none", "fp32", "bf16"] = "none"
     """After the last step, also write the weights alone, in this type, to the folder `weights` of the run."""
+    export_hf_every: int = 0
+    """Also write the weights as a Hugging Face folder, `hugging_face/step_...` of the run, after every so many steps and at
+    the end; 0 never does [steps]."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.checkpoint import store
 from neox_native.checkpoint.agree import Ranks
+from neox_native.checkpoint.interop_hf import describe, export_state
 from neox_native.checkpoint.resume import find_start
 from neox_native.checkpoint.retention import should_save
 from neox_native.checkpoint.saver import Saver
@@ -17,19 +18,18 @@ from neox_native.config.schema import Config
 from neox_native.data.build import Datasets
 from neox_native.data.loader import StepBatch, build_loader
 from neox_native.errors import UserError
-from neox_native.metrics.guards import BadSteps, SpikeGuard
+from neox_native.metrics.guards import BadSteps
 from neox_native.metrics.health import Watchdog, job_store
 from neox_native.metrics.preemption import LeaveRequest
 from neox_native.metrics.replicas import check_replicas
 from neox_native.model.transformer import Transformer
-from neox_native.optim.loss_scale import LossScale
 from neox_native.optim.schedule import learning_rate
 from neox_native.train import state as run_states
-from neox_native.train.build import build_engine
+from neox_native.train.build import build_engine, build_step
 from neox_native.train.evaluate import evaluate, evaluation_number
 from neox_native.train.report import Report
 from neox_native.train.start import flight_recorder_folder
-from neox_native.train.step import Losses, StepResult, TrainStep
+from neox_native.train.step import StepResult
 from neox_native.zero.optimizer import ShardedOptimizer
 
 
@@ -58,11 +58,9 @@ class Trainer:
         self.parts, self.optimizer = parts, optimizer
         training = config.training
         self.engine = build_engine(config, mesh, device, parts, optimizer)
-        self.losses = Losses(mesh, device)
-        self.loss_scale = LossScale(training, device) if training.precision == "fp16" else None
-        self.spike_guard = SpikeGuard(training, device) if training.spike_threshold > 0 else None
-        clip = training.clip_grad_norm
-        self.train_step = TrainStep(self.engine, optimizer, self.losses, clip, self.loss_scale, self.spike_guard)
+        self.train_step = build_step(config, mesh, device, self.engine, optimizer)
+        self.losses, self.loss_scale = self.train_step.losses, self.train_step.loss_scale
+        self.spike_guard = self.train_step.spike_guard
         self.bad_steps = BadSteps(training)
         self.saver = Saver(Path(config.run.dir) / "checkpoints", config.checkpoint)
         self.leave = LeaveRequest()
@@ -73,6 +71,8 @@ class Trainer:
     def run(self) -> None:
         """Train until `training.steps`, or until a signal asks to leave."""
         run_states.seed_dropout(self.config, self.mesh)
+        if self.config.checkpoint.export_hf_every:
+            describe(self.config.model, torch.float32, self.config.data.tokenizer)  # refuses what could not be written later
         self.resume()
         self.report = Report(
             self.config, self.mesh, self.device, self.ranks, self.losses, self.engine.timing, resumed_step=self.step
@@ -103,6 +103,7 @@ class Trainer:
                 self.evaluate_if_due()
                 if signal or should_save(self.step, settings.checkpoint, total_steps):
                     self.save()
+                self.export_if_due()
                 self.report_saves()
             if signal:
                 self.report.event("signal", self.step, f"step {self.step}: leaving after {signal}; the state is saved")
@@ -170,6 +171,16 @@ class Trainer:
         self.watchdog.at(self.step, "save")
         metadata = run_states.metadata(self.config, self.step, self.consumed_samples, self.fingerprint)
         self.saver.save(self.step, self.state(), metadata)
+
+    def export_if_due(self) -> None:
+        """Write the weights for Hugging Face's libraries, where `checkpoint.export_hf_every` says so."""
+        every = self.config.checkpoint.export_hf_every
+        if every and (self.step % every == 0 or self.step == self.config.training.steps):
+            self.watchdog.at(self.step, "export")
+            folder = Path(self.config.run.dir) / "hugging_face" / f"step_{self.step:09d}"
+            state, tokenizer = self.optimizer.state_dict(), self.config.data.tokenizer
+            export_state(folder, self.config.model, state, self.ranks, torch.float32, tokenizer)
+            self.report.event("export", self.step, f"step {self.step}: wrote {folder} for Hugging Face")
 
     def report_saves(self) -> None:
         """Write down the checkpoints that have been finished."""

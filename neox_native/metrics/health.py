@@ -59,6 +59,7 @@ def dump_flight_recorder(folder: Path, rank: int) -> Path | None:
     if dump is None:
         return None
     recorded = dump()
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"collectives_rank_{rank}.json"
     path.write_bytes(recorded if isinstance(recorded, bytes) else recorded.encode())
     return path

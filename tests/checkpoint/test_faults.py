@@ -11,52 +11,32 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-import train as entry
 from neox_native.checkpoint import files, store
 from neox_native.checkpoint.agree import Ranks
-from neox_native.config.check import require
-from neox_native.config.load import dump, load
-from neox_native.data.indexed import IndexedWriter
-from tests.ranks import run_ranks
+from neox_native.config.load import dump
+from tests.checkpoint.small_runs import curve, run, settings, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD_SIZE, STEPS, KILLS = 4, 30, 3
-SETTINGS = [
-    "--model.num_layers=2", "--model.hidden_size=64", "--model.num_heads=4", "--model.seq_length=32",
-    "--model.vocab_size=60", "--model.vocab_multiple_of=4", f"--training.steps={STEPS}",
-    "--training.global_batch_size=16", "--training.micro_batch_size=2", "--logging.every=1",
-    "--logging.tensorboard=false", "--run.determinism=bitwise",
-    "--run.device=cpu", "--parallel.dp=2", "--parallel.tp=2", "--parallel.zero_stage=1", "--checkpoint.save_every=3",
-    "--checkpoint.keep_last=2", "--evaluation.every=4", "--evaluation.batches=4", "--data.split=80,20,0",
+CHANGES = [
+    f"--training.steps={STEPS}", "--parallel.dp=2", "--parallel.tp=2", "--parallel.zero_stage=1",
+    "--checkpoint.save_every=3", "--checkpoint.keep_last=2", "--evaluation.every=4", "--evaluation.batches=4",
+    "--data.split=80,20,0",
 ]  # fmt: skip
-CURVE = ("step", "loss", "grad_norm", "batch_hash", "learning_rate", "consumed_samples")
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    prefix = str(tmp_path_factory.mktemp("data") / "corpus")
-    draw = np.random.RandomState(0)
-    with IndexedWriter(prefix, np.uint16) as writer:
-        for _ in range(60):
-            writer.add_document((draw.randint(60) + np.arange(draw.randint(50, 200))) % 60)
-    return prefix
+    return write_corpus(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    config = load(None, [*SETTINGS, f"--data.train={corpus}", f"--run.dir={folder}"])
-    run_ranks(WORLD_SIZE, lambda: entry.train(require(config, WORLD_SIZE), torch.device("cpu")))
+    run(settings(corpus, folder, *CHANGES))
     return curve(folder)
-
-
-def curve(folder: Path) -> list[tuple]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [tuple(json.loads(line)[name] for name in CURVE) for line in lines]
 
 
 def last_step(folder: Path) -> int:
@@ -118,8 +98,8 @@ def run_and_kill(folder: Path, corpus: str, seed: int, in_background: bool) -> t
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}",
         f"--max-restarts={KILLS}", "train.py", f"--config={folder / 'settings.toml'}",
     ]  # fmt: skip
-    changes = [f"--data.train={corpus}", f"--run.dir={folder}", f"--checkpoint.async={str(in_background).lower()}"]
-    (folder / "settings.toml").write_text(dump(load(None, [*SETTINGS, *changes])))
+    config = settings(corpus, folder, *CHANGES, f"--checkpoint.async={str(in_background).lower()}")
+    (folder / "settings.toml").write_text(dump(config))
     killer = Killer(folder, seed)
     with open(folder / "output", "w") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,42 @@
+"""A checkpoint of one layout continues in others, and the next losses are the same."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.small_runs import curve, run, settings, write_corpus
+
+FAST = "--run.determinism=fast"
+FROM = ["--parallel.pp=2", "--parallel.dp=2", "--parallel.tp=2", "--parallel.zero_stage=1"]
+TO = {
+    "4 data ranks, ZeRO-3": ["--parallel.dp=4", "--parallel.zero_stage=3"],
+    "2 tensor ranks, ZeRO-0": ["--parallel.dp=1", "--parallel.tp=2"],
+    "one process": ["--parallel.dp=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, list[tuple]]:
+    """The corpus, the folder and the curve of a run of 12 steps on 8 ranks that saved at 4, 8 and 12."""
+    folder = tmp_path_factory.mktemp("first")
+    corpus = write_corpus(folder)
+    run(settings(corpus, folder / "run", FAST, *FROM))
+    return corpus, folder / "run", curve(folder / "run")
+
+
+@pytest.mark.parametrize("layout", TO)
+def test_next_losses_are_the_same_in_another_layout(
+    first: tuple[str, Path, list[tuple]], layout: str, tmp_path: Path
+) -> None:
+    corpus, folder, expected = first
+    shutil.copytree(folder, tmp_path / "run")
+    for later in ("step_000000008", "step_000000012"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / later)
+    run(settings(corpus, tmp_path / "run", FAST, *TO[layout]))
+    found = curve(tmp_path / "run")
+    assert [line[3:] for line in found] == [line[3:] for line in expected]
+    for mine, theirs in zip(found[4:], expected[4:], strict=True):
+        assert mine[1] == pytest.approx(theirs[1], rel=1e-5)

@@ -1,0 +1,170 @@
+"""Each fault that a long run meets, caused on purpose in a whole run."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import train as entry
+from neox_native.checkpoint import files
+from neox_native.config.check import require
+from neox_native.config.schema import Run
+from neox_native.train import loop
+from neox_native.train.step import TrainStep
+from tests.checkpoint.small_runs import curve, events, run, saved, settings, write_corpus
+from tests.ranks import RankError, run_ranks
+
+TWO_RANKS = "--parallel.dp=2"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(settings(corpus, folder, TWO_RANKS))
+    return curve(folder)
+
+
+def at_step(number: int, on_rank: int, fault: Callable[[TrainStep], None]) -> Callable[[], None]:
+    """Arrange for `fault` to happen on one rank when step `number` begins."""
+
+    def arrange() -> None:
+        call, steps = TrainStep.__call__, iter(range(1, 1000))
+
+        def faulty(self, batch, rate):
+            if next(steps) == number and dist.get_rank() == on_rank:
+                fault(self)
+            return call(self, batch, rate)
+
+        loop.TrainStep.__call__ = faulty
+
+    return arrange
+
+
+def test_sigterm_on_one_rank_saves_on_all_and_the_run_goes_on_later(corpus, undisturbed, tmp_path):
+    config = settings(corpus, tmp_path, TWO_RANKS)
+    run(config, at_step(5, 1, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
+    assert saved(tmp_path) == ["step_000000004", "step_000000006"]
+    (event,) = events(tmp_path, "signal")
+    assert event["step"] == 6 and "SIGTERM" in event["message"]
+    run(config)
+    assert curve(tmp_path) == undisturbed
+
+
+def nan_loss(step: TrainStep) -> None:
+    """Make this step's loss NaN on this rank."""
+    function = step.losses.function
+
+    def poisoned(*arguments):
+        step.losses.function = function
+        inner = function(*arguments)
+        return lambda logits, targets: inner(logits, targets) * float("nan")
+
+    step.losses.function = poisoned
+
+
+def test_nan_batch_is_skipped_by_all_ranks_and_its_samples_are_logged(corpus, tmp_path):
+    run(settings(corpus, tmp_path, TWO_RANKS), at_step(5, 1, nan_loss))
+    (event,) = events(tmp_path, "bad step")
+    assert event["step"] == 5 and event["sample_ids"] == list(range(32, 40))
+    losses = [line[1] for line in curve(tmp_path)]
+    assert losses[4] is None and all(loss is not None for loss in losses[5:]) and losses[-1] < losses[0]
+
+
+def test_too_many_bad_steps_end_the_run_with_a_saved_state(corpus, tmp_path):
+    def arrange() -> None:
+        call = TrainStep.__call__
+
+        def faulty(self, batch, rate):
+            if batch.consumed_samples > 5 * 8:
+                nan_loss(self)
+            return call(self, batch, rate)
+
+        loop.TrainStep.__call__ = faulty
+
+    with pytest.raises(RankError, match="3 steps in a row .* training.max_bad_steps = 2"):
+        run(settings(corpus, tmp_path, TWO_RANKS, "--training.max_bad_steps=2"), arrange)
+    assert saved(tmp_path) == ["step_000000004", "step_000000008"]
+
+
+@pytest.mark.parametrize("in_background", ["false", "true"])
+def test_full_disk_ends_the_run_with_a_sentence_and_what_was_saved_before_is_whole(
+    corpus, undisturbed, tmp_path, in_background
+):
+    def full_disk() -> None:
+        write = files.ChecksumStream.write
+
+        def failing(self: files.ChecksumStream, data: bytes) -> int:
+            if dist.get_rank() == 1 and "step_000000008" in str(self.raw.name):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(self, data)
+
+        files.ChecksumStream.write = failing  # type: ignore[method-assign]
+
+    config = settings(corpus, tmp_path, TWO_RANKS, f"--checkpoint.async={in_background}")
+    with pytest.raises(RankError, match="Saving the checkpoint of step 8 .* rank 1.*No space left on device"):
+        run(config, full_disk)
+    assert saved(tmp_path) == ["step_000000004"]
+    run(config)
+    assert curve(tmp_path) == undisturbed
+
+
+def test_flipped_bit_costs_the_steps_since_the_checkpoint_before(corpus, undisturbed, tmp_path, capfd):
+    config = settings(corpus, tmp_path, TWO_RANKS)
+    run(config)
+    shard = sorted((tmp_path / "checkpoints" / "step_000000012").glob("*.distcp"))[0]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    run(config)
+    assert curve(tmp_path) == undisturbed
+    shown = capfd.readouterr().out
+    assert f"{shard} is damaged" in shown and "step_000000008 at step 8" in shown
+
+
+def test_rank_with_another_config_is_named_before_anything_is_written(corpus, tmp_path):
+    def rank() -> None:
+        other = "--optimizer.lr=0.5" if dist.get_rank() == 1 else "--optimizer.lr=0.001"
+        entry.train(require(settings(corpus, tmp_path / "run", TWO_RANKS, other), 2), torch.device("cpu"))
+
+    with pytest.raises(RankError, match="Rank 1 on host .* optimizer.lr is 0.5 there, 0.001 on rank 0"):
+        run_ranks(2, rank)
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_weight_of_one_replica_is_named(corpus, tmp_path):
+    def change(step: TrainStep) -> None:
+        master = next(t for t in step.optimizer.trained if t.spec.name == "layers.2.mlp.dense_h_to_4h.weight")
+        master.shard.view(-1)[3] += 1e-3
+
+    with pytest.raises(RankError, match=r"step 6: layers.2.mlp.dense_h_to_4h.weight differs between the dp replicas"):
+        run(settings(corpus, tmp_path, TWO_RANKS, "--run.check_replicas_every=2"), at_step(5, 1, change))
+
+
+def test_rank_that_sleeps_for_ever_ends_the_job_with_a_report(corpus, tmp_path, capfd):
+    def sleep_for_ever(_: TrainStep) -> None:
+        threading.Event().wait()
+
+    config = settings(corpus, tmp_path, TWO_RANKS)
+    quick = Run(**{**vars(config.run), "watchdog_factor": 2.0, "watchdog_min_seconds": 1.0})
+    with pytest.raises((RankError, FileNotFoundError)):  # the ranks leave no result behind
+        run(replace(config, run=quick), at_step(6, 1, sleep_for_ever))
+    report = capfd.readouterr().err
+    assert "rank 1 (" in report and "step 6, train" in report and "in sleep_for_ever" in report
+    assert sorted(path.name for path in (tmp_path / "flight_recorder").iterdir()) == [
+        "collectives_rank_0.json", "collectives_rank_1.json",
+    ]  # fmt: skip
+    assert saved(tmp_path) == ["step_000000004"]

@@ -57,10 +57,9 @@ def parser() -> argparse.ArgumentParser:
 
 def summary(report: Report, seconds: float) -> str:
     """What was read and written, in lines."""
+    per_token = report.text_bytes / max(1, report.tokens)
     lines = [
-        f"{report.documents:,} documents, {report.tokens:,} tokens, "
-        f"{report.text_bytes / max(1, report.tokens):.3f} bytes per token, {seconds:.1f} s, "
-        f"{report.text_bytes / 1e6 / seconds:.1f} MB/s, {report.tokens / seconds:,.0f} tokens/s",
+        f"{report.documents:,} documents, {report.tokens:,} tokens, {per_token:.3f} bytes per token, {seconds:.1f} s",
         *report.dropped(),
     ]
     return "\n".join(lines)

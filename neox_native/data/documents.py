@@ -160,6 +160,17 @@ def text_of_line(line: bytes, key: str) -> str:
     return _text(_object(line), key)
 
 
+def check_template(template: str) -> None:
+    """Raises `UserError` where the prompt's template is none."""
+    try:
+        template.format(**{name: "" for _, name, _, _ in string.Formatter().parse(template) if name})
+    except (ValueError, LookupError, AttributeError) as error:
+        raise UserError(
+            f"--prompt {template!r} is no template ({error}); write keys as {{key}} and braces that stand for "
+            "themselves twice."
+        ) from error
+
+
 def prompt_and_response(line: bytes, template: str, key: str) -> tuple[str, str]:
     """The filled-in template, whose {fields} are keys of the line, and the response. Raises `BadLine`."""
     content = _object(line)
@@ -183,4 +194,8 @@ def _text(content: dict[str, object], key: str) -> str:
     text = content[key]
     if not isinstance(text, str):
         raise BadLine(f"{key!r} is not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadLine(f"{key!r} holds half a surrogate pair") from error
     return text

@@ -8,12 +8,12 @@ runs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torchdata.nodes import BaseNode, Loader, ParallelMapper, Prefetcher
+from torchdata.nodes import BaseNode, ParallelMapper, Prefetcher
 
 from neox_native.data.dataset import Dataset, Row
 from neox_native.data.indexed import IGNORED
@@ -179,9 +179,8 @@ class StepReader:
             behind -= length
         raise UserError(
             f"data: {prefix} holds {kind} id {ids[(*place, column)]} in document {document} at token "
-            f"{offset + behind}, but "
-            f"model.vocab_size = {limit} allows 0 to {limit - 1}; "
-            "raise it, or prepare the text with the tokenizer that the model is for."
+            f"{offset + behind}, but model.vocab_size = {limit} allows 0 to {limit - 1}; raise it, or prepare the "
+            "text with the tokenizer that the model is for."
         )
 
 
@@ -200,9 +199,9 @@ def build_loader(
 ) -> Iterator[StepBatch]:
     """Yields `stop_after_steps` steps from sample `consumed_samples` on; nothing before it is read or skipped over.
 
-    `num_threads` threads read, and `steps_ahead` finished steps wait for the trainer. `global_batch_size` must
-    divide into dp_size * micro_batch_size. Raises `UserError` for a token id outside the vocabulary and for data
-    that ends too early.
+    `num_threads` threads read, and `steps_ahead` finished steps wait for the trainer. `global_batch_size` must be a
+    multiple of dp_size * micro_batch_size. Raises `UserError` for data that ends too early and, with the step that
+    holds it, for a token id outside the vocabulary.
     """
     end = consumed_samples + stop_after_steps * global_batch_size
     if end > dataset.num_samples:
@@ -214,11 +213,16 @@ def build_loader(
     reader = StepReader(dataset, rows, global_batch_size, pin_memory)
     index = StepIndex(consumed_samples, global_batch_size, stop_after_steps)
     mapper = ParallelMapper(index, reader, num_workers=num_threads, method="thread")
-    return _raise_errors(Loader(Prefetcher(mapper, prefetch_factor=steps_ahead)))
+    return _steps(Prefetcher(mapper, prefetch_factor=steps_ahead))
 
 
-def _raise_errors(steps: Iterable[StepBatch | Exception]) -> Iterator[StepBatch]:
-    for step in steps:
+def _steps(node: BaseNode[StepBatch | Exception]) -> Iterator[StepBatch]:
+    """The node's steps; raises the errors among them. Leaves no reference cycle behind, so that the threads of the node
+    are stopped here and not by a garbage collection in one of them."""
+    for step in node:
         if isinstance(step, Exception):
-            raise step
+            try:
+                raise step
+            finally:
+                del step, node
         yield step

@@ -10,10 +10,12 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -74,7 +76,8 @@ def prepare(
     The result does not depend on `workers`; finished parts of an earlier, killed call are kept. Raises `UserError`,
     among others where more than `max_bad_share` of the lines are faulty; then nothing stands under the final names.
     """
-    load_tokenizer_once(recipe.tokenizer)
+    tokenizer = load_tokenizer_once(recipe.tokenizer)
+    documents.check_template(recipe.prompt)
     if Path(f"{prefix}.idx").exists():
         raise UserError(f"{prefix}.idx exists already; remove it or choose another --output.")
     files = documents.find_files(inputs)
@@ -84,7 +87,8 @@ def prepare(
         )
     parts = documents.cut_into_parts(files)
     stats = {file: [Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in files}
-    with parts_folder(prefix, {"recipe": asdict(recipe), "files": stats, "parts": parts}) as folder:
+    settings = {**asdict(recipe), "tokenizer": tokenizer.name}
+    with parts_folder(prefix, {"recipe": settings, "files": stats, "parts": parts}) as folder:
         reports = _make_parts(parts, recipe, folder, workers, log)
         total = Report()
         for report in reports:
@@ -95,9 +99,8 @@ def prepare(
                 f"{'; '.join(total.dropped())}. Mend the input or raise --max-bad."
             )
         prefixes = [part_prefix(folder, number) for number in range(len(parts))]
-        join(
-            [Path(f"{part}{LABELS_SUFFIX}") for part in prefixes], Path(f"{prefix}{LABELS_SUFFIX}")
-        ) if recipe.prompt else None
+        if recipe.prompt:
+            join([Path(f"{part}{LABELS_SUFFIX}") for part in prefixes], Path(f"{prefix}{LABELS_SUFFIX}"))
         join(prefixes, prefix)
     return total
 
@@ -120,7 +123,7 @@ def _make_parts(
         log(f"{len(reports):,} of {len(parts):,} parts are there from an earlier run")
     missing = [number for number in range(len(parts)) if number not in reports]
     progress = Progress(sum(_disk_bytes(parts[number]) for number in missing), log)
-    with ProcessPoolExecutor(workers, get_context("fork"), _leave_with_parent, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (os.getpid(),)) as pool:
         running: dict[Future[Report], int] = {
             pool.submit(prepare_part, parts[number], recipe, part_prefix(folder, number)): number for number in missing
         }
@@ -129,6 +132,11 @@ def _make_parts(
                 number = running[future]
                 reports[number] = future.result()
                 progress.add(_disk_bytes(parts[number]), reports[number].tokens)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, most likely for want of memory; finished parts are kept, so run the same "
+                "command again with fewer --workers."
+            ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -139,8 +147,9 @@ def _disk_bytes(pieces: list[Piece]) -> int:
     return sum(piece.stop - piece.start for piece in pieces)
 
 
-def _leave_with_parent(parent: int) -> None:
-    """Ends a worker whose parent was killed; it would wait for work for ever."""
+def _start_worker(parent: int) -> None:
+    """Leaves interrupts to the parent, and ends a worker whose parent was killed: it would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -151,7 +160,7 @@ def _leave_with_parent(parent: int) -> None:
 
 
 class Progress:
-    """Prints how far a preparation is, every few seconds."""
+    """Prints how far a preparation is, every few seconds and at the end."""
 
     def __init__(self, total_bytes: int, log: Callable[[str], None]) -> None:
         self.total_bytes, self.log = total_bytes, log
@@ -163,7 +172,7 @@ class Progress:
         self.bytes += num_bytes
         self.tokens += tokens
         now = time.monotonic()
-        if now - self.last >= PROGRESS_SECONDS:
+        if now - self.last >= PROGRESS_SECONDS or self.bytes == self.total_bytes:
             self.last, seconds = now, now - self.start
             left = seconds * (self.total_bytes - self.bytes) / max(1, self.bytes)
             self.log(

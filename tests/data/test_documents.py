@@ -83,6 +83,7 @@ def test_a_file_that_is_not_utf8_has_no_document(tmp_path: Path) -> None:
         (b"[1]", "not a JSON object"),
         (b'{"body": "a"}', "no key 'text'"),
         (b'{"text": 5}', "'text' is not a string"),
+        (rb'{"text": "\ud800"}', "'text' holds half a surrogate pair"),
     ],
 )
 def test_a_faulty_line_says_why(line: bytes, reason: str) -> None:
@@ -95,6 +96,13 @@ def test_a_template_takes_its_fields_from_the_line() -> None:
     assert documents.prompt_and_response(line, "{context}: {q}?\n", "a") == ("here: why?\n", "so")
     with pytest.raises(BadLine, match="no key 'hint'"):
         documents.prompt_and_response(line, "{hint}", "a")
+
+
+@pytest.mark.parametrize("template", ["{q", "q}", "{q[0]}", "{q.a}", "{}"])
+def test_a_template_that_is_none_is_refused(template: str) -> None:
+    documents.check_template("{q} {{literally}}")
+    with pytest.raises(UserError, match="is no template .* write keys as {key}"):
+        documents.check_template(template)
 
 
 def test_inputs_are_files_folders_and_globs_in_order(tmp_path: Path) -> None:

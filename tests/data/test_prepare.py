@@ -220,6 +220,14 @@ def test_a_full_disk_in_a_worker_is_a_sentence(tmp_path: Path, monkeypatch: pyte
     assert files_of(tmp_path / "out") == file_bytes([list(text.encode()) for text in texts(1, 60)])
 
 
+def test_a_killed_worker_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_packed(tmp_path / "a.jsonl", jsonl(texts(1, 60)))
+    parent, sync = os.getpid(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: sync(file) if os.getpid() == parent else os._exit(9))
+    with pytest.raises(UserError, match="a worker process was killed.* finished parts are kept"):
+        quietly([tmp_path / "a.jsonl"], tmp_path / "out", workers=2)
+
+
 def test_progress_names_rates_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PROGRESS_SECONDS", -1.0)
     messages: list[str] = []
@@ -227,6 +235,14 @@ def test_progress_names_rates_and_the_time_left(monkeypatch: pytest.MonkeyPatch)
     progress.add(1_000_000, 500)
     assert messages[0].startswith("25% of 4 MB, ") and "MB/s" in messages[0] and "tokens/s" in messages[0]
     assert messages[0].endswith(" s left")
+
+
+def test_the_last_word_on_progress_is_said_however_fast_it_was() -> None:
+    messages: list[str] = []
+    progress = module.Progress(4_000_000, messages.append)
+    progress.add(3_000_000, 500)
+    progress.add(1_000_000, 500)
+    assert len(messages) == 1 and messages[0].startswith("100% of 4 MB, ")
 
 
 def test_joined_files_are_the_documents_of_all(tmp_path: Path) -> None:

@@ -40,3 +40,15 @@ def test_next_losses_are_the_same_in_another_layout(
     assert [line[3:] for line in found] == [line[3:] for line in expected]
     for mine, theirs in zip(found[4:], expected[4:], strict=True):
         assert mine[1] == pytest.approx(theirs[1], rel=1e-5)
+
+
+def test_another_global_batch_goes_on_where_the_samples_were(
+    first: tuple[str, Path, list[tuple]], tmp_path: Path
+) -> None:
+    corpus, folder, expected = first
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000000012")
+    run(settings(corpus, tmp_path / "run", FAST, "--parallel.dp=1", "--training.global_batch_size=16"))
+    found = curve(tmp_path / "run")
+    assert found[:8] == expected[:8]
+    assert [line[5] for line in found[8:]] == [8 * 8 + 16 * more for more in (1, 2, 3, 4)]

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from neox_native.checkpoint import files, store
 from neox_native.checkpoint.agree import Ranks
 from neox_native.errors import UserError
-from tests.checkpoint.states import state, wrong
+from tests.checkpoint.states import full, state, wrong
 from tests.ranks import run_ranks
 
 LAYOUTS = [(1, 1, 1), (1, 3, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2)]
@@ -182,6 +183,13 @@ def test_failing_write_of_the_kernel_is_one_sentence_too(tmp_path: Path) -> None
     first, second = run_ranks(2, rank)
     assert first == second and "rank 1" in first and "too large" in first
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plain_dcp_reads_the_format(saved: Path) -> None:
+    weights = {"model.layers.1.dense.bias": torch.zeros(8)}
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.load(weights, checkpoint_id=saved)
+    assert torch.equal(weights["model.layers.1.dense.bias"], full("model.layers.1.dense.bias"))
 
 
 def test_metadata_is_readable_json(saved: Path) -> None:

@@ -10,14 +10,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from neox_native.config.schema import Config, Parallel
+from neox_native.metrics.guards import SpikeGuard
 from neox_native.model import initialize
 from neox_native.model.transformer import Transformer
 from neox_native.optim.groups import decays, optimizer_factory
+from neox_native.optim.loss_scale import LossScale
 from neox_native.parallel import tensor
 from neox_native.parallel.assemble import DTYPES, assemble, local_slice
 from neox_native.parallel.pipeline import Pipeline
 from neox_native.parallel.stages import rank_of_stage
 from neox_native.train.engine import Engine, SingleStage
+from neox_native.train.step import Losses, TrainStep
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.optimizer import ShardedOptimizer
 from neox_native.zero.unit import ParameterSpec, Unit
@@ -129,4 +132,19 @@ def build_engine(
         device=device,
         pp_group=mesh.get_group("pp"),
         sink=optimizer,
+    )
+
+
+def build_step(
+    config: Config, mesh: DeviceMesh, device: torch.device, engine: Engine, optimizer: ShardedOptimizer
+) -> TrainStep:
+    """What one optimizer step is, with the loss scale of fp16 and the guard against spikes where they are asked for."""
+    training = config.training
+    return TrainStep(
+        engine,
+        optimizer,
+        Losses(mesh, device),
+        training.clip_grad_norm,
+        LossScale(training, device) if training.precision == "fp16" else None,
+        SpikeGuard(training, device) if training.spike_threshold > 0 else None,
     )

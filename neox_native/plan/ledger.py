@@ -1,0 +1,212 @@
+"""What one rank allocates, communicates and computes, noted operation by operation.
+
+[Note: tape] Every storage that appears and every one that goes is an entry on a tape, between marks that say where in the
+step it happened. The peak is found by playing the tape afterwards, because what a buffer is for may show only after it
+was allocated: when a collective fills it. Works on real and on fake tensors alike, with DTensors, pipelines and any number
+of microbatches; it costs some microseconds per operation.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, COMMUNICATION = KINDS = (
+    "parameters",
+    "gradients",
+    "optimizer_state",
+    "activations",
+    "communication",
+)
+"""Kinds of memory. Optimizer state: fp32 masters and moments. Activations: all that forward and backward passes create,
+intermediate results included. Communication: gathered rows of ZeRO and what a pipeline stage receives."""
+
+
+def _cpu_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _cpu_attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
+
+
+_aten = torch.ops.aten
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+"""Operations of an operator [FLOP]: torch's counts, and attention on a CPU, which it leaves out."""
+
+
+@dataclass(slots=True)
+class Storage:
+    """One piece of memory."""
+
+    num_bytes: int
+    kind: str
+
+
+@dataclass
+class Traffic:
+    """What this rank's collectives on one axis move."""
+
+    bytes: int = 0
+    """Sent by this rank, if every collective is a ring: (n - 1) / n of the whole tensor for a gather or a scatter, twice
+    that for an all-reduce (Patarasuk and Yuan 2009)."""
+    collectives: int = 0
+
+
+@dataclass
+class Peak:
+    """The moment at which most memory was in use."""
+
+    num_bytes: int
+    by_kind: dict[str, int]
+    at: str
+    """The last mark before it."""
+
+
+@dataclass
+class Totals:
+    """Sums over the time that the ledger was active."""
+
+    traffic: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))
+    """By axis."""
+    sent_bytes: int = 0
+    """Point to point."""
+    flops: int = 0
+
+
+class Ledger(TorchDispatchMode):
+    """Notes memory, collectives and FLOPs while it is active. See [Note: tape].
+
+    Args:
+        axes: name of a process group -> axis to book it under.
+    """
+
+    def __init__(self, axes: Mapping[str, str]):
+        super().__init__()
+        self.axes, self.totals = axes, Totals()
+        self.known: dict[int, tuple[weakref.ref, Storage]] = {}
+        self.tape: list[tuple[Storage, int]] = []
+        self.marks: list[tuple[int, str]] = []
+        self.watched: list[tuple[torch.UntypedStorage, Storage]] = []
+
+    def claim(self, tensors: Iterable[Tensor], kind: str, resizable: bool = False) -> None:
+        """Book tensors that exist already under a kind.
+
+        Args:
+            resizable: their storage grows and shrinks, which no operation shows, so that it is looked at again and again.
+        """
+        for tensor in tensors:
+            storage = self._note(tensor)
+            storage.kind = kind
+            if resizable:
+                self.watched.append((_local(tensor).untyped_storage(), storage))
+
+    def mark(self, label: str) -> None:
+        """Name what happens from here on."""
+        self.marks.append((len(self.tape), label))
+
+    def peak(self) -> Peak:
+        """The largest sum of all storages, and what it consisted of."""
+        live = largest = position = 0
+        for index, (_, change) in enumerate(self.tape):
+            live += change
+            if live > largest:
+                largest, position = live, index
+        by_kind: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+        for storage, change in self.tape[: position + 1]:
+            by_kind[storage.kind] += change
+        at = [label for start, label in self.marks if start <= position]
+        return Peak(largest, dict(by_kind), at[-1] if at else "")
+
+    def __torch_dispatch__(self, function: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and note it."""
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its local operations come by
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        packet = function._overloadpacket
+        if packet in FLOPS:
+            self.totals.flops += FLOPS[packet](*args, **kwargs, out_val=result)
+        for output in tree_iter(result):
+            if isinstance(output, Tensor):
+                self._note(output)
+        if function.namespace in ("c10d", "_c10d_functional"):
+            self._communication(function, args, result)
+        for untyped, storage in self.watched:
+            self._resized(storage, untyped.nbytes())
+        return result
+
+    def _note(self, tensor: Tensor) -> Storage:
+        untyped = _local(tensor).untyped_storage()
+        key = untyped._cdata
+        if key not in self.known:
+            storage = Storage(untyped.nbytes(), ACTIVATIONS)
+            self.known[key] = weakref.ref(untyped, lambda _: self._freed(key)), storage
+            self.tape.append((storage, storage.num_bytes))
+        return self.known[key][1]
+
+    def _freed(self, key: int) -> None:
+        _, storage = self.known.pop(key)
+        self.tape.append((storage, -storage.num_bytes))
+
+    def _resized(self, storage: Storage, num_bytes: int) -> None:
+        if num_bytes != storage.num_bytes:
+            self.tape.append((storage, num_bytes - storage.num_bytes))
+            storage.num_bytes = num_bytes
+
+    def _communication(self, function: Any, args: Any, result: Any) -> None:
+        name = function._overloadpacket.__name__
+        group = _group_of(function, args)
+        if group is None or group.size() == 1:
+            return
+        tensors = [tensor for tensor in tree_iter((args, result)) if isinstance(tensor, Tensor)]
+        whole = max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
+        if name in ("send", "recv_"):
+            self.totals.sent_bytes += whole if name == "send" else 0
+            self._explain(tensors if name == "recv_" else (), COMMUNICATION)
+            return
+        axis = self.axes.get(group.group_name, "other")
+        passes = 2 if "reduce" in name and "scatter" not in name else 1
+        traffic = self.totals.traffic[axis]
+        traffic.bytes += passes * whole * (group.size() - 1) // group.size()
+        traffic.collectives += 1
+        if function.namespace == "c10d" and axis == "dp":  # ZeRO's, on buffers of its own
+            self._explain(tensors, GRADIENTS if "reduce" in name else COMMUNICATION)
+
+    def _explain(self, tensors: Iterable[Tensor], kind: str) -> None:
+        for tensor in tensors:
+            storage = self._note(tensor)
+            if storage.kind == ACTIVATIONS:
+                storage.kind = kind
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The tensor that holds the memory of a DTensor or of a collective's pending result."""
+    tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return getattr(tensor, "elem", tensor)
+
+
+def _group_of(function: Any, args: Sequence[Any]) -> dist.ProcessGroup | None:
+    """The process group of a collective; None for what is none, such as waiting."""
+    for argument, value in zip(function._schema.arguments, args):
+        if argument.name == "group_name":
+            return _resolve_process_group(value)
+        if argument.name == "process_group":
+            return dist.ProcessGroup.unbox(value)
+    return None

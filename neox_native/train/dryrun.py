@@ -1,0 +1,259 @@
+"""One training step of one rank of any mesh, in one process, on fake tensors: what it will need and what it will send.
+
+Everything that runs is the training code: config, mesh, assembly, optimizer, engine, step. Only the ground is fake: a
+process group whose collectives return at once, and tensors that have a shape but no content. It lives here and not in
+`plan/` because it drives `train/`; the ledger that it reads and the closed forms beside it are `plan/`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+
+from neox_native.config.check import require
+from neox_native.config.schema import Config
+from neox_native.data.loader import StepBatch
+from neox_native.mesh import AXES, build_mesh
+from neox_native.model.transformer import Transformer
+from neox_native.parallel.assemble import assemble
+from neox_native.parallel.pipeline import Pipeline
+from neox_native.parallel.timeline import timeline
+from neox_native.plan import costs
+from neox_native.plan.ledger import GRADIENTS, OPTIMIZER, PARAMETERS, Ledger, Totals, Traffic
+from neox_native.train.build import build_engine, build_optimizer, build_step, units_of
+from neox_native.train.engine import Engine
+from neox_native.train.step import TrainStep
+from neox_native.zero.optimizer import ShardedOptimizer
+from neox_native.zero.unit import local
+
+CPU = torch.device("cpu")
+IN_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble", "looped_bfs", "zbv")
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one step is to one rank."""
+
+    rank: int
+    coordinates: dict[str, int]
+    """Its place on each axis of the mesh."""
+    parameters: int
+    """Elements of the parameters that its part of the model has, before ZeRO shards them."""
+    bytes_by_kind: dict[str, int]
+    """What the peak consists of, by `ledger.KINDS`."""
+    peak_bytes: int
+    """Most memory at once."""
+    peak_at: str
+    """When in the step."""
+    communication: dict[str, dict[str, int]]
+    """Axis -> {"bytes", "collectives"} of a step, as `ledger.Traffic` counts them."""
+    point_to_point_bytes: int
+    """Sent to neighbouring stages in a step."""
+    model_flops: int
+    """Of this rank's layers and tokens, as MFU counts them: without recomputation."""
+    hardware_flops: int
+    """Of every matrix product and attention that ran."""
+    bubble_fraction: float
+    """Idle time of the pipeline over its compute time."""
+
+
+def dry_run(config: Config, rank: int, world_size: int, exact: bool = False) -> RankReport:
+    """The report of rank `rank` of `world_size`.
+
+    After the warmup of the pipeline one microbatch is like the next. So with many microbatches two short steps run, and
+    bytes and FLOPs are continued to the whole step: each is a constant plus so much per microbatch.
+
+    Args:
+        exact: run all microbatches whatever their number.
+
+    Raises:
+        UserError: the config cannot work on so many ranks.
+    """
+    config = require(config, world_size)
+    # A compiled block hides its operations; what it needs is a little less than what the eager one does.
+    config = dataclasses.replace(config, compile=dataclasses.replace(config.compile, enabled=False))
+    _warm_up(config, rank, world_size)
+    total = costs.num_microbatches(config)
+    fewer, more = _enough(config)
+    if exact or total <= more:
+        return _run(config, rank, world_size)
+    first, second = (_run(_with_microbatches(config, count), rank, world_size) for count in (fewer, more))
+    longer = _continued(dataclasses.asdict(first), dataclasses.asdict(second), (total - fewer) / (more - fewer))
+    return RankReport(**longer | {"bubble_fraction": _bubble(config), "peak_at": second.peak_at})
+
+
+def distinct_ranks(config: Config, world_size: int) -> list[int]:
+    """One rank of the first pipeline stage, of the second, which of those in the middle holds most, and of the last."""
+    parallel = require(config, world_size).parallel
+    return [stage * parallel.dp * parallel.tp for stage in sorted({0, min(1, parallel.pp - 1), parallel.pp - 1})]
+
+
+def _enough(config: Config) -> tuple[int, int]:
+    """Two numbers of microbatches beyond the warmup, on the way to the whole step's."""
+    pp = config.parallel.pp
+    if pp > 1 and config.parallel.pipeline_schedule in IN_ROUNDS:
+        return 2 * pp, 3 * pp
+    return pp + 1, pp + 2
+
+
+def _with_microbatches(config: Config, count: int) -> Config:
+    training = config.training
+    size = count * training.micro_batch_size * config.parallel.dp
+    return dataclasses.replace(config, training=dataclasses.replace(training, global_batch_size=size))
+
+
+def _continued(first: Any, second: Any, factor: float) -> Any:
+    """The line through two values, `factor` times as far; dicts entry by entry."""
+    if isinstance(second, dict):
+        return {name: _continued(first.get(name, 0), value, factor) for name, value in second.items()}
+    return first + round((second - first) * factor) if isinstance(second, int) else second
+
+
+def _warm_up(config: Config, rank: int, world_size: int) -> None:
+    """DTensor asks once for every operation and layout what becomes of it, by running it on fake tensors of the full size,
+    which look like ours. One layer per stage asks all there is to ask."""
+    parallel = config.parallel
+    model = dataclasses.replace(config.model, num_layers=parallel.pp * parallel.virtual_stages)
+    shallow = dataclasses.replace(config, model=model, parallel=dataclasses.replace(parallel, stage_layers=[]))
+    _run(_with_microbatches(shallow, _enough(config)[0]), rank, world_size)
+
+
+def _bubble(config: Config) -> float:
+    parallel = config.parallel
+    count = costs.num_microbatches(config)
+    return timeline(parallel.pipeline_schedule, parallel.pp, parallel.virtual_stages, count).bubble_fraction
+
+
+def _run(config: Config, rank: int, world_size: int) -> RankReport:
+    """One step of all the microbatches that the config asks for."""
+    with _fake_process_group(rank, world_size):
+        mesh = build_mesh(config.parallel, CPU)
+        parts = assemble(config.model, config.parallel, config.training, config.compile, mesh)
+        units = units_of(parts, config.parallel, mesh)
+        ledger = Ledger(axes_of(mesh))
+        with _fake_tensors():
+            optimizer = build_optimizer(config, mesh, CPU, parts, units)
+            engine = build_engine(config, mesh, CPU, parts, optimizer)
+            if isinstance(engine, Pipeline):
+                _skip_the_vote(engine)
+            run_step(build_step(config, mesh, CPU, engine, optimizer), parts.values(), fake_batch(config), ledger)
+        parameters = sum(local(spec.parameter).numel() for specs in units.values() for unit in specs for spec in unit.specs)
+        place = {axis: mesh.get_local_rank(axis) for axis in AXES}
+    return _report(config, rank, place, parameters, ledger)
+
+
+def run_step(step: TrainStep, parts: Iterable[Transformer], batch: StepBatch, ledger: Ledger) -> None:
+    """One step under the ledger, on real or fake tensors, with parameters stale as every step but a run's first finds them."""
+    optimizer, engine = step.optimizer, step.engine
+    _claim(optimizer, parts, ledger)
+    _mark(engine, optimizer, parts, ledger)
+    with ledger:
+        optimizer.after_load()
+        ledger.totals = Totals()
+        step(batch, 1e-4)
+
+
+def _claim(optimizer: ShardedOptimizer, parts: Iterable[Transformer], ledger: Ledger) -> None:
+    """Book what exists between steps. Stages 2 and 3 of ZeRO resize some of it."""
+    for stage_units in optimizer.stages.values():
+        for weights, bucket in zip(stage_units.weights, stage_units.buckets):
+            ledger.claim(weights.storages, PARAMETERS, resizable=weights.shards_parameters)
+            ledger.claim([bucket.row], GRADIENTS, resizable=not bucket.keeps_matrix)
+            ledger.claim([weights.master] if weights.master is not None else [], OPTIMIZER)
+            ledger.claim([weights.row] if weights.row is not None else [], PARAMETERS)
+    for state in optimizer.optimizer.state.values():
+        ledger.claim([value for value in state.values() if isinstance(value, Tensor)], OPTIMIZER)
+    for part in parts:
+        ledger.claim(part.buffers(), PARAMETERS)
+
+
+def _mark(engine: Engine, optimizer: ShardedOptimizer, parts: Iterable[Transformer], ledger: Ledger) -> None:
+    """Let the ledger know where in the step it is."""
+    now = 0
+
+    def at(index: int) -> None:
+        nonlocal now
+        now = index
+        ledger.mark(f"backward of microbatch {now}")  # unless a forward follows
+
+    engine.timing.on_microbatch = at
+    after = "after the forward of" if isinstance(engine, Pipeline) else "loss and backward of"
+    for part in parts:
+        part.register_forward_pre_hook(lambda _module, _inputs: ledger.mark(f"forward of microbatch {now}"))
+        part.register_forward_hook(lambda _module, _inputs, _output: ledger.mark(f"{after} microbatch {now}"))
+    optimizer.optimizer.register_step_pre_hook(lambda *_: ledger.mark("update"))
+
+
+def fake_batch(config: Config) -> StepBatch:
+    """One data rank's share of a step."""
+    training, data = config.training, config.data
+    shape = (costs.num_microbatches(config), training.micro_batch_size, config.model.seq_length)
+    tokens, extra = torch.zeros(shape, dtype=torch.int64), lambda wanted: torch.zeros(shape, dtype=torch.int64) if wanted else None
+    size = training.global_batch_size
+    documents, positions = extra(data.document_attention), extra(data.document_positions)
+    return StepBatch(tokens, torch.zeros_like(tokens), tokens[:, :, 0], size, 0, tokens.numel(), documents, positions)
+
+
+def axes_of(mesh: DeviceMesh) -> dict[str, str]:
+    """Names of the process groups of this rank -> axis of the mesh, or "world"."""
+    return {dist.group.WORLD.group_name: "world"} | {mesh.get_group(axis).group_name: axis for axis in AXES}
+
+
+def _report(config: Config, rank: int, place: dict[str, int], parameters: int, ledger: Ledger) -> RankReport:
+    peak, totals = ledger.peak(), ledger.totals
+    axes = dict.fromkeys((*AXES, "world"), Traffic()) | totals.traffic
+    return RankReport(
+        rank=rank,
+        coordinates=place,
+        parameters=parameters,
+        bytes_by_kind=peak.by_kind,
+        peak_bytes=peak.num_bytes,
+        peak_at=peak.at,
+        communication={axis: dataclasses.asdict(traffic) for axis, traffic in axes.items()},
+        point_to_point_bytes=totals.sent_bytes,
+        model_flops=costs.model_flops_of_rank(config, place["pp"]),
+        hardware_flops=totals.flops,
+        bubble_fraction=_bubble(config),
+    )
+
+
+@contextmanager
+def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
+    """Be rank `rank` among `world_size` that do not exist: collectives return at once and leave tensors as they are."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _fake_tensors() -> FakeTensorMode:
+    """A mode in which tensors have no content. It forgets which real tensor a fake one stands for: what it would remember
+    weakly cannot be swapped into a parameter."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.fake_tensor_converter.set_tensor_memo = lambda tensor, fake: None
+    return mode
+
+
+def _skip_the_vote(engine: Pipeline) -> None:
+    """torch's schedules first ask all stages whether they know their shapes. Ours do, and nobody would answer."""
+    if not hasattr(engine.schedule, "_warmup_p2p"):
+        return
+    from torch.distributed.pipelining._utils import InferenceMode
+
+    def agree(stages: list[Any], *_: Any) -> None:
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    engine.schedule._warmup_p2p = agree

@@ -47,6 +47,10 @@ class Stage(PipelineStage):
     sink: GradientSink
     timing: Timing
 
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """First messages to the neighbours, that open connections; torch 2.11 would connect a V's tip to itself."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Forward of one microbatch."""
         self.timing.on_microbatch(fwd_chunk_id)
@@ -140,7 +144,7 @@ class Pipeline:
         losses: list[Tensor] = []
         with self.timing.whole.running():
             self.schedule.step(
-                *((inputs_MBT.flatten(0, 1),) if first else ()),
+                *((inputs_MBT.flatten(0, 1).contiguous(),) if first else ()),
                 target=targets_MBT.flatten(0, 1) if last else None,
                 losses=losses if last else None,
                 return_outputs=False,

@@ -74,8 +74,9 @@ def local_gradient(spec: ParameterSpec) -> Tensor:
         mesh = gradient.device_mesh
         deferred = any(group.group_name == mesh.get_group().group_name for group in spec.sum_over)
         if deferred:
-            # Already summed, it would be summed once more.
-            assert isinstance(gradient.placements[0], Partial), f"{spec.name}: {gradient.placements} is not partial"
+            if not isinstance(gradient.placements[0], Partial):
+                # torch 2.11 sums it itself in split backward passes; in equal shares it survives being summed again.
+                return local(gradient) / mesh.size()
         elif gradient.placements[0] != spec.placement:
             # A vocabulary-parallel embedding's gradient arrives whole, a sequence-parallel norm's partial.
             gradient = gradient.redistribute(placements=[spec.placement])

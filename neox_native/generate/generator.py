@@ -77,6 +77,8 @@ class Generator:
     def __init__(self, runner: Runner, tokenizer: Tokenizer, use_cache: bool = True):
         self.runner, self.tokenizer, self.use_cache = runner, tokenizer, use_cache
         self.model, self.device = runner.model, runner.device
+        self.num_ids = min(runner.model.vocab_size, tokenizer.vocab_size)
+        """Ids that may be drawn: those that have a text. The rest are padding."""
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt; an empty one starts as a document does, after the end of another.
@@ -162,14 +164,14 @@ class Generator:
         found_2B = None
         if logits is not None:
             logits_BV = self.runner.whole_vocabulary(logits[:, -1])
-            tokens_B = choose(logits_BV[:, : self.model.vocab_size], sampling, seen_BV, uniform_B)
+            tokens_B = choose(logits_BV[:, : self.num_ids], sampling, seen_BV, uniform_B)
             logprobs_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1) - logits_BV.logsumexp(dim=-1)
             found_2B = torch.stack((tokens_B.double(), logprobs_B.double()))
         tokens_B, logprobs_B = self.runner.tell_everyone(found_2B, torch.empty(2, rows, dtype=torch.float64))
         return tokens_B, logprobs_B
 
     def _seen(self, rows: list[Row]) -> Tensor:
-        seen_BV = torch.zeros(len(rows), self.model.vocab_size, dtype=torch.bool, device=self.device)
+        seen_BV = torch.zeros(len(rows), self.num_ids, dtype=torch.bool, device=self.device)
         for number, row in enumerate(rows):
             seen_BV[number, torch.tensor(row.tokens, device=self.device)] = True
         return seen_BV

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from neox_native.data.tokenizers import byte_tokenizer
 from neox_native.errors import UserError
 from neox_native.generate.generator import Generator, Limits
 from neox_native.generate.sampling import Sampling
 from tests.generate.models import MODELS, PROMPTS, answers, checkpoints, one_process, runner
-from tests.interop.models import built, draw
+from tests.interop.models import built, checkpoint, draw
 from tests.ranks import run_ranks
 
 GREEDY, TEN = Sampling(), Limits(max_new_tokens=10, ignore_end=True)
@@ -93,6 +94,15 @@ def test_an_answer_ends_at_its_limit_a_stop_string_the_context_or_the_end_of_the
         assert ended.finish == "end" and ended.new_tokens == plain.new_tokens[:first]
 
 
+def test_ids_without_a_text_are_never_drawn(tmp_path):
+    model = replace(MODELS["rotary"], vocab_size=300)  # the byte tokenizer has 257
+    path = checkpoint(tmp_path / "padded", model, tokenizer="byte")
+    with one_process():
+        hot = Sampling(temperature=50.0, repetition_penalty=1.5)
+        rows = answers(path, hot, Limits(max_new_tokens=30, samples=8, ignore_end=True), prompts=["a"])
+    assert max(max(row.new_tokens) for row in rows) in range(200, 257)
+
+
 def test_rows_that_end_early_leave_the_others_alone(paths):
     with one_process():
         generator = Generator(runner(paths["rotary"]), byte_tokenizer())
@@ -130,11 +140,13 @@ def test_prompts_and_settings_that_cannot_work_are_refused(paths):
 
 def test_meshes_that_cannot_hold_the_model_are_refused(paths):
     def refusal(pp: int, tp: int) -> str:
+        found = "fine"
         try:
             runner(paths["rotary"], pp, tp)
         except UserError as error:
-            return str(error)
-        return "fine"
+            found = str(error)
+        dist.barrier()  # a rank that leaves early may cut off what another still reads
+        return found
 
     for pp, tp, sentence in ((1, 1, "pp(1) * tp(1) = 1 ranks"), (4, 1, "num_layers = 3 cannot fill pp(4)")):
         for found in run_ranks(4, refusal, pp, tp):

@@ -1,0 +1,147 @@
+"""Tokens per second of generation with and without the cache, beside Hugging Face's implementation on the same weights."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from neox_native.checkpoint.agree import Ranks
+from neox_native.checkpoint.interop import parameter_shapes
+from neox_native.checkpoint.interop_hf import DTYPES, write_folder
+from neox_native.config.schema import Model
+from neox_native.generate.generator import Generator, Limits
+from neox_native.generate.load import inference_mesh, load_model
+from neox_native.generate.runner import Runner
+from neox_native.mesh import Launch, pick_device, start_process_group
+from neox_native.model import initialize
+
+PYTHIA_70M = Model(num_layers=6, hidden_size=512, num_heads=8, vocab_size=50304)
+
+
+class NoText:
+    """Stands in for a tokenizer: prompts and answers are ids."""
+
+    name, eod_id = "none", 0
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
+        """Nothing."""
+        return np.empty(0, np.uint32)
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        """Nothing."""
+        return ""
+
+
+def run(
+    model: Model = PYTHIA_70M,
+    dtype: str = "",
+    prompt_tokens: int = 128,
+    new_tokens: int = 128,
+    batch_sizes: tuple[int, ...] = (1, 8),
+    rounds: int = 3,
+) -> str:
+    """Measure in one run, alternating; returns a markdown table of medians over `rounds`.
+
+    Greedy, each answer `new_tokens` long; a second counts from the prompt to the last token. Weights are drawn as for
+    training, since speed does not depend on them; both implementations read the same Hugging Face folder.
+
+    Args:
+        dtype: "fp32", "bf16" or "fp16"; "" takes bf16 on a GPU and fp32 on a CPU.
+        rounds: repetitions after one that is not counted.
+    """
+    device = pick_device("auto", Launch(0, 0, 1))
+    dtype = dtype or ("bf16" if device.type == "cuda" else "fp32")
+    start_process_group(device, Launch(0, 0, 1))
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "model"
+            shapes = parameter_shapes(model)
+            write_folder(folder, model, shapes, lambda n: initialize.draw(n, shapes[n], model, 0), Ranks(), DTYPES[dtype])
+            contenders = {**ours(folder, dtype, device), **hugging_face(folder, dtype, device)}
+        lines = [
+            f"| tokens/s, {prompt_tokens} + {new_tokens} tokens, {dtype} | " + " | ".join(f"batch {b}" for b in batch_sizes) + " |",
+            "|---|" + "---|" * len(batch_sizes),
+        ]
+        speeds = [measure(contenders, model, size, prompt_tokens, new_tokens, rounds, device) for size in batch_sizes]
+        lines += [f"| {name} | " + " | ".join(f"{speed[name]:,.1f}" for speed in speeds) + " |" for name in contenders]
+        for name in list(contenders)[1:]:
+            lines.append(f"| speed-up over {name} | " + " | ".join(f"{s['ours'] / s[name]:.2f} x" for s in speeds) + " |")
+    finally:
+        dist.destroy_process_group()
+    return "\n".join(lines)
+
+
+Contender = Callable[[list[list[int]], int], list[list[int]]]
+"""Prompts and a number of tokens -> the new tokens of each."""
+
+
+def ours(folder: Path, dtype: str, device: torch.device) -> dict[str, Contender]:
+    """Our generator with and without its cache."""
+    runner = Runner(load_model(folder, inference_mesh(1, 1, 1, device), dtype, device))
+
+    def contender(use_cache: bool) -> Contender:
+        generator = Generator(runner, NoText(runner.model.vocab_size), use_cache)
+
+        def answer(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+            rows = generator.continue_tokens(prompts, limits=Limits(new_tokens, ignore_end=True))
+            return [row.new_tokens for row in rows]
+
+        return answer
+
+    return {"ours": contender(True), "ours without a cache": contender(False)}
+
+
+def hugging_face(folder: Path, dtype: str, device: torch.device) -> dict[str, Contender]:
+    """`transformers`' own generation, where it is installed."""
+    try:
+        import transformers
+    except ImportError:
+        return {}
+    theirs = transformers.GPTNeoXForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).to(device).eval()
+
+    def answer(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        inputs = torch.tensor(prompts, device=device)
+        found = theirs.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return found[:, inputs.shape[1] :].tolist()
+
+    return {f"transformers {transformers.__version__}": answer}
+
+
+def measure(
+    contenders: dict[str, Contender],
+    model: Model,
+    batch_size: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Tokens per second of each contender, all rows together; the contenders take turns."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(model.vocab_size, (batch_size, prompt_tokens), generator=generator).tolist()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, answer in contenders.items():
+            start = time.perf_counter()
+            found = answer(prompts, new_tokens)  # lists: the device has finished
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+            assert all(len(tokens) == new_tokens for tokens in found), name
+    return {name: batch_size * new_tokens / statistics.median(times) for name, times in seconds.items()}

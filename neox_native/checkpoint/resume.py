@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from neox_native.checkpoint import files, store
 from neox_native.checkpoint.agree import Ranks
@@ -69,15 +68,3 @@ def tidy(directory: Path) -> None:
             path.rename(final)
         else:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What changed between two dicts of settings or fingerprints, nested ones by dotted name, as "name was a, is b"."""
-    changes = []
-    for key in sorted(set(saved) | set(now)):
-        old, new = saved.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += [f"{key}.{change}" for change in differences(old, new)]
-        elif old != new:
-            changes.append(f"{key} was {old}, is {new}")
-    return changes

@@ -39,7 +39,6 @@ class BadSteps:
     def __init__(self, training: Training) -> None:
         self.limit = training.max_bad_steps
         self.in_a_row = 0
-        self.total = 0
         self._pending: list[tuple[int, tuple[int, ...], torch.Tensor]] = []
 
     def record(self, step: int, sample_ids: tuple[int, ...], bad: torch.Tensor) -> None:
@@ -55,7 +54,6 @@ class BadSteps:
         for (step, sample_ids, _), flag in zip(self._pending, flags, strict=True):
             self.in_a_row = self.in_a_row + 1 if flag else 0
             if flag:
-                self.total += 1
                 found.append(BadStep(step, sample_ids, self.in_a_row))
         self._pending.clear()
         return found

@@ -53,16 +53,16 @@ def enable_flight_recorder(folder: Path) -> None:
 
 
 def dump_flight_recorder(folder: Path, rank: int) -> Path | None:
-    """Write this rank's last collectives as JSON; None where this build of torch records none."""
+    """Write this rank's last collectives as JSON; None where none were recorded. NCCL and gloo keep a book each."""
     library = torch._C._distributed_c10d
-    dump = getattr(library, "_dump_nccl_trace_json", None) or getattr(library, "_dump_fr_trace_json", None)
-    if dump is None:
-        return None
-    recorded = dump()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"collectives_rank_{rank}.json"
-    path.write_bytes(recorded if isinstance(recorded, bytes) else recorded.encode())
-    return path
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        recorded = getattr(library, name, lambda: b"{}")()
+        if json.loads(recorded).get("entries"):
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"collectives_rank_{rank}.json"
+            path.write_bytes(recorded if isinstance(recorded, bytes) else recorded.encode())
+            return path
+    return None
 
 
 @dataclass(frozen=True)

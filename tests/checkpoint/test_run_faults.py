@@ -18,7 +18,6 @@ import train as entry
 from neox_native.checkpoint import files
 from neox_native.config.check import require
 from neox_native.config.schema import Run
-from neox_native.train import loop
 from neox_native.train.step import TrainStep
 from tests.checkpoint.small_runs import curve, events, run, saved, settings, write_corpus
 from tests.ranks import RankError, run_ranks
@@ -49,7 +48,7 @@ def at_step(number: int, on_rank: int, fault: Callable[[TrainStep], None]) -> Ca
                 fault(self)
             return call(self, batch, rate)
 
-        loop.TrainStep.__call__ = faulty
+        TrainStep.__call__ = faulty  # type: ignore[method-assign]
 
     return arrange
 
@@ -93,7 +92,7 @@ def test_too_many_bad_steps_end_the_run_with_a_saved_state(corpus, tmp_path):
                 nan_loss(self)
             return call(self, batch, rate)
 
-        loop.TrainStep.__call__ = faulty
+        TrainStep.__call__ = faulty  # type: ignore[method-assign]
 
     with pytest.raises(RankError, match="3 steps in a row .* training.max_bad_steps = 2"):
         run(settings(corpus, tmp_path, TWO_RANKS, "--training.max_bad_steps=2"), arrange)

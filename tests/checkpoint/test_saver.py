@@ -11,7 +11,7 @@ import torch
 
 from neox_native.checkpoint import files, saver, store
 from neox_native.checkpoint.agree import Ranks
-from neox_native.checkpoint.resume import Start, differences, find_start, tidy
+from neox_native.checkpoint.resume import Start, find_start, tidy
 from neox_native.config.schema import Checkpoint
 from neox_native.errors import UserError
 from tests.checkpoint.states import full, state, wrong
@@ -216,11 +216,3 @@ def test_leftovers_of_killed_saves_go_and_a_moved_checkpoint_returns(tmp_path: P
     (tmp_path / "step_000000003.tmp-deleted").mkdir()
     tidy(tmp_path)
     assert steps(tmp_path) == ["step_000000001"] and loaded(whole_one) == [1, 1, 1]
-
-
-def test_differences_name_what_changed() -> None:
-    saved = {"split": "969,30,1", "files": {"a.idx": "0f", "b.idx": "1f"}}
-    now = {"split": "969,30,1", "files": {"a.idx": "0e"}, "seed": 1}
-    changes = ["files.a.idx was 0f, is 0e", "files.b.idx was 1f, is None", "seed was None, is 1"]
-    assert differences(saved, now) == changes
-    assert differences(saved, saved) == []

@@ -48,7 +48,8 @@ def run(ranks: int = 2, megabytes: int = 768, rounds: int = 3, folder: str | Non
         "| | seconds | GB/s | training stands still, seconds |",
         "|---|---|---|---|",
     ]
-    stalls = {"save, background": "save, background: stall"} | {what: what for what in ("torch.save, one process", "save")}
+    stalls = {what: what for what in ("torch.save, one process", "save")}
+    stalls["save, background"] = "save, background: stall"
     for what, times in rows.items():
         if what.endswith("stall"):
             continue

@@ -88,11 +88,6 @@ class Layout:
     size: int
     """S, elements of a row, padding included."""
 
-    @property
-    def num_elements(self) -> int:
-        """Elements of the unit's parameters, without padding."""
-        return sum(slot.num_elements for slot in self.slots)
-
     def local_elements(self, rank: int) -> int:
         """Elements that `rank` owns, without padding."""
         return sum(math.prod(slot.local_shape(rank)) for slot in self.slots)

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.zero import collectives
 from neox_native.zero.bucket import GradientBucket, Reducer
+from neox_native.zero.costs import Costs, unit_costs
 from neox_native.zero.gather import Gatherer, inside_backward
 from neox_native.zero.layout import ZeroStage, lay_out
 from neox_native.zero.state import as_dtensor, optimizer_state, state_mesh
@@ -251,6 +252,20 @@ class ShardedOptimizer:
     def gradients(self) -> dict[str, Tensor]:
         """After a step and before the next forward pass: the gradient of each trainable parameter, reduced and clipped."""
         return {trained.spec.name: self._global(trained.spec, trained.gradient) for trained in self.trained}
+
+    def costs(self, num_microbatches: int) -> Costs:
+        """Bytes that this rank holds between steps and moves over dp in a step of so many microbatches."""
+        dp, rank = dist.get_world_size(self.dp_group), dist.get_rank(self.dp_group) if self.stage else 0
+        num_moments = 0
+        if self.trained:
+            state = optimizer_state(self.optimizer, self.trained[0].shard)
+            num_moments = sum(value.dim() > 0 for value in state.values())
+        total = Costs()
+        for stage_units in self.stages.values():
+            for unit in stage_units.weights:
+                layouts = unit.layout, unit.trained_layout
+                total += unit_costs(*layouts, self.stage, dp, rank, unit.dtype.itemsize, num_moments, num_microbatches)
+        return total
 
     @cached_property
     def state_mesh(self) -> DeviceMesh:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -243,5 +243,3 @@ def run_serial(case: Case, dp: int) -> Run:
     return result
 
 
-def with_stage(case: Case, stage: int) -> Case:
-    return replace(case, stage=stage)

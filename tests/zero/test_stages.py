@@ -1,0 +1,100 @@
+"""Every stage trains like one process in plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.zero.toy import Case, Run, run_serial, run_sharded
+
+STAGES = (0, 1, 2, 3)
+FROZEN_BLOCK = tuple(
+    f"blocks.2.{name}" for name in ("norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "down.bias")
+)
+CASES = {
+    "sgd": Case(),
+    "adamw": Case(optimizer="adamw"),
+    "accumulation": Case(accumulation=1),
+    "no clipping": Case(clip=0.0),
+    "not fused": Case(optimizer="rmsprop"),
+    "loss scale": Case(scale=64.0),
+    "recomputation": Case(recompute=True),
+    "compiled": Case(compiled=True, steps=2),
+    "compiled recomputation": Case(recompute=True, compiled=True, steps=2),
+    "tied": Case(tied=True),
+    "tied recomputation": Case(tied=True, recompute=True),
+    "unused": Case(unused=True),
+    "frozen": Case(frozen=("embed.weight", "blocks.1.up.weight", *FROZEN_BLOCK)),
+    "frozen tied": Case(tied=True, frozen=("embed.weight", "blocks.0.up.bias")),
+}
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+
+
+def assert_equal(ours: Run, theirs: Run, weights_tolerance: float, with_losses: bool = True) -> None:
+    if with_losses:
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
+    assert ours.norms == pytest.approx(theirs.norms, rel=1e-5)
+    for step, (left, right) in enumerate(zip(ours.gradients, theirs.gradients, strict=True)):
+        assert left.keys() == right.keys()
+        for name in right:
+            assert relative(left[name], right[name]) < 1e-5, (step, name)
+    for name, weight in theirs.weights.items():
+        assert (ours.weights[name] - weight).abs().max() < weights_tolerance, name
+
+
+def train_all(cases: list[Case], dp: int) -> list[Run]:
+    """Several runs in one set of ranks."""
+    return [run_sharded(case, dp) for case in cases]
+
+
+ON_FOUR_RANKS = ("sgd", "unused", "tied", "frozen", "compiled recomputation")
+"""The cases that run on 4 ranks by default, the others on 2; the rest is slow."""
+
+
+def covering() -> list:
+    """Every case on 2 and on 4 ranks, one of them marked slow."""
+    slow = {(name, 2 if name in ON_FOUR_RANKS else 4) for name in CASES}
+    both = [(name, dp) for name in CASES for dp in (2, 4)]
+    return [pytest.param(*pair, marks=pytest.mark.slow if pair in slow else ()) for pair in both]
+
+
+@pytest.mark.parametrize(("name", "dp"), covering())
+def test_every_stage_equals_one_process(name: str, dp: int) -> None:
+    cases = [replace(CASES[name], stage=stage) for stage in STAGES]
+    for ours in run_ranks(dp, train_all, cases, dp)[0]:
+        assert_equal(ours, run_serial(CASES[name], dp), 1e-6 if CASES[name].optimizer == "sgd" else 5e-5)
+
+
+def test_one_data_rank_has_nothing_to_shard() -> None:
+    cases = [Case(stage=stage) for stage in STAGES]
+    for ours in run_ranks(1, train_all, cases, 1)[0]:
+        assert_equal(ours, run_serial(Case(), 1), 1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_ranks_may_differ_in_which_parameters_receive_gradients(stage: int) -> None:
+    case = Case(stage=stage, skip_blocks=((0, 0), (1, 1)))
+    (ours, _) = run_ranks(2, run_sharded, case, 2)
+    assert_equal(ours, run_serial(case, 2), 1e-6, with_losses=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_low_precision_stages_agree(dtype: torch.dtype, optimizer: str) -> None:
+    base = Case(dtype=dtype, optimizer=optimizer, scale=16.0 if dtype == torch.float16 else 1.0)
+    replicated, *sharded = run_ranks(2, train_all, [replace(base, stage=stage) for stage in STAGES], 2)[0]
+    for ours in sharded:
+        assert_equal(ours, replicated, 1e-6 if optimizer == "sgd" else 5e-5)
+
+
+def test_low_precision_follows_fp32() -> None:
+    """bf16 rounds weights, not the sums: the loss stays within bf16's 2^-8."""
+    low, full = run_ranks(2, train_all, [Case(stage=2, dtype=torch.bfloat16), Case(stage=2)], 2)[0]
+    assert low.losses == pytest.approx(full.losses, rel=2**-8)

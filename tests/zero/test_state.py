@@ -1,0 +1,129 @@
+"""State under global names goes from any number of ranks and any stage to any other."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
+
+from neox_native.zero.unit import local
+from tests.ranks import run_ranks
+from tests.zero.toy import Case, backward, gather, learning_rate, sharded
+
+SAVED_AFTER, STEPS = 2, 4
+
+
+def case_of(stage: int, dtype: torch.dtype) -> Case:
+    """Accumulation 1, so that bf16 losses do not depend on how rows fall into microbatches."""
+    return Case(stage=stage, optimizer="adamw", dtype=dtype, accumulation=1, frozen=("blocks.1.up.weight",))
+
+
+def train(model, optimizer, case: Case, steps: range, dp: int) -> list[float]:
+    """Losses of some steps."""
+    losses = []
+    for step in steps:
+        loss = torch.tensor(backward(model, optimizer, case, step, dp))
+        optimizer.step(learning_rate(case), case.clip)
+        dist.all_reduce(loss)
+        losses.append(loss.item())
+    return losses
+
+
+def save(case: Case, dp: int, path: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train, save, train on: the uninterrupted run."""
+    model, optimizer = sharded(case, dp)
+    train(model, optimizer, case, range(SAVED_AFTER), dp)
+    dcp.save(optimizer.state_dict(), checkpoint_id=path)
+    losses = train(model, optimizer, case, range(SAVED_AFTER, STEPS), dp)
+    return losses, gather(optimizer, "shard")
+
+
+def resume(case: Case, dp: int, path: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Forget everything, load, train on."""
+    model, optimizer = sharded(case, dp)
+    state = optimizer.state_dict()
+    with torch.no_grad():
+        for value in state.values():
+            local(value).fill_(9.0)
+    dcp.load(state, checkpoint_id=path)
+    optimizer.after_load()
+    losses = train(model, optimizer, case, range(SAVED_AFTER, STEPS), dp)
+    return losses, gather(optimizer, "shard")
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "dtype"),
+    [
+        ((4, 1), (2, 3), FP32),
+        ((2, 3), (3, 0), FP32),
+        ((3, 0), (4, 1), FP32),
+        ((4, 3), (1, 0), FP32),
+        ((3, 2), (4, 3), BF16),
+        ((2, 0), (3, 2), BF16),
+    ],
+    ids=str,
+)
+def test_any_layout_continues_any_other(
+    saved: tuple[int, int], loaded: tuple[int, int], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """`saved` and `loaded` are (data-parallel ranks, stage)."""
+    losses, weights = run_ranks(saved[0], quietly(save), case_of(saved[1], dtype), saved[0], tmp_path)[0]
+    resumed, resumed_weights = run_ranks(loaded[0], quietly(resume), case_of(loaded[1], dtype), loaded[0], tmp_path)[0]
+    low = dtype == BF16  # other microbatches round otherwise
+    assert resumed == pytest.approx(losses, rel=2**-8 if low else 1e-5)
+    for name, weight in weights.items():
+        assert (resumed_weights[name] - weight).abs().max() < (5e-3 if low else 5e-5), name
+
+
+def quietly(function):
+    """Without what DCP warns of inside torch."""
+
+    def wrapped(*args):
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning)
+        return function(*args)
+
+    return wrapped
+
+
+def keys_and_aliases(case: Case, dp: int) -> tuple[list[str], bool]:
+    """Names in the state, and whether writing to it writes to the live shards."""
+    _, optimizer = sharded(case, dp)
+    state = optimizer.state_dict()
+    with torch.no_grad():
+        local(state["model.blocks.0.up.weight"]).fill_(3.0)
+    shard = next(trained.shard for trained in optimizer.trained if trained.spec.name == "blocks.0.up.weight")
+    return sorted(state), bool((shard == 3.0).all())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_state_holds_one_fp32_copy_of_the_weights_and_shares_its_memory(stage: int) -> None:
+    keys, aliases = run_ranks(2, keys_and_aliases, Case(stage=stage, optimizer="adamw", dtype=torch.bfloat16), 2)[0]
+    names = [key.removeprefix("model.") for key in keys if key.startswith("model.")]
+    moments = [f"optimizer.{state}.{name}" for state in ("exp_avg", "exp_avg_sq") for name in names]
+    assert sorted([*(f"model.{name}" for name in names), *moments, "optimizer.step"]) == keys
+    assert len(names) == 22 and aliases
+
+
+def global_gradients(case: Case, dp: int) -> dict[str, torch.Tensor]:
+    model, optimizer = sharded(case, dp)
+    backward(model, optimizer, case, 0, dp)
+    optimizer.step(learning_rate(case), case.clip)
+    gradients = optimizer.gradients()
+    assert all(isinstance(gradient, DTensor) for gradient in gradients.values())
+    return {name: gradient.full_tensor().clone() for name, gradient in gradients.items()}
+
+
+def test_gradients_are_whole_after_a_step() -> None:
+    results = [run_ranks(2, global_gradients, Case(stage=stage), 2)[0] for stage in (0, 1, 2, 3)]
+    for gradients in results[1:]:
+        for name, gradient in results[0].items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-7)

@@ -158,7 +158,7 @@ class Training:
     loss_scale_window: int = 1000
     """fp16: steps without overflow after which the loss scale doubles [steps]."""
     loss_scale_hysteresis: int = 2
-    """fp16: overflows in a row that halve the loss scale [steps]."""
+    """fp16: overflows since the loss scale last doubled from which on each one halves it [steps]."""
     min_loss_scale: float = 1.0
     """fp16: smallest loss scale."""
     max_bad_steps: int = 20

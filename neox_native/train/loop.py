@@ -91,6 +91,8 @@ class Trainer:
         self.phase = "train"
         if self.step == 0 and should_save(0, settings.checkpoint, total_steps):
             self.save()
+        if self.step >= total_steps and self.ranks.rank == 0:
+            print(f"nothing to do: step {self.step} of training.steps = {total_steps}; raise it to go on")
         for batch in self.batches("train", self.consumed_samples, total_steps - self.step):
             rate = learning_rate(self.step + 1, settings.lr_schedule, settings.optimizer.lr, total_steps)
             self.watchdog.at(self.step + 1, self.phase)

@@ -62,6 +62,8 @@ def open_data(config: Config, ranks: Ranks) -> Datasets:
         wait=dist.barrier,
     )
     check_agreement({name: str(value) for name, value in data.train.fingerprint().items()}, ranks.gather)
+    if ranks.rank == 0:
+        print(data.train.describe(), flush=True)
     return data
 
 

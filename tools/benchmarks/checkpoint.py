@@ -31,7 +31,7 @@ def run(ranks: int = 2, megabytes: int = 768, rounds: int = 3, folder: str | Non
     Args:
         ranks: gloo ranks on this machine; the state is sharded over them.
         megabytes: size of the state: fp32 weights and two moments, 12 bytes a parameter.
-        rounds: repetitions after one that is not counted.
+        rounds: repetitions after one that is not counted; a multiple of 3 is fair.
         folder: where to write, in a temporary folder of its own; the disk under it is what is measured.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -91,9 +91,13 @@ def _rank(rank: int, ranks: int, megabytes: int, rounds: int, folder: Path) -> N
             times.setdefault(what, []).append(time.perf_counter() - start)
 
     for step in range(rounds + 1):
-        timed("torch.save, one process", lambda: _torch_save(whole, folder / "plain.pt"), alone=True)
-        timed("save", lambda: foreground.save(step, state, {}))
-        timed("save, background", lambda: (background.save(step, state, {}), background.wait()))
+        saves = [
+            lambda: timed("torch.save, one process", lambda: _torch_save(whole, folder / "plain.pt"), alone=True),
+            lambda: timed("save", lambda: foreground.save(step, state, {})),
+            lambda: timed("save, background", lambda: (background.save(step, state, {}), background.wait())),
+        ]
+        for save in saves[step % 3 :] + saves[: step % 3]:  # the disk slows down within a round: each comes first in turn
+            save()
         times.setdefault("save, background: stall", []).append(background.reports()[0].stall_seconds)
         timed("torch.load, one process", lambda: torch.load(folder / "plain.pt", weights_only=True), alone=True)
         path = files.step_folder(folder / "sync", step)

@@ -96,7 +96,8 @@ def _rank(rank: int, ranks: int, megabytes: int, rounds: int, folder: Path) -> N
             lambda: timed("save", lambda: foreground.save(step, state, {})),
             lambda: timed("save, background", lambda: (background.save(step, state, {}), background.wait())),
         ]
-        for save in saves[step % 3 :] + saves[: step % 3]:  # the disk slows down within a round: each comes first in turn
+        # The disk slows down within a round: each comes first in turn.
+        for save in saves[step % 3 :] + saves[: step % 3]:
             save()
         times.setdefault("save, background: stall", []).append(background.reports()[0].stall_seconds)
         timed("torch.load, one process", lambda: torch.load(folder / "plain.pt", weights_only=True), alone=True)

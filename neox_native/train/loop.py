@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -112,6 +113,10 @@ class Trainer:
                 break
         self.saver.wait()
         self.report_saves()
+        self.watchdog.at(self.step, "export")
+        folder = Path(settings.run.dir) / "weights"
+        if self.saver.export(folder, self.state(), self.metadata()):
+            self.report.event("export", self.step, f"step {self.step}: wrote the weights alone to {folder}")
 
     def batches(self, part: str, consumed_samples: int, steps: int) -> Iterator[StepBatch]:
         """This data rank's batches of "train" or "valid" from a sample on."""
@@ -171,8 +176,11 @@ class Trainer:
         if self.saver.last_step == self.step:
             return
         self.watchdog.at(self.step, "save")
-        metadata = run_states.metadata(self.config, self.step, self.consumed_samples, self.fingerprint)
-        self.saver.save(self.step, self.state(), metadata)
+        self.saver.save(self.step, self.state(), self.metadata())
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint of this step says about itself."""
+        return run_states.metadata(self.config, self.step, self.consumed_samples, self.fingerprint)
 
     def export_if_due(self) -> None:
         """Write the weights for Hugging Face's libraries, where `checkpoint.export_hf_every` says so."""

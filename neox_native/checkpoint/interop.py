@@ -124,6 +124,5 @@ def write_checkpoint(path: Path, model: Model, read: Read, about: dict[str, Any]
     """
     state = {PREFIX + name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(model).items()}
     metadata = {"step": 0, "consumed_samples": 0, "model": asdict(model), "torch": torch.__version__, **about}
-    store.write(
-        Path(path), f"Writing the checkpoint {path}", state, metadata, Ranks(), _ReadWhenAsked(read, list(state))
-    )
+    source = _ReadWhenAsked(read, list(state))
+    store.write(Path(path), f"Writing the checkpoint {path}", state, metadata, Ranks(), source, file_per_tensor=True)

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,10 @@ class _RecordingFileSystem(FileSystem):
 class _Writer(dcp.FileSystemWriter):
     """DCP's file writer over the recording file system; the index does not tell where it was written."""
 
-    def __init__(self, path: Path, from_host: bool) -> None:
+    def __init__(self, path: Path, from_host: bool, file_per_tensor: bool) -> None:
         # Copying ahead from a GPU needs a stream of it; a background thread with host copies shall not touch the GPU.
-        super().__init__(path, **({"per_thread_copy_ahead": 0} if from_host else {}))
+        ahead = {"per_thread_copy_ahead": 0} if from_host else {}
+        super().__init__(path, single_file_per_rank=not file_per_tensor, **ahead)
         self.fs = _RecordingFileSystem()
 
     def storage_meta(self) -> StorageMeta:
@@ -69,7 +70,7 @@ class _Writer(dcp.FileSystemWriter):
 class SavePlanner(dcp.DefaultSavePlanner):
     """DCP's planner for a flat dict of tensors, which may read the numbers from copies on the host."""
 
-    def __init__(self, host_copies: State | None = None) -> None:
+    def __init__(self, host_copies: Mapping[str, torch.Tensor] | None = None) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.host_copies = host_copies
 
@@ -109,9 +110,19 @@ def save(
 
 
 def write(
-    final: Path, doing: str, state: State, metadata: dict[str, Any], ranks: Ranks, host_copies: State | None = None
+    final: Path,
+    doing: str,
+    state: State,
+    metadata: dict[str, Any],
+    ranks: Ranks,
+    host_copies: Mapping[str, torch.Tensor] | None = None,
+    file_per_tensor: bool = False,
 ) -> Path:
-    """`save` to any folder; `doing` begins the sentence of an error."""
+    """`save` to any folder; `doing` begins the sentence of an error.
+
+    With `file_per_tensor`, each of `host_copies` is asked for when it is written and let go before the next: DCP keeps
+    what goes into one file until that is closed.
+    """
     assert all(isinstance(value, torch.Tensor) for value in state.values()), "tensors only, see [Note: state]"
     temporary = final.with_name(final.name + files.TEMPORARY + ranks.from_first(secrets.token_hex(4)))
     try:
@@ -121,7 +132,7 @@ def write(
         with ranks.together(doing):
             if not temporary.is_dir():
                 raise UserError(f"{temporary}, made by rank 0, is not seen here; all nodes must share run.dir")
-        records = _write(temporary, state, ranks, doing, SavePlanner(host_copies))
+        records = _write(temporary, state, ranks, doing, SavePlanner(host_copies), file_per_tensor)
         with ranks.together(doing):
             if ranks.rank == 0:
                 records[files.METADATA] = files.write_json(temporary / files.METADATA, metadata)
@@ -135,9 +146,11 @@ def write(
     return final
 
 
-def _write(path: Path, state: State, ranks: Ranks, doing: str, planner: SavePlanner) -> dict[str, files.Record]:
+def _write(
+    path: Path, state: State, ranks: Ranks, doing: str, planner: SavePlanner, file_per_tensor: bool
+) -> dict[str, files.Record]:
     """Write the shards and the index; returns the records of all ranks' files."""
-    writer = _Writer(path, from_host=planner.host_copies is not None)
+    writer = _Writer(path, planner.host_copies is not None, file_per_tensor)
     with ranks.together(doing), _dcp(ranks):
         dcp.save(state, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.group is None)
     return {name: record for records in ranks.gather(writer.fs.records) for name, record in records.items()}

@@ -1,7 +1,7 @@
 """Run a function on several gloo ranks, forked from the test's own process.
 
-A fork costs 0.2 s for two ranks where a spawn costs seconds, and `function` may be a closure. The ranks meet through a file, so
-no port is taken. The first rank that fails ends the others.
+A fork costs 0.2 s for two ranks where a spawn costs seconds, and `function` may be a closure. The ranks meet through a
+file, so no port is taken. The first rank that fails ends the others.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class RankError(AssertionError):
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
     """Call `function(*args)` on `world_size` ranks with a gloo process group; return the results in rank order.
 
-    RANK, WORLD_SIZE and LOCAL_RANK are set as torchrun would set them. Results travel by pickle: return plain CPU tensors,
-    never DTensors. Raises `RankError` with the traceback of the rank that failed first, and `TimeoutError`.
+    RANK, WORLD_SIZE and LOCAL_RANK are set as torchrun would set them. Results travel by pickle: return plain CPU
+    tensors, never DTensors. Raises `RankError` with the traceback of the rank that failed first, and `TimeoutError`.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
@@ -68,7 +68,7 @@ def _rank_main(
 ) -> None:
     """The life of one rank. It leaves `RANK.result`, or `RANK.error` with the moment of its failure."""
     torch.set_num_threads(1)  # first of all: a child hangs in the OpenMP pool that only its parent has
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     try:
         dist.init_process_group(
@@ -88,7 +88,7 @@ def _rank_main(
 
 
 def _join(processes: list[BaseProcess], timeout_seconds: float) -> list[int]:
-    """Wait for all ranks, after a failure only for `GRACE_SECONDS`; return the ranks that a signal ended, first to last."""
+    """Wait for all ranks, after a failure only for `GRACE_SECONDS`; return the ranks that a signal ended, in order."""
     deadline = time.monotonic() + timeout_seconds
     alive = {process.sentinel: rank for rank, process in enumerate(processes)}
     killed: list[int] = []
@@ -111,11 +111,12 @@ def _join(processes: list[BaseProcess], timeout_seconds: float) -> list[int]:
 
 
 def _raise_first_failure(folder: Path, processes: list[BaseProcess], killed: list[int]) -> None:
-    """Raise what went wrong first: the complaints of the other ranks are only that they lost a peer."""
-    if killed:
+    """Raise what went wrong first: a rank's own error, else a rank's sudden end, else the first to lose its peer."""
+    paths = {rank: folder / f"{rank}.error" for rank in range(len(processes))}
+    errors = {rank: pickle.loads(path.read_bytes()) for rank, path in paths.items() if path.exists()}
+    own = {rank: error for rank, error in errors.items() if "gloo/transport" not in error[1]}
+    if killed and not own:
         raise RankError(f"rank {killed[0]} was ended by signal {-(processes[killed[0]].exitcode or 0)}")
-    errors = {rank: pickle.loads(path.read_bytes()) for rank in range(len(processes))
-              if (path := folder / f"{rank}.error").exists()}  # fmt: skip
     if errors:
-        first = min(errors, key=lambda rank: errors[rank][0])
-        raise RankError(f"rank {first} failed:\n{errors[first][1]}")
+        first, (_, report) = min((own or errors).items(), key=lambda item: item[1][0])
+        raise RankError(f"rank {first} failed:\n{report}")

@@ -9,8 +9,8 @@ from neox_native.config.schema import Training
 
 
 class LossScale:
-    """Doubles after `loss_scale_window` steps without overflow; halves at an overflow once `loss_scale_hysteresis` overflows have
-    been met since the last doubling, never below `min_loss_scale`. That is GPT-NeoX's rule."""
+    """Doubles after `loss_scale_window` steps without overflow; halves at an overflow once `loss_scale_hysteresis`
+    overflows have been met since the last doubling, never below `min_loss_scale`. That is GPT-NeoX's rule."""
 
     def __init__(self, training: Training, device: torch.device):
         self.window, self.hysteresis = training.loss_scale_window, training.loss_scale_hysteresis

@@ -13,9 +13,9 @@ EXPONENT = 0.693
 def learning_rate(step: int, schedule: LrSchedule, peak_lr: float, total_steps: int) -> float:
     """Learning rate of update number `step`, counted from 1.
 
-    With T = decay_steps (or `total_steps`) and w = warmup_fraction * T: linear from 0 to `peak_lr` over the first w steps,
-    then the shape `schedule.kind`, never below `min_lr`, and constant after step T (except "inverse_sqrt", which has no
-    end). As in GPT-NeoX, which forgets to stop at T.
+    With T = decay_steps (or `total_steps`) and w = warmup_fraction * T: linear from 0 to `peak_lr` over the first w
+    steps, then the shape `schedule.kind`, never below `min_lr`, and constant after step T (except "inverse_sqrt", which
+    has no end). As in GPT-NeoX, which forgets to stop at T.
 
     Raises:
         ValueError: unknown kind.

@@ -81,6 +81,7 @@ def copies(
     same elements of the same residual stream."""
     whole = [(trained.spec.name, trained.spec) for trained in optimizer.trained]
     if optimizer.stage != ZeroStage.PARAMETERS:
+        optimizer.gather_parameters()
         yield "dp", mesh.get_group("dp"), [(name, local(spec.parameter)) for name, spec in whole]
     replicated = [(t.spec.name, t.shard) for t in optimizer.trained if isinstance(t.spec.placement, Replicate)]
     if not config.parallel.sequence_parallel:

@@ -1,12 +1,13 @@
 """One unit's matrix of gradients, and the order in which matrices are reduced.
 
-[Note: accumulation] As soon as autograd has finished a parameter's gradient, a hook copies it into the unit's fp32 matrix
-(the first microbatch) or adds it (the others) and drops it: the copy-in that the collective needs is the fp32
-accumulation that low precision needs. Stages 0 and 1 keep the matrix and reduce it once, in the last backward pass of the
-step; the result lies in my own row. Stages 2 and 3 reduce after every backward pass into a row of their own and free the
-matrix. Stage 0 is the same with one row, the whole parameter, and an all-reduce.
+[Note: accumulation] As soon as autograd has finished a parameter's gradient, a hook copies it into the unit's fp32
+matrix (the first microbatch) or adds it (the others) and drops it: the copy-in that the collective needs is the fp32
+accumulation that low precision needs. Stages 0 and 1 keep the matrix and reduce it once, in the last backward pass of
+the step; the result lies in my own row. Stages 2 and 3 reduce in every backward pass into a row of their own and free
+the matrix. Stage 0 is the same with one row, the whole parameter, and an all-reduce.
 
-Gradients are summed, never averaged: the loss is already divided by the tokens of the whole step.
+Gradients are summed, never averaged: the loss is already divided by the tokens of the whole step. After a step the rows
+hold the gradient that was applied, until the next training forward makes use of their memory.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ class GradientBucket:
 
 
 class Reducer:
-    """Reduces the buckets of one pipeline stage, last unit first, in backward and always in the same order: a rank on which a
-    parameter happens to receive no gradient must not reduce another bucket than its peers."""
+    """Reduces the buckets of one pipeline stage while backward runs, last unit first and always in that order: a rank
+    on which a parameter happens to receive no gradient must not reduce another bucket than its peers."""
 
     def __init__(self, buckets: Sequence[GradientBucket], stage: ZeroStage):
         self.order = [bucket for bucket in reversed(buckets) if bucket.layout.slots]
@@ -118,7 +119,7 @@ class Reducer:
         """Whether the end of the current backward pass will be noticed."""
 
     def forget(self) -> None:
-        """A training forward begins. If it is the step's first, the last step's gradients make room for its activations."""
+        """A training forward begins: if it is the step's first, old gradients make room for its activations."""
         if self.every_microbatch and self.num_backwards == 0:
             for bucket in self.order:
                 bucket.forget()

@@ -1,4 +1,4 @@
-"""What a stage of ZeRO costs: bytes held between steps and bytes moved in one. Closed forms over the layout, padding included."""
+"""What a stage costs: bytes held between steps and moved in one, as closed forms over the layout with its padding."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def unit_costs(
 ) -> Costs:
     """Costs of a unit.
 
-    With P parameters and d ranks, a row of S elements is P / d, so that (d - 1) S is the textbook's P (d - 1) / d: ZeRO-1 moves 2 P
-    per step, ZeRO-2 (m + 1) P, ZeRO-3 3 P per microbatch (Rajbhandari et al. 2020 §7).
+    With P parameters and d ranks, a row of S elements is P / d, so that (d - 1) S is the textbook's P (d - 1) / d:
+    ZeRO-1 moves 2 P per step, ZeRO-2 (m + 1) P, ZeRO-3 3 P per microbatch (Rajbhandari et al. 2020 §7).
 
     Args:
         layout, trained: all parameters of the unit, and the trainable ones.

@@ -76,8 +76,8 @@ class Gatherer:
             self.presence[index] = Presence.STALE
 
     def through_with(self, index: int, position: int, everything: bool) -> None:
-        """The gradient of one parameter is there, so every node of the backward pass that reads it has run: stage 3 releases
-        it, before the gradient asks for memory. With `everything`, it was the unit's last."""
+        """The gradient of one parameter is there, so every node of the backward pass that reads it has run: stage 3
+        releases it, before the gradient asks for memory. With `everything`, it was the unit's last."""
         if self.releases:
             self.units[index].release(position)
             if everything:
@@ -104,8 +104,10 @@ class Gatherer:
     def _before_backward(self, index: int) -> None:
         self.need(index)
         self._prefetch(index - 1)
-        for later in range(index + 1, len(self.units)):  # they are through, though a frozen one gave no sign of it
-            self.drop(later)
+        if index + 1 < len(
+            self.units
+        ):  # the unit after it is through, which it cannot tell if it has frozen parameters
+            self.drop(index + 1)
 
 
 def inside_backward() -> bool:

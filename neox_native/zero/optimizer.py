@@ -1,7 +1,7 @@
 """The sharded optimizer: stages 0 to 3 of ZeRO around any elementwise `torch.optim` optimizer.
 
-[Note: a step] For every microbatch the caller announces the backward pass (`microbatch`) and runs it; hooks do the rest.
-Then `step`:
+[Note: a step] For every microbatch the caller announces the backward pass (`microbatch`) and runs it; hooks do the
+rest. Then `step`:
 
     reduce   what the last backward pass has not reduced yet; gradients that are partial over other groups, too
     clip     one all-reduce of one number over all ranks gives the norm, and whether a gradient is not finite
@@ -117,12 +117,13 @@ class ShardedOptimizer:
     """Owns parameters, gradients and optimizer state of this rank's part of the model. See [Note: a step].
 
     Args:
-        units_by_stage: for each pipeline stage of this rank, under the number by which `microbatch` names it, its units in the order
-            in which they run.
+        units_by_stage: for each pipeline stage of this rank, under the number by which `microbatch` names it, its units
+            in the order in which they run.
         mesh: the whole mesh, with an axis "dp".
         stage: what to shard over dp. On one data-parallel rank there is nothing to shard: every stage is stage 0.
-        make_optimizer: parameter groups (decayed, and not decayed: `weight_decay` 0) -> optimizer. With `fused=True`, clipping,
-            unscaling and skipping cost neither a pass over the gradients nor a wait for the device; otherwise both.
+        make_optimizer: parameter groups (decayed, and not decayed: `weight_decay` 0) -> optimizer. With `fused=True`,
+            clipping, unscaling and skipping cost neither a pass over the gradients nor a wait for the device;
+            otherwise both.
         param_dtype: type of the parameters that the model reads.
         device: where everything lives.
     """
@@ -159,7 +160,8 @@ class ShardedOptimizer:
         self._make_optimizer()
 
     def _make_optimizer(self) -> None:
-        """Make the optimizer over the master shards and its state, all zeros: by an update with zero gradients at rate zero."""
+        """Make the optimizer over the master shards, and its state: an update with zero gradients at rate zero creates
+        it, and it starts from zeros."""
         groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
         for trained in self.trained:
             trained.shard.grad = trained.gradient.zero_()
@@ -174,8 +176,8 @@ class ShardedOptimizer:
                     value.zero_()
 
     def microbatch(self, stage_index: int, last: bool) -> None:
-        """A backward pass of pipeline stage `stage_index` begins; `last` if no other of this step follows. A caller that cannot
-        tell says False: `step` reduces then, without overlap."""
+        """A backward pass of pipeline stage `stage_index` begins; `last` if no other of this step follows. A caller
+        that cannot tell says False: `step` reduces then, without overlap."""
         self.stages[stage_index].gatherer.settle()
         self.stages[stage_index].reducer.begin(last)
 
@@ -202,8 +204,8 @@ class ShardedOptimizer:
             skip: a scalar, the same on all ranks; not zero, it skips the update.
 
         Returns:
-            The global norm of the unscaled gradient before clipping, and 1.0 if the update was skipped (the norm is not finite,
-            or `skip`), else 0.0; both fp32 scalars on the device.
+            The global norm of the unscaled gradient before clipping, and 1.0 if the update was skipped (the norm is not
+            finite, or `skip`), else 0.0; both fp32 scalars on the device.
         """
         self._reduce()
         norm = self._global_norm(loss)
@@ -222,9 +224,9 @@ class ShardedOptimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the model and of the optimizer under global names. See [Note: global state].
 
-        `model.NAME`: the fp32 master weights, the only copy of the weights. `optimizer.STATE.NAME`: a moment. `optimizer.STATE`: a
-        scalar, like the number of updates. The tensors share memory with the live state: to load, fill them in place, then
-        call `after_load`.
+        `model.NAME`: the fp32 master weights, the only copy of the weights. `optimizer.STATE.NAME`: a moment.
+        `optimizer.STATE`: a scalar, like the number of updates. The tensors share memory with the live state: to load,
+        fill them in place, then call `after_load`.
         """
         result: dict[str, Tensor] = {}
         for stage_units in self.stages.values():
@@ -249,8 +251,15 @@ class ShardedOptimizer:
                     state[name].copy_(value)
         self._publish(frozen_too=True)
 
+    def gather_parameters(self) -> None:
+        """Bring all parameters up to date for a reader other than a forward pass. Stage 3 has no room for them."""
+        assert self.stage != ZeroStage.PARAMETERS
+        for stage_units in self.stages.values():
+            for index in range(len(stage_units.units)):
+                stage_units.gatherer.need(index)
+
     def gradients(self) -> dict[str, Tensor]:
-        """After a step and before the next forward pass: the gradient of each trainable parameter, reduced and clipped."""
+        """After a step and before the next forward pass: the gradient of each trainable parameter, reduced, clipped."""
         return {trained.spec.name: self._global(trained.spec, trained.gradient) for trained in self.trained}
 
     def costs(self, num_microbatches: int) -> Costs:
@@ -290,7 +299,8 @@ class ShardedOptimizer:
             torch._foreach_copy_(gradients, [piece.view_as(like) for piece, like in zip(pieces, gradients)])
 
     def _global_norm(self, loss: Tensor | None) -> Tensor:
-        """L2 norm of the whole model's gradient, every element counted once. Not finite if any element or any rank's loss is not."""
+        """L2 norm of the whole model's gradient, every element counted once. Not finite if any element is not, or the
+        loss of any rank."""
         replicas = 1 if self.stage else dist.get_world_size(self.dp_group)
         counted = [trained.gradient for trained in self.trained if trained.spec.counted and trained.gradient.numel()]
         norm = torch.nn.utils.get_total_norm(counted) if counted else torch.zeros((), device=self.device)

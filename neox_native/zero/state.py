@@ -1,8 +1,8 @@
 """Shards as DTensors: the form in which master weights and optimizer state meet checkpoints and tests.
 
-[Note: global state] A rank's shard is dim-0 chunk r of its tp-local shard. On a mesh ordered (tp, dp) that is an ordinary DTensor
-with placements [placement over tp, Shard(0)]: first cut by tp, then by dp. Its name and its shape are those of the whole
-model, so a checkpoint made of such tensors loads into any degrees and any ZeRO stage.
+[Note: global state] A rank's shard is dim-0 chunk r of its tp-local shard. On a mesh ordered (tp, dp) that is an
+ordinary DTensor with placements [placement over tp, Shard(0)]: first cut by tp, then by dp. Its name and its shape are
+those of the whole model, so a checkpoint made of such tensors loads into any degrees and any ZeRO stage.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class ParameterSpec:
     decay: bool
     """Whether weight decay applies."""
     sum_over: tuple[dist.ProcessGroup, ...] = ()
-    """Groups over which the gradient must be summed besides dp: tp, where each rank sees a part of it; the first and the
-    last stage, where both use the embedding matrix."""
+    """Groups over which the gradient must be summed besides dp: tp, where each rank sees a part of it; the first and
+    the last stage, where both use the embedding matrix."""
     counted: bool = True
     """Whether this rank counts the gradient in the global norm: one of those who hold the same shard does."""
 
@@ -50,8 +50,8 @@ class Unit:
 
     name: str
     modules: nn.Module | tuple[nn.Module, ...]
-    """The modules that read the parameters, in the order in which they run. A parameter that is read elsewhere too (the
-    embedding that is also the head) needs the module around all its readers."""
+    """The modules that read the parameters, in the order in which they run. A parameter that is read elsewhere too
+    (the embedding that is also the head) needs the module around all its readers."""
     specs: list[ParameterSpec]
 
     @property
@@ -67,7 +67,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_gradient(spec: ParameterSpec) -> Tensor:
-    """This rank's part of the gradient that autograd has left, cut like the parameter; partial if `sum_over` says so."""
+    """The gradient that autograd has left, this rank's part, cut like the parameter; partial if `sum_over` says so."""
     gradient = spec.parameter.grad
     assert gradient is not None
     if isinstance(gradient, DTensor):

@@ -1,11 +1,12 @@
 """One unit's weights: the full parameters that the module reads and this rank's fp32 master shards.
 
-[Note: master weights] The optimizer updates fp32 *master* shards, drawn from the fp32 initialisation and never from rounded
-parameters. Between an update and the next use, parameters are *stale*; gathering them copies everybody's masters, rounded
-to the parameters' type, into them. fp32 parameters that stay whole (stages 0 to 2) are their own master: the shard is a view.
+[Note: master weights] The optimizer updates fp32 *master* shards, drawn from the fp32 initialisation and never from
+rounded parameters. Between an update and the next use, parameters are *stale*; gathering them copies everybody's
+masters, rounded to the parameters' type, into them. fp32 parameters that stay whole (stages 0 to 2) are their own
+master: the shard is a view.
 
 Each parameter has a flat storage of W full chunks, so that gathered rows copy into it without a special case for short
-chunks. The storage has a version counter apart from the parameter's: a refill between forward and backward is not a change.
+chunks. The storage has a version counter apart from the parameter's: to autograd, a refill is no change.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Draw = Callable[[ParameterSpec], Tensor]
 
 
 class UnitWeights:
-    """Parameters and masters of one unit; the trainable parameters first, so that frozen ones stay out of the traffic."""
+    """Parameters and masters of one unit; trainable parameters first, so that frozen ones stay out of the traffic."""
 
     def __init__(
         self,
@@ -60,7 +61,11 @@ class UnitWeights:
         """Give the parameters and masters storage and their first values, one parameter at a time."""
         for spec, slot in zip(self.specs, self.layout.slots):
             value = draw(spec)
-            assert tuple(value.shape) == slot.shape and value.dtype == torch.float32, (spec.name, value.shape, slot.shape)
+            assert tuple(value.shape) == slot.shape and value.dtype == torch.float32, (
+                spec.name,
+                value.shape,
+                slot.shape,
+            )
             storage = torch.zeros(self.layout.world * slot.width, dtype=self.dtype, device=self.device)
             storage[: slot.num_elements].copy_(value.reshape(-1))
             _give_storage(spec.parameter, storage.data[: slot.num_elements].view(slot.shape))

@@ -27,7 +27,9 @@ SHAPES = [(32, 40), (320,)]
 
 def cost_of(stage: int, dp: int, param_bytes: int, num_microbatches: int = 1) -> Costs:
     layout = lay_out(SHAPES, dp if stage else 1)
-    return unit_costs(layout, layout, ZeroStage(stage), dp, 0, param_bytes, num_moments=2, num_microbatches=num_microbatches)
+    return unit_costs(
+        layout, layout, ZeroStage(stage), dp, 0, param_bytes, num_moments=2, num_microbatches=num_microbatches
+    )
 
 
 @pytest.mark.parametrize("d", [2, 4])
@@ -86,7 +88,9 @@ def held_bytes(optimizer: ShardedOptimizer) -> int:
             found += [local(spec.parameter).data for spec in weights.specs]
             for owner in (weights, bucket):
                 for value in vars(owner).values():
-                    found += [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Tensor)]
+                    found += [
+                        each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Tensor)
+                    ]
     found += [value for state in optimizer.optimizer.state.values() for value in state.values() if value.dim()]
     return storage_bytes([tensor for tensor in found if tensor.untyped_storage().nbytes()])
 

@@ -1,4 +1,4 @@
-"""What a step does besides training: skipping, evaluation in between, memory in stage 3, gradients that no hook sees."""
+"""What a step does besides training: skipping, evaluation in between, memory of stage 3, gradients no hook sees."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def everything(optimizer) -> dict[str, Tensor]:
 
 
 def overflow(case: Case, poison: float) -> tuple[list[float], list[float], bool, bool]:
-    """Three steps, the second with a gradient of one rank spoilt; flags, norms, whether state stood still and then moved."""
+    """Three steps, in the second one rank's gradient is spoilt. Flags, norms, whether state stood still, then moved."""
     model, optimizer = sharded(case, 2)
     flags, norms, states = [], [], [everything(optimizer)]
     for step in range(3):
@@ -70,6 +70,23 @@ def test_evaluation_may_come_at_any_time() -> None:
     results = [run_ranks(2, evaluations, Case(stage=stage))[0] for stage in STAGES]
     for losses in results[1:]:
         assert losses == pytest.approx(results[0], rel=1e-6)
+
+
+def current_parameters(case: Case) -> list[Tensor]:
+    """The parameters themselves after a step, read outside a forward pass."""
+    model, optimizer = sharded(case, 2)
+    backward(model, optimizer, case, 0, 2)
+    optimizer.step(learning_rate(case), case.clip)
+    optimizer.gather_parameters()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parameters_can_be_read_outside_a_forward_pass(dtype: torch.dtype) -> None:
+    results = [run_ranks(2, current_parameters, Case(stage=stage, dtype=dtype)) for stage in (0, 1, 2)]
+    for (left, right), (expected, _) in zip(results, [results[0]] * 3):
+        assert all(torch.equal(mine, other) for mine, other in zip(left, right))
+        torch.testing.assert_close(left, expected, rtol=0, atol=2**-8 if dtype == torch.bfloat16 else 1e-6)
 
 
 def idle_steps(case: Case) -> dict[str, Tensor]:

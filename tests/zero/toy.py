@@ -132,7 +132,7 @@ def units_of(model: Toy, tied: bool) -> list[Unit]:
 
     blocks = [unit(f"block{index}", (block,), (block,)) for index, block in enumerate(model.blocks)]
     embedding = unit("embedding", (model,) if tied else (model.embed,), (model.embed,))
-    head = unit("head", (model.norm,), (model.norm,)) if tied else unit("head", (model.norm, model.head), (model.norm, model.head))
+    head = unit("head", (model.norm, model.head), (model.norm,) if tied else (model.norm, model.head))
     return [embedding, *blocks, head]
 
 
@@ -241,5 +241,3 @@ def run_serial(case: Case, dp: int) -> Run:
         optimizer.zero_grad()
     result.weights = {name: parameter.detach().clone() for name, parameter in named}
     return result
-
-

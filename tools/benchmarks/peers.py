@@ -261,7 +261,9 @@ def contend(name: str, work: Workload, world_size: int) -> Result:
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (name, work, world_size, folder, results)
-        processes = [context.Process(target=_rank_main, args=(rank, *arguments), daemon=True) for rank in range(world_size)]
+        processes = [
+            context.Process(target=_rank_main, args=(rank, *arguments), daemon=True) for rank in range(world_size)
+        ]
         for process in processes:
             process.start()
         answers = [results.get() for _ in processes]
@@ -299,9 +301,13 @@ def run(device_type: str = "cpu", world_size: int = 2, rounds: int = 2, names: l
     ]
     reference = best.get("DistributedDataParallel", next(iter(best.values()))).seconds_per_step
     for name, result in best.items():
-        tokens_per_second = world_size * work.tokens_per_step / result.seconds_per_step
-        lines.append(
-            f"| {name} | {tokens_per_second:,.0f} | {reference / result.seconds_per_step:.2f} | {result.peak_bytes / MIB:.0f} "
-            f"| {result.steady_bytes / MIB:.0f} | {result.losses[-1]:.5f} |"
-        )
+        seconds = result.seconds_per_step
+        figures = [
+            f"{world_size * work.tokens_per_step / seconds:,.0f}",
+            f"{reference / seconds:.2f}",
+            f"{result.peak_bytes / MIB:.0f}",
+            f"{result.steady_bytes / MIB:.0f}",
+            f"{result.losses[-1]:.5f}",
+        ]
+        lines.append(f"| {name} | {' | '.join(figures)} |")
     return "\n".join(lines)

@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> None:
     """Answer all prompts; rank 0 prints."""
     options = parse(arguments)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.seed)
-    limits = Limits(options.max_new_tokens, options.stop, options.samples, options.ignore_end)
+    limits = Limits(options.max_new_tokens, options.stop, options.samples, options.ignore_end, options.logprobs)
     prompts = options.prompt + (read_prompts(options.prompts) if options.prompts else [])
     if options.prompts and not prompts:
         raise UserError(f"--prompts {options.prompts} holds no prompt.")

@@ -15,6 +15,7 @@ from neox_native.data.tokenizers import Tokenizer
 from neox_native.errors import UserError
 from neox_native.generate.runner import Runner
 from neox_native.generate.sampling import Sampling, choose
+from neox_native.generate.score import token_logprobs
 from neox_native.generate.text import GrowingText
 from neox_native.model.cache import Cache
 from neox_native.model.initialize import seed_of
@@ -32,6 +33,8 @@ class Limits:
     """Answers to each prompt."""
     ignore_end: bool = False
     """Go on after the token that ends a document."""
+    logprobs: bool = False
+    """Keep each new token's log-probability; costs a pass over the logits."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "samples"):
@@ -52,7 +55,8 @@ class Row:
     prompt_length: int
     growing: GrowingText
     logprobs: list[float] = field(default_factory=list)
-    """Natural logarithm of the probability that the model gave to each new token, before temperature and the like."""
+    """Natural logarithm of the probability that the model gave to each new token, before temperature and the like; empty
+    where nobody asked."""
     finish: str = ""
     """Why it ended: "end" (of the document), "stop" (a stop string), "length" or "context"; "" while it goes on."""
 
@@ -127,14 +131,16 @@ class Generator:
             uniform_B = None
             if sampling.temperature > 0:
                 uniform_B = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(self.device)
-            tokens_B, logprobs_B = self._next(logits, sampling, seen_BV, uniform_B, len(rows))
-            for row, token, logprob in zip(rows, tokens_B.tolist(), logprobs_B.tolist()):
-                if not row.finish:
-                    self._accept(row, int(token), logprob, limits, on_text)
+            tokens_B = self._next(logits, sampling, seen_BV, uniform_B, len(rows))
+            logprobs = self._logprobs(logits, tokens_B).tolist() if limits.logprobs else None
+            for number, token in enumerate(tokens_B.tolist()):
+                if not rows[number].finish:
+                    rows[number].logprobs += logprobs[number : number + 1] if logprobs else []
+                    self._accept(rows[number], token, limits, on_text)
             if all(row.finish for row in rows):
                 return rows
             if seen_BV is not None:
-                seen_BV.scatter_(1, tokens_B.long()[:, None], True)
+                seen_BV.scatter_(1, tokens_B[:, None], True)
             logits = self._later_pass(rows, cache)
 
     def _first_pass(self, rows: list[Row], cache: Cache | None) -> Tensor | None:
@@ -156,19 +162,21 @@ class Generator:
 
     def _next(
         self, logits: Tensor | None, sampling: Sampling, seen_BV: Tensor | None, uniform_B: Tensor | None, rows: int
-    ) -> tuple[Tensor, Tensor]:
-        """Next token of each row and its log-probability, [B] each, on every rank.
-
-        Log-probabilities are of the whole padded vocabulary, as in training; tokens are drawn from real ids alone.
-        """
-        found_2B = None
+    ) -> Tensor:
+        """Next token [B] of each row, on every rank."""
+        tokens_B = None
         if logits is not None:
-            logits_BV = self.runner.whole_vocabulary(logits[:, -1])
-            tokens_B = choose(logits_BV[:, : self.num_ids], sampling, seen_BV, uniform_B)
-            logprobs_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1) - logits_BV.logsumexp(dim=-1)
-            found_2B = torch.stack((tokens_B.double(), logprobs_B.double()))
-        tokens_B, logprobs_B = self.runner.tell_everyone(found_2B, torch.empty(2, rows, dtype=torch.float64))
-        return tokens_B, logprobs_B
+            logits_BV = self.runner.whole_vocabulary(logits[:, -1])[:, : self.num_ids]
+            tokens_B = choose(logits_BV, sampling, seen_BV, uniform_B)
+        return self.runner.tell_everyone(tokens_B, torch.empty(rows, dtype=torch.int64))
+
+    def _logprobs(self, logits: Tensor | None, tokens_B: Tensor) -> Tensor:
+        """Log-probability [B] of each row's next token among the whole padded vocabulary, as in training."""
+        found_B = None
+        if logits is not None:
+            logprobs_B1, _ = token_logprobs(logits, tokens_B[:, None], self.runner.tp_group)
+            found_B = logprobs_B1.squeeze(1)
+        return self.runner.tell_everyone(found_B, torch.empty(len(tokens_B)))
 
     def _seen(self, rows: list[Row]) -> Tensor:
         seen_BV = torch.zeros(len(rows), self.num_ids, dtype=torch.bool, device=self.device)
@@ -176,10 +184,9 @@ class Generator:
             seen_BV[number, torch.tensor(row.tokens, device=self.device)] = True
         return seen_BV
 
-    def _accept(self, row: Row, token: int, logprob: float, limits: Limits, on_text: OnText | None) -> None:
+    def _accept(self, row: Row, token: int, limits: Limits, on_text: OnText | None) -> None:
         """Append a token to a row; see whether that ends it."""
         row.tokens.append(token)
-        row.logprobs.append(logprob)
         if token == self.tokenizer.eod_id and not limits.ignore_end:
             row.finish = "end"
         elif len(row.tokens) - row.prompt_length == limits.max_new_tokens:

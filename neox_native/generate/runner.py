@@ -26,7 +26,7 @@ class Runner:
         """Global rank that tells the others what the last stage found."""
         self.dtype = next(self.part.parameters()).dtype
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, tokens_BT: Tensor, cache: Cache | None = None, readout_B: Tensor | None = None) -> Tensor | None:
         """Logits [B, T, V] on the last stage, this tensor-parallel rank's columns; None elsewhere.
 

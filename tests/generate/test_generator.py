@@ -68,12 +68,14 @@ def test_drawn_tokens_are_the_same_on_a_mesh_and_in_another_batch(paths):
 
 def test_log_probabilities_are_those_of_the_whole_row(paths):
     with one_process():
-        (row,) = answers(paths["rotary"], Sampling(temperature=2.0), TEN, prompts=["def"])
+        (row,) = answers(paths["rotary"], Sampling(temperature=2.0), replace(TEN, logprobs=True), prompts=["def"])
     model = MODELS["rotary"]
     with torch.no_grad():
         logprobs = built(model, draw(model)).eval()(torch.tensor([row.tokens]))[0].log_softmax(-1)
     expected = [logprobs[row.prompt_length - 1 + n, token].item() for n, token in enumerate(row.new_tokens)]
     assert row.logprobs == pytest.approx(expected, abs=1e-5)
+    for (found,) in run_ranks(4, answers, paths["rotary"], Sampling(temperature=2.0), replace(TEN, logprobs=True), 2, 2, True, ["def"]):
+        assert found.tokens == row.tokens and found.logprobs == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_answer_ends_at_its_limit_a_stop_string_the_context_or_the_end_of_the_document(paths):

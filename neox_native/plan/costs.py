@@ -1,7 +1,151 @@
-"""x"""
+"""Traffic, bubble and FLOPs of a layout as closed forms; memory is in `memory.py`. Pure arithmetic, [Note: letters].
+
+A ring collective on n ranks sends (n - 1) / n of the whole tensor for a gather or a reduce-scatter and twice that for an
+all-reduce (Patarasuk and Yuan 2009). `train/dryrun.py` measures the same quantities by running the code, and a test holds
+the two together.
+"""
+
 from __future__ import annotations
-from neox_native.config.schema import Config
-def num_microbatches(config: Config) -> int:
-    t=config.training
-    return t.global_batch_size // (t.micro_batch_size * config.parallel.dp)
-def model_flops_of_rank(config, pp_rank): return 0
+
+import math
+from dataclasses import dataclass
+
+from neox_native.config.schema import Config, Parallel
+from neox_native.model.flops import layer_parameters, model_flops_per_token, norm_parameters
+from neox_native.plan.memory import ZERO_BUBBLE, memory
+from neox_native.plan.shares import (
+    ELEMENT_BYTES,
+    activation_bytes,
+    num_microbatches,
+    rows_of,
+    share_of,
+    stream_bytes,
+    unit_shapes,
+    zero_stage_of,
+)
+from neox_native.zero.layout import FP32_BYTES
+
+
+
+def ring(num_bytes: int, ranks: int, passes: int = 1) -> int:
+    """Bytes that each of `ranks` sends for a gather or reduce-scatter of `num_bytes`; an all-reduce makes two passes."""
+    return passes * num_bytes * (ranks - 1) // ranks
+
+
+def tensor_parallel_bytes(config: Config, pp_rank: int) -> int:
+    """Sent over the tp axis in a step.
+
+    Per block and residual step, forward and backward together: 2 all-reduces of an activation (Shoeybi et al. 2019 §3),
+    or with sequence parallelism 2 all-gathers and 2 reduce-scatters, the same volume (Korthikanti et al. 2022 §4.2.2);
+    the parallel residual is one step, the sequential two. Recomputation repeats the forward's, but for the reduction
+    that ends the block. The ends of the model take one all-reduce each, the loss three of [b, T] in fp32.
+    """
+    model, training, parallel = config.model, config.training, config.parallel
+    share, sharded = share_of(config, pp_rank), int(parallel.sequence_parallel)
+    steps = 1 if model.parallel_residual else 2
+    repeated = 2 * (steps - 1) + sharded if training.activation_checkpointing == "full" else 0
+    passes = share.num_layers * (4 * steps + repeated) + 2 * share.first + 2 * share.last
+    if share.first and model.pos_emb in ("learned", "sinusoidal"):
+        passes += sharded  # reduced whole, cut afterwards
+    scores = 3 * ring(training.micro_batch_size * model.seq_length * FP32_BYTES, parallel.tp, 2) * share.last
+    per_microbatch = passes * ring(activation_bytes(config), parallel.tp) + scores
+    return num_microbatches(config) * per_microbatch + ring(_partial_bytes(config, pp_rank), parallel.tp, 2)
+
+
+def _partial_bytes(config: Config, pp_rank: int) -> int:
+    """fp32 gradients that are partial sums over tp: norms, and with sequence parallelism the output biases."""
+    names = ("norm.weight", "norm.bias") + (("dense.bias", "dense_4h_to_h.bias") if config.parallel.sequence_parallel else ())
+    return FP32_BYTES * sum(
+        math.prod(slot.local_shape(0))
+        for unit, layout in zip(unit_shapes(config, pp_rank), rows_of(config, pp_rank))
+        for name, slot in zip(unit, layout.slots)
+        if name.endswith(names)
+    )
+
+
+def data_parallel_bytes(config: Config, pp_rank: int) -> int:
+    """Sent over the dp axis in a step, in passes of the parameters: stage 0 all-reduces fp32 gradients; 1 reduce-scatters
+    them and all-gathers parameters once; 2 reduce-scatters in every microbatch; 3 also gathers twice in each
+    (Rajbhandari et al. 2020 §7). Rows are padded, see [Note: rows and units]. One more number counts tokens."""
+    d, e, m = config.parallel.dp, ELEMENT_BYTES[config.training.precision], num_microbatches(config)
+    elements = [layout.world * layout.size for layout in rows_of(config, pp_rank)]
+    stage = zero_stage_of(config.parallel)
+    reductions = {0: 2, 1: 1, 2: m, 3: m}[stage]
+    gathers = {0: 0, 1: 1, 2: 1, 3: 2 * m}[stage]
+    per_unit = (reductions * ring(FP32_BYTES * count, d) + gathers * ring(e * count, d) for count in elements)
+    return sum(per_unit) + ring(FP32_BYTES, d, 2)
+
+
+def point_to_point_bytes(config: Config, pp_rank: int) -> int:
+    """Sent to neighbouring stages in a step: every microbatch's residual stream forward, its gradient backward."""
+    parallel, stages = config.parallel, share_of(config, pp_rank).stages
+    last = parallel.pp * parallel.virtual_stages - 1
+    neighbours = [stage + 1 for stage in stages if stage < last] + [stage - 1 for stage in stages if stage > 0]
+    sends = sum(neighbour not in stages for neighbour in neighbours)
+    return sends * num_microbatches(config) * stream_bytes(config)
+
+
+def tied_bytes(config: Config, pp_rank: int) -> int:
+    """Sent in a step between the first and the last stage, where both hold the embedding matrix: its fp32 gradients."""
+    share = share_of(config, pp_rank)
+    if not config.model.tie_embeddings or share.first == share.last:
+        return 0
+    unit, slot = (0, 0) if share.first else (-1, -1)
+    return ring(FP32_BYTES * math.prod(rows_of(config, pp_rank)[unit].slots[slot].local_shape(0)), 2, 2)
+
+
+def traffic(config: Config, pp_rank: int) -> dict[str, int]:
+    """Bytes that a rank's collectives send in a step, by axis. "world" is the gradient's norm, one fp64 number; where one
+    axis is the whole world, it is that axis's."""
+    parallel = config.parallel
+    degrees = {"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp}
+    sent = {
+        "pp": tied_bytes(config, pp_rank),
+        "dp": data_parallel_bytes(config, pp_rank),
+        "tp": tensor_parallel_bytes(config, pp_rank),
+        "world": 0,
+    }
+    axes = [axis for axis, degree in degrees.items() if degree > 1]
+    sent[axes[0] if len(axes) == 1 else "world"] += ring(8, math.prod(degrees.values()), 2)
+    return sent
+
+
+
+def bubble_fraction(parallel: Parallel, num_microbatches: int) -> float:
+    """Idle time of the pipeline over its compute time, if all stages cost the same and a backward pass costs two forwards:
+    (p - 1) / m (Narayanan et al. 2021 §2.2), divided by v where stages are looped (ibid.), and by 3 where backward passes
+    are split in two (Qi et al. 2023 §2)."""
+    split = 3 if parallel.pipeline_schedule in ZERO_BUBBLE else 1
+    return (parallel.pp - 1) / (num_microbatches * parallel.virtual_stages * split) if parallel.pp > 1 else 0.0
+
+
+def model_flops_of_rank(config: Config, pp_rank: int) -> int:
+    """Forward and backward operations of a rank's layers in a step, as MFU counts them: without recomputation, attention to
+    every pair of positions (Chowdhery et al. 2022, appendix B); 6 per parameter and token and 12 h T per layer and token."""
+    model, share = config.model, share_of(config, pp_rank)
+    block = 6 * layer_parameters(model) + 12 * model.hidden_size * model.seq_length
+    head = 6 * (model.padded_vocab_size * model.hidden_size + norm_parameters(model)) if share.last else 0
+    tokens = num_microbatches(config) * config.training.micro_batch_size * model.seq_length
+    return tokens * (share.num_layers * block + head) // config.parallel.tp
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What training's own log says beside what it measures."""
+
+    peak_bytes: int
+    """Most memory on any rank."""
+    bubble_fraction: float
+    bytes_by_axis: dict[str, int]
+    """Sent by the busiest rank's collectives in a step."""
+
+
+def predict(config: Config) -> Prediction:
+    """Closed forms of a resolved config, the worst rank's."""
+    ranks = range(config.parallel.pp)
+    sent = [traffic(config, rank) for rank in ranks]
+    return Prediction(
+        peak_bytes=max(sum(memory(config, rank).values()) for rank in ranks),
+        bubble_fraction=bubble_fraction(config.parallel, num_microbatches(config)),
+        bytes_by_axis={axis: max(each[axis] for each in sent) for axis in sent[0]},
+    )

@@ -94,7 +94,7 @@ class Ledger(TorchDispatchMode):
     """Notes memory, collectives and FLOPs while it is active. See [Note: tape].
 
     Args:
-        axes: name of a process group -> axis to book it under.
+        axes: name of a process group -> axis to book it under; what is none of these joins ends of the pipeline: "pp".
     """
 
     def __init__(self, axes: Mapping[str, str]):
@@ -181,7 +181,7 @@ class Ledger(TorchDispatchMode):
             self.totals.sent_bytes += whole if name == "send" else 0
             self._explain(tensors if name == "recv_" else (), COMMUNICATION)
             return
-        axis = self.axes.get(group.group_name, "other")
+        axis = self.axes.get(group.group_name, "pp")
         passes = 2 if "reduce" in name and "scatter" not in name else 1
         traffic = self.totals.traffic[axis]
         traffic.bytes += passes * whole * (group.size() - 1) // group.size()

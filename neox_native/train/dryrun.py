@@ -29,6 +29,7 @@ from neox_native.parallel.pipeline import Pipeline
 from neox_native.parallel.timeline import timeline
 from neox_native.plan import costs
 from neox_native.plan.ledger import GRADIENTS, OPTIMIZER, PARAMETERS, Ledger, Totals, Traffic
+from neox_native.plan.shares import num_microbatches
 from neox_native.train.build import build_engine, build_optimizer, build_step, units_of
 from neox_native.train.engine import Engine
 from neox_native.train.step import TrainStep
@@ -81,12 +82,14 @@ def dry_run(config: Config, rank: int, world_size: int, exact: bool = False) -> 
     config = require(config, world_size)
     # A compiled block hides its operations; what it needs is a little less than what the eager one does.
     config = dataclasses.replace(config, compile=dataclasses.replace(config.compile, enabled=False))
-    _warm_up(config, rank, world_size)
-    total = costs.num_microbatches(config)
+    total = num_microbatches(config)
     fewer, more = _enough(config)
-    if exact or total <= more:
-        return _run(config, rank, world_size)
-    first, second = (_run(_with_microbatches(config, count), rank, world_size) for count in (fewer, more))
+    with _fake_process_group(rank, world_size):
+        mesh = build_mesh(config.parallel, CPU)
+        _run(_shallow(config), mesh)
+        if exact or total <= more:
+            return _run(config, mesh)
+        first, second = (_run(_with_microbatches(config, count), mesh) for count in (fewer, more))
     longer = _continued(dataclasses.asdict(first), dataclasses.asdict(second), (total - fewer) / (more - fewer))
     return RankReport(**longer | {"bubble_fraction": _bubble(config), "peak_at": second.peak_at})
 
@@ -118,37 +121,33 @@ def _continued(first: Any, second: Any, factor: float) -> Any:
     return first + round((second - first) * factor) if isinstance(second, int) else second
 
 
-def _warm_up(config: Config, rank: int, world_size: int) -> None:
-    """DTensor asks once for every operation and layout what becomes of it, by running it on fake tensors of the full size,
-    which look like ours. One layer per stage asks all there is to ask."""
-    parallel = config.parallel
+def _shallow(config: Config) -> Config:
+    """One layer per stage. DTensor asks once for every operation and layout what becomes of it, by running it on fake tensors
+    of the full size, which look like ours; a step of this asks all there is to ask."""
+    parallel = dataclasses.replace(config.parallel, stage_layers=[])
     model = dataclasses.replace(config.model, num_layers=parallel.pp * parallel.virtual_stages)
-    shallow = dataclasses.replace(config, model=model, parallel=dataclasses.replace(parallel, stage_layers=[]))
-    _run(_with_microbatches(shallow, _enough(config)[0]), rank, world_size)
+    return _with_microbatches(dataclasses.replace(config, model=model, parallel=parallel), _enough(config)[0])
 
 
 def _bubble(config: Config) -> float:
     parallel = config.parallel
-    count = costs.num_microbatches(config)
+    count = num_microbatches(config)
     return timeline(parallel.pipeline_schedule, parallel.pp, parallel.virtual_stages, count).bubble_fraction
 
 
-def _run(config: Config, rank: int, world_size: int) -> RankReport:
+def _run(config: Config, mesh: DeviceMesh) -> RankReport:
     """One step of all the microbatches that the config asks for."""
-    with _fake_process_group(rank, world_size):
-        mesh = build_mesh(config.parallel, CPU)
-        parts = assemble(config.model, config.parallel, config.training, config.compile, mesh)
-        units = units_of(parts, config.parallel, mesh)
-        ledger = Ledger(axes_of(mesh))
-        with _fake_tensors():
-            optimizer = build_optimizer(config, mesh, CPU, parts, units)
-            engine = build_engine(config, mesh, CPU, parts, optimizer)
-            if isinstance(engine, Pipeline):
-                _skip_the_vote(engine)
-            run_step(build_step(config, mesh, CPU, engine, optimizer), parts.values(), fake_batch(config), ledger)
-        parameters = sum(local(spec.parameter).numel() for specs in units.values() for unit in specs for spec in unit.specs)
-        place = {axis: mesh.get_local_rank(axis) for axis in AXES}
-    return _report(config, rank, place, parameters, ledger)
+    parts = assemble(config.model, config.parallel, config.training, config.compile, mesh)
+    units = units_of(parts, config.parallel, mesh)
+    ledger = Ledger(axes_of(mesh))
+    with _fake_tensors():
+        optimizer = build_optimizer(config, mesh, CPU, parts, units)
+        engine = build_engine(config, mesh, CPU, parts, optimizer)
+        if isinstance(engine, Pipeline):
+            _skip_the_vote(engine)
+        run_step(build_step(config, mesh, CPU, engine, optimizer), parts.values(), fake_batch(config), ledger)
+    parameters = sum(local(spec.parameter).numel() for stage in units.values() for unit in stage for spec in unit.specs)
+    return _report(config, mesh, parameters, ledger)
 
 
 def run_step(step: TrainStep, parts: Iterable[Transformer], batch: StepBatch, ledger: Ledger) -> None:
@@ -168,8 +167,8 @@ def _claim(optimizer: ShardedOptimizer, parts: Iterable[Transformer], ledger: Le
         for weights, bucket in zip(stage_units.weights, stage_units.buckets):
             ledger.claim(weights.storages, PARAMETERS, resizable=weights.shards_parameters)
             ledger.claim([bucket.row], GRADIENTS, resizable=not bucket.keeps_matrix)
-            ledger.claim([weights.master] if weights.master is not None else [], OPTIMIZER)
             ledger.claim([weights.row] if weights.row is not None else [], PARAMETERS)
+            ledger.claim([weights.master] if weights.master is not None else [], OPTIMIZER)
     for state in optimizer.optimizer.state.values():
         ledger.claim([value for value in state.values() if isinstance(value, Tensor)], OPTIMIZER)
     for part in parts:
@@ -196,7 +195,7 @@ def _mark(engine: Engine, optimizer: ShardedOptimizer, parts: Iterable[Transform
 def fake_batch(config: Config) -> StepBatch:
     """One data rank's share of a step."""
     training, data = config.training, config.data
-    shape = (costs.num_microbatches(config), training.micro_batch_size, config.model.seq_length)
+    shape = (num_microbatches(config), training.micro_batch_size, config.model.seq_length)
     tokens, extra = torch.zeros(shape, dtype=torch.int64), lambda wanted: torch.zeros(shape, dtype=torch.int64) if wanted else None
     size = training.global_batch_size
     documents, positions = extra(data.document_attention), extra(data.document_positions)
@@ -208,11 +207,12 @@ def axes_of(mesh: DeviceMesh) -> dict[str, str]:
     return {dist.group.WORLD.group_name: "world"} | {mesh.get_group(axis).group_name: axis for axis in AXES}
 
 
-def _report(config: Config, rank: int, place: dict[str, int], parameters: int, ledger: Ledger) -> RankReport:
+def _report(config: Config, mesh: DeviceMesh, parameters: int, ledger: Ledger) -> RankReport:
     peak, totals = ledger.peak(), ledger.totals
+    place = {axis: mesh.get_local_rank(axis) for axis in AXES}
     axes = dict.fromkeys((*AXES, "world"), Traffic()) | totals.traffic
     return RankReport(
-        rank=rank,
+        rank=dist.get_rank(),
         coordinates=place,
         parameters=parameters,
         bytes_by_kind=peak.by_kind,
@@ -229,8 +229,10 @@ def _report(config: Config, rank: int, place: dict[str, int], parameters: int, l
 @contextmanager
 def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
     """Be rank `rank` among `world_size` that do not exist: collectives return at once and leave tensors as they are."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    _clear_sharding_prop_cache()  # what it remembers of an equal mesh names groups that are gone
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield

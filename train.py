@@ -20,7 +20,7 @@ from neox_native.mesh import Launch, pick_device, start_process_group
 from neox_native.metrics.health import enable_flight_recorder
 from neox_native.train.build import build_model
 from neox_native.train.loop import Trainer
-from neox_native.train.start import flight_recorder_folder, lay_out_ranks, open_data
+from neox_native.train.start import after_restart, flight_recorder_folder, lay_out_ranks, open_data
 
 
 def main(arguments: list[str]) -> None:
@@ -40,10 +40,11 @@ def main(arguments: list[str]) -> None:
 
 def train(config: Config, device: torch.device) -> None:
     """Train on the ranks of the process group; `config` has passed `require`."""
-    mesh, ranks = lay_out_ranks(config, device)
+    mesh, ranks, folder = lay_out_ranks(config, device)
+    config = after_restart(config, ranks)
     data = open_data(config, ranks)
     parts, optimizer = build_model(config, mesh, device)
-    Trainer(config, mesh, device, parts, optimizer, data, ranks).run()
+    Trainer(config, mesh, device, parts, optimizer, data, ranks, folder).run()
 
 
 if __name__ == "__main__":

@@ -25,12 +25,18 @@ class Launch:
     rank: int
     local_rank: int
     world_size: int
+    restarts: int = 0
+    """How often torchrun has restarted this process."""
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """Read RANK, LOCAL_RANK and WORLD_SIZE."""
-        read = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
-        return cls(read("RANK", 0), read("LOCAL_RANK", 0), read("WORLD_SIZE", 1))
+        """Read what torchrun sets."""
+        return cls(
+            rank=int(os.environ.get("RANK", 0)),
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        )
 
 
 def pick_device(setting: str, launch: Launch) -> torch.device:

@@ -13,7 +13,6 @@ def should_save(step: int, config: Checkpoint, total_steps: int) -> bool:
     """Whether to save after `step` updates (0: before the first). The last step is always saved.
 
     Raises `UserError` where `save_steps` is a word other than "pythia".
-   
     """
     if step == total_steps:
         return True

@@ -50,7 +50,6 @@ def read_index(path: Path) -> Metadata:
     """DCP's index of the checkpoint in `path`, read without running code.
 
     Raises `UserError` where it asks for anything but DCP's data classes, is no index, or points outside the checkpoint.
-   
     """
     file = Path(path) / INDEX
     try:

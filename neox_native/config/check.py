@@ -7,7 +7,7 @@ import dataclasses
 from neox_native.config import layout_rules, rules
 from neox_native.config.layout_rules import microbatches, resolve_dp
 from neox_native.config.schema import Config
-from neox_native.config.settings import SETTINGS
+from neox_native.config.settings import SETTINGS, Setting
 from neox_native.config.values import to_toml
 from neox_native.errors import UserError
 
@@ -98,18 +98,33 @@ def notices(config: Config, world_size: int, device_type: str) -> list[str]:
     return found
 
 
-def incompatible(old: Config, new: Config) -> list[str]:
-    """A sentence for each setting whose change makes it wrong to resume the run of `old` with `new`.
+def incompatible(trained: Config, new: Config) -> list[str]:
+    """A sentence for each setting whose change makes it wrong to resume with `new` a checkpoint trained with `trained`.
 
     Layout, precision, batch size, steps, learning rate, logging and saving may change.
     """
-    found = []
-    for dotted, setting in SETTINGS.items():
-        is_fixed = setting.section in ("model", "data") and dotted not in FREE_WITHIN or dotted in FIXED_ELSEWHERE
-        before, now = setting.of(old), setting.of(new)
-        if is_fixed and before != now:
-            found.append(
-                f"{dotted} was {to_toml(before)} when the run in {old.run.dir} began and is {to_toml(now)} "
-                "now; set it back, or start another run with another run.dir."
-            )
-    return found
+    fixed = [
+        setting
+        for dotted, setting in SETTINGS.items()
+        if setting.section in ("model", "data") and dotted not in FREE_WITHIN or dotted in FIXED_ELSEWHERE
+    ]
+    return _differences(fixed, trained, new)
+
+
+def other_model(trained: Config, new: Config) -> list[str]:
+    """A sentence for each setting that makes weights trained with `trained` mean something else in `new`.
+
+    Names and shapes are the checkpoint's to compare; the context and the vocabulary may differ.
+    """
+    free = (*FREE_WITHIN, "model.seq_length", "model.vocab_size", "model.vocab_multiple_of")
+    model = [setting for dotted, setting in SETTINGS.items() if setting.section == "model" and dotted not in free]
+    return _differences(model, trained, new)
+
+
+def _differences(settings: list[Setting], trained: Config, new: Config) -> list[str]:
+    return [
+        f"{setting.dotted} is {to_toml(setting.of(new))}, but the checkpoint was trained with "
+        f"{to_toml(setting.of(trained))}; set it back, or start another run with another run.dir."
+        for setting in settings
+        if setting.of(trained) != setting.of(new)
+    ]

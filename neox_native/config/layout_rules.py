@@ -122,6 +122,11 @@ def stages(config: Config, world_size: int) -> Iterator[str]:
             f'parallel.pipeline_schedule = "{schedule}" runs 1 stage per rank, but parallel.virtual_stages = '
             f"{virtual}; set it to 1, or take a looped schedule: {', '.join(LOOPED)}."
         )
+    elif schedule in LOOPED and virtual < 2:
+        yield (
+            f'parallel.pipeline_schedule = "{schedule}" runs 2 or more stages per rank, but parallel.virtual_stages = '
+            f'{virtual}; set it to 2, or take "1f1b".'
+        )
     if layers < pp * virtual:
         yield (
             f"model.num_layers = {layers} cannot fill pp({pp}) * virtual_stages({virtual}) = {pp * virtual} stages; "

@@ -75,7 +75,6 @@ class Throughput:
         devices: ranks of the job.
         peak: `peak_flops_per_second` of one device, or None.
         clock: seconds that only grow.
-   
     """
 
     def __init__(

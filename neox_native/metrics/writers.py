@@ -93,7 +93,6 @@ class Writers:
         config_text: the resolved config, shown by TensorBoard as text.
         tensorboard: write TensorBoard files beside metrics.jsonl.
         show: takes the console's lines.
-   
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from neox_native.checkpoint.interop_hf import describe, export_state
 from neox_native.checkpoint.resume import find_start
 from neox_native.checkpoint.retention import should_save
 from neox_native.checkpoint.saver import Saver
+from neox_native.config.check import other_model
 from neox_native.config.schema import Config
 from neox_native.data.build import Datasets
 from neox_native.data.loader import StepBatch, build_loader
@@ -28,6 +29,7 @@ from neox_native.optim.schedule import learning_rate
 from neox_native.train import state as run_states
 from neox_native.train.build import build_engine, build_step
 from neox_native.train.evaluate import evaluate, evaluation_number
+from neox_native.train.folder import RunFolder
 from neox_native.train.report import Report
 from neox_native.train.start import flight_recorder_folder
 from neox_native.train.step import StepResult
@@ -43,6 +45,7 @@ class Trainer:
         optimizer: the owner of their parameters.
         data: what to read.
         ranks: for agreement over saving and loading.
+        folder: of the run.
     """
 
     def __init__(
@@ -54,20 +57,22 @@ class Trainer:
         optimizer: ShardedOptimizer,
         data: Datasets,
         ranks: Ranks,
+        folder: RunFolder,
     ):
         self.config, self.mesh, self.device, self.data, self.ranks = config, mesh, device, data, ranks
-        self.parts, self.optimizer = parts, optimizer
+        self.parts, self.optimizer, self.folder = parts, optimizer, folder
         training = config.training
         self.engine = build_engine(config, mesh, device, parts, optimizer)
         self.train_step = build_step(config, mesh, device, self.engine, optimizer)
         self.losses, self.loss_scale = self.train_step.losses, self.train_step.loss_scale
         self.spike_guard = self.train_step.spike_guard
         self.bad_steps = BadSteps(training)
-        self.saver = Saver(Path(config.run.dir) / "checkpoints", config.checkpoint)
+        self.saver = Saver(folder.path / "checkpoints", config.checkpoint)
         self.leave = LeaveRequest()
         self.watchdog = Watchdog(config.run, ranks.rank, ranks.size, flight_recorder_folder(config), job_store())
         self.fingerprint = data.train.fingerprint()
         self.step, self.consumed_samples = 0, 0
+        self.phase = "start"
 
     def run(self) -> None:
         """Train until `training.steps`, or until a signal asks to leave."""
@@ -75,6 +80,9 @@ class Trainer:
         if self.config.checkpoint.export_hf_every:
             describe(self.config.model, torch.float32, self.config.data.tokenizer)  # refuses what could not be written later
         self.resume()
+        if self.config.checkpoint.resume == "none":
+            self.folder.set_aside()
+        self.folder.begin()
         self.report = Report(
             self.config, self.mesh, self.device, self.ranks, self.losses, self.engine.timing, resumed_step=self.step
         )
@@ -99,7 +107,7 @@ class Trainer:
             self.watchdog.at(self.step + 1, self.phase)
             result = self.train_step(batch, rate)
             self.step, self.consumed_samples = self.step + 1, batch.consumed_samples
-            self.report.throughput.step_done()
+            self.report.step_done()
             self.log_if_due(batch, result, rate)
             with self.report.throughput.paused():
                 signal = self.leave.after_step()
@@ -113,8 +121,10 @@ class Trainer:
                 break
         self.saver.wait()
         self.report_saves()
+        if self.step < total_steps:
+            return
         self.watchdog.at(self.step, "export")
-        folder = Path(settings.run.dir) / "weights"
+        folder = self.folder.path / "weights"
         if self.saver.export(folder, self.state(), self.metadata()):
             self.report.event("export", self.step, f"step {self.step}: wrote the weights alone to {folder}")
 
@@ -146,7 +156,7 @@ class Trainer:
                 self.saver.wait()
                 raise verdict
         if logging.stragglers_every and self.ranks.size > 1 and self.step % logging.stragglers_every == 0:
-            self.report.stragglers(self.step, logging.stragglers_every)
+            self.report.stragglers(self.step)
         every = self.config.run.check_replicas_every
         if every and self.step % every == 0:
             copies = run_states.copies(self.config, self.mesh, self.optimizer)
@@ -206,7 +216,9 @@ class Trainer:
         state = self.state()
         if start.weights_only:
             weights = {name: value for name, value in state.items() if name.startswith("model.")}
-            store.load(start.path, weights, self.ranks, only="model.", verified=True)
+            saved = store.load(start.path, weights, self.ranks, only="model.", verified=True)
+            if found := other_model(run_states.config_of(saved), self.config):
+                raise UserError(" ".join(found))
             self.optimizer.after_load()
             show(f"starts from the weights of {start.path}")
             return

@@ -82,21 +82,26 @@ class Report:
             self.writers.step(record, extra)
         return speed.step_seconds
 
-    def _bubble(self) -> dict[str, str]:
+    def _bubble(self) -> dict[str, float]:
         """The pipeline's idle time over its compute time since the last call, measured beside predicted."""
         compute, whole = self.timing.compute.read(), self.timing.whole.read()
         self.compute_seconds += compute
         if self.predicted_bubble is None:
             return {}
         seconds = self.losses.total(torch.tensor([compute, whole], device=self.device)).tolist()
-        return {"bubble": f"{seconds[1] / seconds[0] - 1:.1%} (predicted {self.predicted_bubble:.1%})"}
+        return {"bubble": seconds[1] / seconds[0] - 1, "predicted bubble": self.predicted_bubble}
 
-    def stragglers(self, step: int, steps: int) -> None:
-        """Name the slowest rank of each pipeline stage over the last `steps` steps."""
+    def step_done(self) -> None:
+        """Count one more step."""
+        self.throughput.step_done()
+        self.steps_since_stragglers += 1
+
+    def stragglers(self, step: int) -> None:
+        """Name the slowest rank of each pipeline stage since the last call."""
         self.compute_seconds += self.timing.compute.read()
-        place = (self.mesh.get_local_rank("pp"), socket.gethostname(), self.compute_seconds / max(steps, 1))
-        self.compute_seconds = 0.0
-        lines = slowest_ranks(self.ranks.gather(place))
+        seconds_per_step = self.compute_seconds / self.steps_since_stragglers
+        self.compute_seconds, self.steps_since_stragglers = 0.0, 0
+        lines = slowest_ranks(self.ranks.gather((self.mesh.get_local_rank("pp"), socket.gethostname(), seconds_per_step)))
         self.event("stragglers", step, f"step {step}: " + "; ".join(lines))
 
     def event(self, kind: str, step: int, message: str, **values: Any) -> None:

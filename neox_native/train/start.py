@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,14 +14,14 @@ from neox_native.checkpoint.agree import Ranks
 from neox_native.config.schema import Config, Run
 from neox_native.config.settings import SETTINGS
 from neox_native.data.build import Datasets, build_data
-from neox_native.mesh import build_mesh
+from neox_native.mesh import Launch, build_mesh
 from neox_native.metrics.health import job_store
 from neox_native.metrics.startup import check_agreement, check_axes, code_version, describe_mesh
-from neox_native.train.folder import open_run_folder
+from neox_native.train.folder import RunFolder
 
 
-def lay_out_ranks(config: Config, device: torch.device) -> tuple[DeviceMesh, Ranks]:
-    """The mesh, after all ranks have agreed on settings and code and each of its axes has carried a collective.
+def lay_out_ranks(config: Config, device: torch.device) -> tuple[DeviceMesh, Ranks, RunFolder]:
+    """The mesh and the run's folder, after all ranks have agreed on settings and code and each of its axes has carried a collective.
 
     Raises:
         UserError: on all ranks, naming the rank and host that differs or does not answer.
@@ -29,12 +30,19 @@ def lay_out_ranks(config: Config, device: torch.device) -> tuple[DeviceMesh, Ran
     ranks = Ranks()
     facts = {name: str(setting.of(config)) for name, setting in SETTINGS.items()}
     hosts = check_agreement(facts | {"the code": code_version()}, ranks.gather)
-    open_run_folder(config, ranks)
+    folder = RunFolder(config, ranks)
     mesh = build_mesh(config.parallel, device)
     check_axes(mesh, hosts, job_store())
     if ranks.rank == 0:
         print(describe_mesh(mesh, hosts), flush=True)
-    return mesh, ranks
+    return mesh, ranks, folder
+
+
+def after_restart(config: Config, ranks: Ranks) -> Config:
+    """The settings of a job that torchrun has restarted: it goes on where it stood, whatever `checkpoint.resume` was."""
+    if ranks.from_first(Launch.from_environment().restarts) == 0:
+        return config
+    return replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
 
 
 def choose_determinism(run: Run) -> None:

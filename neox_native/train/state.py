@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 
+from neox_native.config.check import incompatible
 from neox_native.config.schema import Config
+from neox_native.config.settings import SECTIONS, SETTINGS
 from neox_native.data.dataset import check_fingerprint
 from neox_native.errors import UserError
 from neox_native.mesh import AXES
@@ -97,6 +99,7 @@ def metadata(config: Config, step: int, consumed_samples: int, fingerprint: dict
         "consumed_samples": consumed_samples,
         "data": fingerprint,
         "model": asdict(config.model),
+        "config": asdict(config),
         "tokenizer": config.data.tokenizer,
         "layout": {"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp, "zero_stage": parallel.zero_stage},
         "torch": torch.__version__,
@@ -108,6 +111,8 @@ def check_fits(saved: dict[str, Any], config: Config, fingerprint: dict[str, Any
 
     In bitwise mode a change of layout is refused too: sums are then taken in another order.
     """
+    if found := incompatible(config_of(saved), config):
+        raise UserError(" ".join(found))
     check_fingerprint(saved["data"], fingerprint, "training")
     here = metadata(config, 0, 0, fingerprint)["layout"]
     if config.run.determinism == "bitwise" and saved["layout"] != here:
@@ -115,3 +120,13 @@ def check_fits(saved: dict[str, Any], config: Config, fingerprint: dict[str, Any
             f'run.determinism = "bitwise", but the checkpoint of step {saved["step"]} was written by {saved["layout"]} and '
             f'this run is {here}; numbers would agree to rounding only. Start it in the old layout, or set run.determinism = "fast".'
         )
+
+
+def config_of(saved: dict[str, Any]) -> Config:
+    """The settings that a checkpoint was trained with, as far as it tells; settings that it does not know have their defaults."""
+    told = saved.get("config", {"model": saved["model"]})
+    sections = {}
+    for name, section in SECTIONS.items():
+        known = {setting.name for setting in SETTINGS.values() if setting.section == name}
+        sections[name] = section(**{key: value for key, value in told.get(name, {}).items() if key in known})
+    return Config(**sections)

@@ -43,7 +43,7 @@ def torch_takes(schedule: str, pp: int, virtual: int, microbatches: int) -> bool
 
 
 @pytest.mark.parametrize(
-    "schedule, virtual", [("gpipe", 1), ("1f1b", 1), ("zbv", 2), *itertools.product(LOOPED, (1, 2))]
+    "schedule, virtual", [("gpipe", 1), ("1f1b", 1), ("zbv", 2), *itertools.product(LOOPED, (2,))]
 )
 def test_microbatch_rule_agrees_with_torch(schedule: str, virtual: int) -> None:
     for pp, microbatches in itertools.product((2, 3, 4), range(1, 14)):

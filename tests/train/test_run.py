@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from neox_native.config.check import require
 from neox_native.config.load import load
 from neox_native.config.schema import Config
 from neox_native.data.indexed import IndexedWriter
-from neox_native.train import loop
+from neox_native.train.step import TrainStep
 from tests.ranks import RankError, run_ranks
 
 CPU = torch.device("cpu")
@@ -49,13 +50,13 @@ def run(config: Config, stop_after: int | None = None) -> list[dict]:
 
     def train() -> None:
         if stop_after is not None:
-            step = loop.TrainStep.__call__
+            step = TrainStep.__call__
 
             def dying(self, batch, rate):
                 assert batch.consumed_samples <= stop_after * config.training.global_batch_size, "killed here"
                 return step(self, batch, rate)
 
-            loop.TrainStep.__call__ = dying
+            TrainStep.__call__ = dying
         entry.train(require(config, world_size), CPU)
 
     if stop_after is None:
@@ -111,8 +112,39 @@ def test_bitwise_refuses_to_resume_in_another_layout(corpus, tmp_path):
 
 def test_other_data_is_refused_by_name(corpus, tmp_path):
     run(settings(corpus, tmp_path, "--parallel.dp=1", "--checkpoint.save_every=5"), stop_after=6)
-    with pytest.raises(RankError, match="data.split was"):
+    with pytest.raises(RankError, match="data.split is"):
         run(settings(corpus, tmp_path, "--parallel.dp=1", "--data.split=50,50,0"))
+
+
+@pytest.mark.parametrize("mistake", [["--model.num_heads=2"], ["--data.train=nowhere"], ["--checkpoint.resume=nowhere"]])
+@pytest.mark.parametrize("resume", ["auto", "none"])
+def test_a_refused_command_leaves_the_run_as_it_was(corpus, tmp_path, mistake, resume):
+    if mistake[0].startswith("--model") and resume == "none":
+        pytest.skip("another model in a run that is set aside is no mistake")
+    run(settings(corpus, tmp_path, "--parallel.dp=1", "--training.steps=2"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(RankError, match="UserError"):
+        run(settings(corpus, tmp_path, "--parallel.dp=1", f"--checkpoint.resume={resume}", *mistake))
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path: data for path, data in after.items() if path.name != ".lock"} == {
+        path: data for path, data in before.items() if path.name != ".lock"
+    }
+
+
+def test_a_named_checkpoint_of_another_model_is_refused_though_its_shapes_fit(corpus, tmp_path):
+    run(settings(corpus, tmp_path / "first", "--parallel.dp=1", "--training.steps=2"))
+    named = f"={tmp_path / 'first' / 'checkpoints' / 'step_000000002'}"
+    for setting in "--checkpoint.resume", "--checkpoint.initialize_from":
+        with pytest.raises(RankError, match="model.num_heads is 2, but the checkpoint was trained with 4"):
+            run(settings(corpus, tmp_path / "second", "--parallel.dp=1", setting + named, "--model.num_heads=2", "--model.rotary_pct=0.5"))
+
+
+def test_a_folder_has_one_run_at_a_time(corpus, tmp_path):
+    config = settings(corpus, tmp_path, "--parallel.dp=1")
+    with open(tmp_path / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RankError, match="is in use by"):
+            run(config)
 
 
 def test_the_resolved_config_reproduces_the_run(corpus, tmp_path):
@@ -126,7 +158,8 @@ def test_resume_none_sets_the_old_checkpoints_aside(corpus, tmp_path):
     first = run(config)
     second = run(replace(config, checkpoint=replace(config.checkpoint, resume="none")))
     assert curve(first, "loss") == curve(second, "loss")
-    assert (tmp_path / "checkpoints.before-1").is_dir()
+    assert {path.name for path in (tmp_path / "before-1").iterdir()} == {"checkpoints", "metrics.jsonl", "events.jsonl"}
+    assert curve(run(config), "loss") == curve(second, "loss")  # and "auto" goes on with the second run, which is complete
 
 
 def test_fine_tuning_starts_from_weights_alone(corpus, tmp_path):

@@ -166,3 +166,15 @@ def test_a_damaged_checkpoint_and_a_folder_without_one_are_refused(tmp_path):
         convert.main(["to-hf", str(source), str(tmp_path / "hf")])
     with pytest.raises(UserError, match="holds no checkpoint"):
         convert.main(["to-hf", str(tmp_path), str(tmp_path / "hf")])
+
+
+def test_a_single_file_with_the_newer_name_of_the_head_and_old_buffers_is_read(tmp_path):
+    from safetensors.torch import save_file
+
+    folder = exported(tmp_path / "hf")
+    (folder / "model.safetensors.index.json").unlink()
+    theirs = {f"gpt_neox.{name}": tensor for name, tensor in weights(draw(SMALL), SMALL).items()}
+    theirs["lm_head.weight"] = theirs.pop("gpt_neox.embed_out.weight")
+    theirs["gpt_neox.layers.0.attention.masked_bias"] = torch.zeros(())
+    save_file(theirs, folder / "model.safetensors")
+    assert_equal(weights(draw(SMALL), SMALL), weights(HuggingFaceReader(folder), SMALL))

@@ -46,7 +46,7 @@ def run(
     model: Model = PYTHIA_70M,
     dtype: str = "",
     prompt_tokens: int = 128,
-    new_tokens: int = 128,
+    new_tokens: int = 64,
     batch_sizes: tuple[int, ...] = (1, 8),
     rounds: int = 3,
 ) -> str:

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch.distributed as dist
+
+from neox_native.data.tokenizers import byte_tokenizer
+from neox_native.errors import UserError
+from neox_native.generate import command
+from neox_native.generate.generator import Limits
+from neox_native.generate.sampling import Sampling
+from tests.generate.models import PROMPTS, answers, one_process
+from tests.interop.models import SMALL, checkpoint
+from tests.ranks import run_ranks
+from tools import generate
+
+EIGHT = ["--max-new-tokens", "8", "--ignore-end", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("run") / "checkpoints" / "step_000000007", tokenizer="byte")
+
+
+@pytest.fixture(scope="module")
+def expected(path):
+    with one_process():
+        rows = answers(path, Sampling(), Limits(8, ignore_end=True, logprobs=True))
+    return rows
+
+
+def output(capsys, *arguments) -> str:
+    generate.main([*map(str, arguments), *EIGHT])
+    return capsys.readouterr().out
+
+
+def test_a_run_folder_means_its_newest_checkpoint_and_one_prompt_is_streamed(path, expected, capsys):
+    found = output(capsys, "--checkpoint", path.parent.parent, "--prompt", PROMPTS[0])
+    assert found == PROMPTS[0] + expected[0].text + "\n"
+
+
+def test_prompts_from_a_file_come_back_as_json_lines(path, expected, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
+    arguments = ["--checkpoint", path, "--prompts", tmp_path / "prompts.jsonl", "--logprobs", "--batch-size", 3]
+    lines = [json.loads(line) for line in output(capsys, *arguments).splitlines()]
+    assert [line["prompt"] for line in lines] == PROMPTS
+    for line, row in zip(lines, expected):
+        assert (line["tokens"], line["text"], line["finish"]) == (row.new_tokens, row.text, "length")
+        assert line["logprobs"] == pytest.approx(row.logprobs, abs=1e-5)
+
+
+def test_several_samples_are_told_apart(path, capsys):
+    arguments = ["--checkpoint", path, "--prompt", "ab", "--samples", 3, "--temperature", 1.5, "--json"]
+    lines = [json.loads(line) for line in output(capsys, *arguments).splitlines()]
+    assert [line["sample"] for line in lines] == [0, 1, 2] and len({line["text"] for line in lines}) == 3
+
+
+def test_without_prompts_it_asks(path, expected, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPTS[0]}\n{PROMPTS[1]}\n"))
+    found = output(capsys, "--checkpoint", path)
+    shown = "".join(f"prompt> {PROMPTS[n]}{expected[n].text}\n" for n in (0, 1))
+    assert found == shown + "prompt> "
+
+
+@pytest.mark.parametrize("layout", [[], ["--pp", "2"]], ids=["all processes are tp", "pp 2"])
+def test_on_a_mesh_only_the_first_process_prints(path, expected, tmp_path, layout):
+    def join(*_) -> None:
+        rank = int(os.environ["RANK"])
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/{next(rendezvous)}", rank=rank, world_size=2)
+
+    def on_rank() -> str:
+        printed = io.StringIO()
+        dist.destroy_process_group()  # the tool joins and leaves its own
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.setattr(command, "start_process_group", join)
+            generate.main(["--checkpoint", str(path), "--prompt", PROMPTS[0], *EIGHT, *layout])
+        join()
+        return printed.getvalue()
+
+    rendezvous = itertools.count()
+    assert run_ranks(2, on_rank) == [PROMPTS[0] + expected[0].text + "\n", ""]
+
+
+def test_what_cannot_work_is_a_sentence(path, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    (tmp_path / "empty.txt").write_text("")
+    small = checkpoint(tmp_path / "small", replace(SMALL, vocab_size=100), tokenizer="byte")
+    nameless = checkpoint(tmp_path / "nameless")
+    for arguments, sentence in (
+        (["--checkpoint", path, "--prompt", "x" * 40], "has 40 tokens.*model.seq_length = 32"),
+        (["--checkpoint", path, "--prompts", tmp_path / "none.txt"], "none.txt cannot be read"),
+        (["--checkpoint", path, "--prompts", tmp_path / "bad.jsonl"], 'line 2: is no JSON object with a "prompt"'),
+        (["--checkpoint", path, "--prompts", tmp_path / "empty.txt"], "holds no prompt"),
+        (["--checkpoint", path, "--prompt", "a", "--batch-size", 0], "--batch-size 0 must be"),
+        (["--checkpoint", path, "--prompt", "a", "--tp", 2], r"pp\(1\) \* tp\(2\) = 2 ranks.*1 processes"),
+        (["--checkpoint", tmp_path / "none", "--prompt", "a"], "does not exist"),
+        (["--checkpoint", tmp_path, "--prompt", "a"], "holds no checkpoint"),
+        (["--checkpoint", small, "--prompt", "a"], "'byte' has 257 ids, but the model's vocabulary has model.vocab_size = 100"),
+        (["--checkpoint", nameless, "--prompt", "a"], "does not say which tokenizer.*--tokenizer"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            output(capsys, *arguments)
+    assert byte_tokenizer().name in output(capsys, "--checkpoint", nameless, "--prompt", "byte", "--tokenizer", "byte")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from neox_native.config.check import require
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
 from neox_native.errors import report_user_errors
@@ -17,15 +18,15 @@ HEADER = ("module", "weight", "input", "output", "forward", "backward", "bytes p
 
 
 def rows(config: Config) -> list[tuple[str, ...]]:
-    """The table's rows: module, weight placement, output placement, collectives, bytes of one activation [B, T, D]
-    times the number of times that the module communicates one, forward and backward together."""
+    """The table's rows: module, placement of weight, input and output, collectives, and bytes of one activation [B, T, D]
+    times the number of times that the module communicates one, forward and backward together: none on one rank."""
     model, training = config.model, config.training
     activation = training.micro_batch_size * model.seq_length * model.hidden_size * BYTES[training.precision]
     passes = 1 if model.parallel_residual else 2
     table = []
     for name, rule in plan(model, config.parallel.sequence_parallel).items():
         collectives = sum(collective != "-" for collective in (rule.forward, rule.backward))
-        times = collectives * (passes * model.num_layers if name.startswith("layers.") else 1)
+        times = collectives * (passes * model.num_layers if name.startswith("layers.") else 1) * (config.parallel.tp > 1)
         table.append((name, rule.weight, rule.input, rule.output, rule.forward, rule.backward, f"{times * activation:,}"))
     return table
 
@@ -33,6 +34,7 @@ def rows(config: Config) -> list[tuple[str, ...]]:
 def main(arguments: list[str]) -> None:
     """Print the plan and what it communicates."""
     config = from_command_line(arguments)
+    config = require(config, config.parallel.pp * config.parallel.tp * max(config.parallel.dp, 1))
     table = [HEADER, *rows(config)]
     widths = [max(len(row[column]) for row in table) for column in range(len(HEADER))]
     for row in table:
@@ -44,7 +46,8 @@ def main(arguments: list[str]) -> None:
         f"{config.model.num_layers} layers, {residual} per block and direction.\n"
         f"{total:,} bytes of activations enter collectives per microbatch of "
         f"{config.training.micro_batch_size} x {config.model.seq_length} tokens, all layers together "
-        "(a ring moves (tp - 1) / tp of an all-gather or reduce-scatter, twice that of an all-reduce)."
+        "(a ring moves (tp - 1) / tp of an all-gather or reduce-scatter, twice that of an all-reduce; a pipeline rank has its\n"
+        "own layers' share). Beside them: three all-reduces of [B, T] numbers in the loss, and one of the norms' gradients per step."
     )
 
 

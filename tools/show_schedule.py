@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 from neox_native.config.check import require
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
-from neox_native.errors import report_user_errors
+from neox_native.errors import UserError, report_user_errors
 from neox_native.parallel.timeline import Timeline, timeline
 
 COLOURS = {"F": "#7aa6da", "B": "#8fc98b", "I": "#f0c674", "W": "#c397d8", "idle": "#eeeeee"}
@@ -68,7 +68,7 @@ def caption(config: Config, drawn: Timeline, microbatches: int) -> str:
     """What the picture shows, in one line."""
     parallel = config.parallel
     return (
-        f"{parallel.pipeline_schedule}: pp {parallel.pp}, {parallel.virtual_stages} stage(s) per rank, {microbatches} microbatches; "
+        f"{parallel.pipeline_schedule}: pp {parallel.pp}, dp {parallel.dp}, {parallel.virtual_stages} stage(s) per rank, {microbatches} microbatches; "
         f"bubble {drawn.bubble_fraction:.1%} of compute; peak microbatches in flight by rank "
         f"{[drawn.peak_in_flight(rank) for rank in range(parallel.pp)]}"
     )
@@ -76,11 +76,13 @@ def caption(config: Config, drawn: Timeline, microbatches: int) -> str:
 
 def main(arguments: list[str]) -> None:
     """Print the drawing."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--format", choices=("text", "svg"), default="text")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", default="text", help="text or svg; all other arguments are train.py's")
     options, rest = parser.parse_known_args(arguments)
+    if options.format not in ("text", "svg"):
+        raise UserError(f'--format {options.format} is not known; give "text" or "svg".')
     config = from_command_line(rest)
-    # A schedule does not depend on how many data-parallel ranks repeat it: where dp is left open, one.
+    # The number of microbatches depends on dp; where it is left open, the schedule of dp 1 is drawn.
     config = require(config, config.parallel.pp * config.parallel.tp * max(config.parallel.dp, 1))
     parallel, training = config.parallel, config.training
     microbatches = training.global_batch_size // (training.micro_batch_size * parallel.dp)

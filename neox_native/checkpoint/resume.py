@@ -54,7 +54,14 @@ def find_start(
 
 def _named(setting: str, path: str, ranks: Ranks) -> Path:
     """The checkpoint that a setting names, or a `UserError` that says what is wrong with it."""
-    complaints = store.find_damage(Path(path), ranks)
+    folder = Path(path)
+    with ranks.together(f'{setting} = "{path}"'):
+        if not folder.is_dir():
+            raise UserError("there is no such folder; give the path of a checkpoint, such as runs/a/checkpoints/step_000001000.")
+        inside = files.finished(folder) or files.finished(folder / "checkpoints")
+        if inside:
+            raise UserError(f"this folder holds checkpoints and is none; the newest is {inside[0]}.")
+    complaints = store.find_damage(folder, ranks)
     if complaints:
         raise UserError(f'{setting} = "{path}" cannot be used: ' + "; ".join(complaints[: store.NAMES_SHOWN]) + ".")
     return Path(path)

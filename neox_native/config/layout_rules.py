@@ -40,7 +40,7 @@ def mesh_sentences(parallel: Parallel, world_size: int) -> Iterator[str]:
     if degree_left(parallel, world_size) is not None:
         return
     pp, dp, tp = parallel.pp, parallel.dp, parallel.tp
-    started = f"torchrun started {world_size}"
+    started = f"torchrun started {world_size}" if world_size > 1 else "this is 1 process, not started by torchrun"
     if dp == -1:
         yield (
             f"pp({pp}) * tp({tp}) = {pp * tp} does not divide the ranks: {started}; start a multiple of {pp * tp} "

@@ -97,6 +97,8 @@ def positions(config: Config) -> Iterator[str]:
     """Rotary embedding turns pairs of channels; a sinusoid has a sine and a cosine."""
     model = config.model
     rotary_dim = int(model.head_dim * model.rotary_pct)
+    if model.hidden_size % model.num_heads:
+        return  # `heads` speaks of it
     if model.pos_emb == "rotary" and (rotary_dim < 2 or rotary_dim % 2):
         even = max(2, rotary_dim - 1)
         share = f"{even / model.head_dim:.6g} turns {even}; " if even <= model.head_dim else ""

@@ -162,7 +162,7 @@ class Training:
     min_loss_scale: float = 1.0
     """fp16: smallest loss scale."""
     max_bad_steps: int = 20
-    """Steps in a row with a loss or gradient that is not finite (or a spike) after which the run ends; 0: never [steps]."""
+    """More steps in a row than this that are not finite, or spikes, end the run, its state saved; 0: never [steps]."""
     spike_threshold: float = 0.0
     """Skip the update of a loss this many standard deviations above the last ones; 0 skips none."""
     spike_window: int = 128
@@ -182,7 +182,7 @@ class Optimizer:
     eps: float = 1e-8
     """AdamW's term in the denominator."""
     weight_decay: float = 0.1
-    """Decoupled weight decay."""
+    """Weight decay: decoupled for AdamW (Loshchilov & Hutter 2019), added to the gradient for SGD."""
     momentum: float = 0.9
     """SGD's momentum."""
 
@@ -196,9 +196,9 @@ class LrSchedule:
     warmup_fraction: float = 0.01
     """Share of decay_steps in which the rate rises linearly from zero [fraction]."""
     decay_steps: int = 0
-    """Steps until min_lr is reached; 0 means training.steps [steps]."""
+    """Steps over which the schedule's shape extends; 0 means training.steps [steps]."""
     min_lr: float = 0.0
-    """Rate at the end of the decay and ever after."""
+    """Rate that cosine, linear and wsd end at and that no schedule falls below."""
     cooldown_fraction: float = 0.1
     """wsd: share of decay_steps in which the rate falls at the end [fraction]."""
 

@@ -104,9 +104,8 @@ def parse_sources(value: str | list[dict], setting: str) -> list[Source]:
     ]
     if missing:
         raise UserError(
-            f"data.{setting}: {', '.join(missing)} of {len(sources)} named: no such .idx file; give the common "
-            "prefix of an .idx and a "
-            ".bin file, without the ending, and make them with tools/prepare_data.py."
+            f"data.{setting} names {', '.join(missing)}, but there is no {', '.join(f'{prefix}.idx' for prefix in missing)}; "
+            "give the common prefix of an .idx and a .bin file, without the ending, and make them with tools/prepare_data.py."
         )
     return sources
 

@@ -205,7 +205,7 @@ def test_fine_tuning_takes_weights_once_and_then_goes_on_by_itself(tmp_path: Pat
     assert find_start(config, tmp_path / "tuned", ranks) == Start(base, weights_only=True)
     own = store.save(tmp_path / "tuned", 1, one_tensor(8.0), {}, ranks)
     assert find_start(config, tmp_path / "tuned", ranks) == Start(own, weights_only=False)
-    with pytest.raises(UserError, match="initialize_from .* is missing"):
+    with pytest.raises(UserError, match="initialize_from .* no such folder"):
         find_start(Checkpoint(initialize_from="nowhere"), tmp_path / "new", ranks)
 
 

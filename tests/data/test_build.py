@@ -194,7 +194,7 @@ def test_stored_rows_of_another_length_are_refused(tmp_path: Path) -> None:
 
 def test_missing_files_of_a_mixture_are_all_named(prefix: str) -> None:
     paths = [prefix, "no/such", prefix, "nor/this"]
-    with pytest.raises(UserError, match=r"data\.train: no/such, nor/this of 4 named: no such \.idx file"):
+    with pytest.raises(UserError, match=r"data\.train names no/such, nor/this, but there is no no/such\.idx, nor/this\.idx"):
         datasets([{"path": path, "weight": 1.0} for path in paths])  # type: ignore[arg-type]
 
 

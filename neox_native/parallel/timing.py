@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, 0.0
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -25,6 +26,8 @@ class Stopwatch:
             yield
             end.record()
             self.events.append((begin, end))
+            while self.events and self.events[0][1].query():  # what is over by now, without a wait
+                self._count(*self.events.popleft())
         else:
             start = time.perf_counter()
             yield
@@ -32,12 +35,14 @@ class Stopwatch:
 
     def read(self) -> float:
         """Seconds counted since the last call. On a GPU it waits for the last block: call it on logged steps."""
-        for begin, end in self.events:
-            end.synchronize()
-            self.seconds += begin.elapsed_time(end) / 1e3
+        while self.events:
+            self.events[-1][1].synchronize()
+            self._count(*self.events.popleft())
         seconds, self.seconds = self.seconds, 0.0
-        self.events.clear()
         return seconds
+
+    def _count(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        self.seconds += begin.elapsed_time(end) / 1e3
 
 
 class Timing:

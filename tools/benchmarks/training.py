@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ from neox_native.metrics.throughput import peak_memory_bytes
 from neox_native.model import initialize
 from neox_native.model.transformer import Transformer
 from neox_native.optim.groups import decays, optimizer_factory
+from neox_native.plan import costs
+from neox_native.plan.ledger import Ledger
 from neox_native.train.build import build_engine, build_model
 from neox_native.train.start import choose_determinism
 from neox_native.train.step import Losses, TrainStep
@@ -47,6 +50,10 @@ class Figures:
     step_seconds: list[float]
     peak_bytes: int
     loss: float
+    sent_bytes: int
+    """Sent by this rank in one more step, counted."""
+    predicted_bytes: int
+    """The closed form of that."""
 
 
 def our_step(config: Config) -> Callable[[StepBatch], torch.Tensor]:
@@ -115,7 +122,15 @@ def measure(config: Config, with_ddp: bool, steps: int) -> Figures:
         dist.barrier()
         seconds.append(time.perf_counter() - begin)
     dist.all_reduce(loss)
-    return Figures(seconds[WARMUP_STEPS:], peak_memory_bytes(CPU), loss.item() / config.parallel.tp)
+    peak_bytes, sent, predicted = peak_memory_bytes(CPU), 0, 0
+    if not with_ddp:
+        mesh_ranks = (config.parallel.pp, config.parallel.dp, config.parallel.tp)
+        pp_rank = dist.get_rank() // (mesh_ranks[1] * mesh_ranks[2])
+        predicted = sum(costs.traffic(config, pp_rank).values()) + costs.point_to_point_bytes(config, pp_rank)
+        with Ledger(defaultdict(lambda: "any")) as ledger:
+            step(next(iter(batches(config, 1))))
+        sent = ledger.totals.sent_bytes + sum(traffic.bytes for traffic in ledger.totals.traffic.values())
+    return Figures(seconds[WARMUP_STEPS:], peak_bytes, loss.item() / config.parallel.tp, sent, predicted)
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -177,9 +192,10 @@ def run(config_path: str = "configs/quickstart.toml", steps: int = 10, rounds: i
         for name, rounds in found.items()
     }
     reference = medians[DDP]
-    lines = ["| | tokens/s | x DDP | peak MB per rank | loss |", "|---|---|---|---|---|"]
+    lines = ["| | tokens/s | x DDP | peak MB per rank | MB sent per rank and step | closed form | loss |", "|---|---|---|---|---|---|---|"]
     for name, rounds in found.items():
         peak = max(rank.peak_bytes for ranks in rounds for rank in ranks) / 1e6
-        loss = rounds[0][0].loss
-        lines.append(f"| {name} | {tokens / medians[name]:,.0f} | {reference / medians[name]:.2f} | {peak:.0f} | {loss:.6f} |")
+        loss, sent, predicted = (max(getattr(rank, what) for rank in rounds[0]) for what in ("loss", "sent_bytes", "predicted_bytes"))
+        volume = "| |" if name == DDP else f"{sent / 1e6:.3f} | {predicted / 1e6:.3f} |"
+        lines.append(f"| {name} | {tokens / medians[name]:,.0f} | {reference / medians[name]:.2f} | {peak:.0f} | {volume} {loss:.6f} |")
     return "\n".join(lines)

@@ -1,7 +1,11 @@
-"""The collectives of ZeRO, on flat 1-D buffers: torch renamed two of them between 2.11 and 2.13.
+"""The collectives of ZeRO, on flat 1-D buffers. They start at once and return a handle.
 
-They start at once and return a handle. NCCL runs them on a stream of its own, beside the compute stream, and `wait`
-makes the compute stream wait, not the host; gloo runs them in a thread, and `wait` blocks.
+NCCL runs them on a stream of its own, beside the compute stream, and `wait` makes the compute stream wait, not the
+host. torch renamed two of them between 2.11 and 2.13.
+
+gloo's own all-gather goes through a copy of the matrix, and its reduce-scatter is an all-reduce of a copy and a slice.
+There, rows are exchanged directly between the memory of each pair of ranks: the volume of the textbook, and 0.2 to 0.5
+of the CPU time, measured on 2 ranks.
 """
 
 from __future__ import annotations
@@ -23,33 +27,22 @@ class Handle(Protocol):
         """Let what follows on the compute stream see the result."""
 
 
-class _SumOfRows:
-    """The second half of a reduce-scatter whose rows have been exchanged."""
-
-    def __init__(self, row: Tensor, rows_WS: Tensor, exchange: dist.Work):
-        self.row, self.rows_WS, self.exchange = row, rows_WS, exchange
-
-    def wait(self) -> None:
-        self.exchange.wait()
-        torch.sum(self.rows_WS, dim=0, out=self.row)
-
-
 def all_gather(matrix: Tensor, row: Tensor, group: dist.ProcessGroup) -> Handle:
     """Fill `matrix` [W * S] with the row [S] of every rank; `row` may be this rank's part of `matrix`."""
-    return _ALL_GATHER(matrix, row, group=group, async_op=True)
+    if dist.get_backend(group) != "gloo":
+        return _ALL_GATHER(matrix, row, group=group, async_op=True)
+    rows_WS = matrix.view(dist.get_world_size(group), -1)
+    mine = rows_WS[dist.get_rank(group)]
+    if mine.data_ptr() != row.data_ptr():
+        mine.copy_(row)
+    return _Exchange([row] * len(rows_WS), rows_WS, group)
 
 
 def reduce_scatter(row: Tensor, matrix: Tensor, group: dist.ProcessGroup) -> Handle:
-    """Sum the matrices [W * S] of all ranks and leave my row in `row` [S], which may be its part of `matrix`.
-
-    gloo's own is an all-reduce of a copy and a slice. Exchanging rows and adding them up moves half as many bytes.
-    """
+    """Sum the matrices [W * S] of all ranks and leave my row in `row` [S], which may be its part of `matrix`."""
     if dist.get_backend(group) != "gloo":
         return _REDUCE_SCATTER(row, matrix, op=dist.ReduceOp.SUM, group=group, async_op=True)
-    rows = torch.empty_like(matrix)
-    exchange = dist.all_to_all_single(rows, matrix, group=group, async_op=True)
-    assert exchange is not None
-    return _SumOfRows(row, rows.view(-1, row.numel()), exchange)
+    return _ExchangeAndSum(row, matrix.view(dist.get_world_size(group), -1), group)
 
 
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Handle:
@@ -57,3 +50,36 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Handle:
     work = dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group, async_op=True)
     assert work is not None
     return work
+
+
+class _Exchange:
+    """Send `outgoing[r]` to rank r and receive `incoming[r]` from it, for all others r."""
+
+    def __init__(self, outgoing: Tensor | list[Tensor], incoming: Tensor | dict[int, Tensor], group: dist.ProcessGroup):
+        world, rank = dist.get_world_size(group), dist.get_rank(group)
+        others = [(rank + distance) % world for distance in range(1, world)]
+        self.buffers = outgoing, incoming  # alive until `wait`
+        self.works = [dist.irecv(incoming[other], group=group, group_src=other) for other in others]
+        self.works += [dist.isend(outgoing[other], group=group, group_dst=other) for other in others]
+
+    def wait(self) -> None:
+        for work in self.works:
+            assert work is not None
+            work.wait()
+
+
+class _ExchangeAndSum(_Exchange):
+    """A reduce-scatter: everybody's version of my row comes here and is added up."""
+
+    def __init__(self, row: Tensor, rows_WS: Tensor, group: dist.ProcessGroup):
+        rank = dist.get_rank(group)
+        self.row, self.mine = row, rows_WS[rank]
+        self.received = {other: torch.empty_like(row) for other in range(len(rows_WS)) if other != rank}
+        super().__init__(rows_WS, self.received, group)
+
+    def wait(self) -> None:
+        super().wait()
+        first, *rest = self.received.values()
+        for version in rest:
+            first.add_(version)
+        torch.add(self.mine, first, out=self.row)  # last, for the row may be mine

@@ -27,7 +27,7 @@ from neox_native.zero import collectives
 from neox_native.zero.bucket import GradientBucket, Reducer
 from neox_native.zero.costs import Costs, unit_costs
 from neox_native.zero.gather import Gatherer, inside_backward
-from neox_native.zero.layout import ZeroStage, lay_out
+from neox_native.zero.layout import ZeroStage
 from neox_native.zero.state import as_dtensor, optimizer_state, state_mesh
 from neox_native.zero.unit import ParameterSpec, Unit, local_gradient
 from neox_native.zero.weights import Draw, UnitWeights

@@ -1,8 +1,12 @@
 """ZeRO beside what torch itself offers: tokens/s and peak memory of one training step, same model, batch and ranks.
 
-Every contender trains in fresh processes, so that memory is its own. All update with fused AdamW and none clips; ours
-computes the gradient norm all the same. On CPU the ranks are forked and meet over gloo; on a GPU one rank trains, which
-measures what sharding costs where there is nothing to shard.
+Every contender trains in fresh processes, so that memory is its own. None clips; ours computes the gradient norm all
+the same. The peers update with AdamW's foreach kernels, torch's default on a GPU; ours is fused, and so are two more
+contenders. On CPU the ranks are forked and meet over gloo; on a GPU one rank trains, which measures what sharding costs
+where there is nothing to shard.
+
+glibc keeps much of what is freed, and every contender looks as hungry as the hungriest. So memory is measured in a pass
+of its own, in which every large block goes back to the system at once; that costs time, which the other pass measures.
 """
 
 from __future__ import annotations
@@ -145,17 +149,22 @@ def parameter_groups(model: Transformer) -> list[dict[str, Any]]:
     ]
 
 
-def adamw_settings() -> dict[str, Any]:
-    """The settings that ours has."""
+def adamw_settings(fused: bool) -> dict[str, Any]:
+    """The settings that ours has; without `fused`, foreach kernels."""
     beta1, beta2 = SETTINGS.betas
-    settings = {"lr": SETTINGS.lr, "betas": (beta1, beta2), "eps": SETTINGS.eps}
-    return settings | {"weight_decay": SETTINGS.weight_decay, "fused": True}
+    kernels = {"fused": True} if fused else {"foreach": True}
+    return {
+        "lr": SETTINGS.lr,
+        "betas": (beta1, beta2),
+        "eps": SETTINGS.eps,
+        "weight_decay": SETTINGS.weight_decay,
+    } | kernels
 
 
-def ddp(work: Workload, _mesh: DeviceMesh, device: torch.device) -> Step:
+def ddp(fused: bool, work: Workload, _mesh: DeviceMesh, device: torch.device) -> Step:
     """DistributedDataParallel with AdamW on every rank."""
     model = plain_model(work, device)
-    optimizer = torch.optim.AdamW(parameter_groups(model), **adamw_settings())
+    optimizer = torch.optim.AdamW(parameter_groups(model), **adamw_settings(fused))
     return trained_by(DistributedDataParallel(model, gradient_as_bucket_view=True), optimizer)
 
 
@@ -164,26 +173,28 @@ def zero_redundancy(work: Workload, _mesh: DeviceMesh, device: torch.device) -> 
     model = plain_model(work, device)
     data_parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = ZeroRedundancyOptimizer(
-        parameter_groups(model), torch.optim.AdamW, parameters_as_bucket_view=True, **adamw_settings()
+        parameter_groups(model), torch.optim.AdamW, parameters_as_bucket_view=True, **adamw_settings(fused=False)
     )
     return trained_by(data_parallel, optimizer)
 
 
-def fsdp(reshard: bool, work: Workload, mesh: DeviceMesh, device: torch.device) -> Step:
+def fsdp(reshard: bool, fused: bool, work: Workload, mesh: DeviceMesh, device: torch.device) -> Step:
     """`fully_shard` on the same units as ours; with bf16, fp32 shards and bf16 compute."""
     model = plain_model(replace(work, dtype=torch.float32), device)
     policy = MixedPrecisionPolicy(param_dtype=work.dtype, reduce_dtype=torch.float32)
     options = {"mesh": mesh["dp"], "reshard_after_forward": reshard, "mp_policy": policy}
     for unit in (model.embed_in, *model.layers.values(), [model.final_layer_norm, model.embed_out], model):
         fully_shard(unit, **options)
-    return trained_by(model, torch.optim.AdamW(parameter_groups(model), **adamw_settings()))
+    return trained_by(model, torch.optim.AdamW(parameter_groups(model), **adamw_settings(fused)))
 
 
 CONTENDERS: dict[str, Callable[[Workload, DeviceMesh, torch.device], Step]] = {
-    "DistributedDataParallel": ddp,
+    "DistributedDataParallel": lambda *rest: ddp(False, *rest),
+    "DistributedDataParallel, fused": lambda *rest: ddp(True, *rest),
     "ZeroRedundancyOptimizer": zero_redundancy,
-    "fully_shard": lambda *rest: fsdp(True, *rest),
-    "fully_shard, not resharding": lambda *rest: fsdp(False, *rest),
+    "fully_shard": lambda *rest: fsdp(True, False, *rest),
+    "fully_shard, fused": lambda *rest: fsdp(True, True, *rest),
+    "fully_shard, not resharding": lambda *rest: fsdp(False, False, *rest),
     "stage 0": lambda *rest: ours(0, *rest),
     "stage 1": lambda *rest: ours(1, *rest),
     "stage 2": lambda *rest: ours(2, *rest),
@@ -235,12 +246,12 @@ def measure(name: str, work: Workload, world_size: int) -> Result:
     return Result(min(seconds[1:]), peak - before, steady - before, losses)
 
 
-def _rank_main(rank: int, name: str, work: Workload, world_size: int, folder: str, results: Any) -> None:
+def _rank_main(rank: int, name: str, work: Workload, world_size: int, folder: str, results: Any, frugal: bool) -> None:
     """The life of one rank: it sends its `Result`, or its traceback."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # peers use names that torch has renamed
-    # Otherwise glibc keeps freed memory for itself and every contender looks as hungry as the hungriest.
-    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD_OPTION, MMAP_THRESHOLD_BYTES)
+    if frugal:
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD_OPTION, MMAP_THRESHOLD_BYTES)
     try:
         backend = "cpu:gloo,cuda:nccl" if work.device_type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
@@ -251,8 +262,11 @@ def _rank_main(rank: int, name: str, work: Workload, world_size: int, folder: st
         results.put(traceback.format_exc())
 
 
-def contend(name: str, work: Workload, world_size: int) -> Result:
+def contend(name: str, work: Workload, world_size: int, frugal: bool) -> Result:
     """The slowest rank's time and the hungriest rank's memory.
+
+    Args:
+        frugal: give freed memory back to the system at once.
 
     Raises:
         RuntimeError: a rank failed; with its traceback.
@@ -260,7 +274,7 @@ def contend(name: str, work: Workload, world_size: int) -> Result:
     context = multiprocessing.get_context("fork" if work.device_type == "cpu" else "spawn")
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (name, work, world_size, folder, results)
+        arguments = (name, work, world_size, folder, results, frugal)
         processes = [
             context.Process(target=_rank_main, args=(rank, *arguments), daemon=True) for rank in range(world_size)
         ]
@@ -280,8 +294,8 @@ def contend(name: str, work: Workload, world_size: int) -> Result:
     )
 
 
-def run(device_type: str = "cpu", world_size: int = 2, rounds: int = 2, names: list[str] | None = None) -> str:
-    """Measure the contenders, in turn, `rounds` times; return a Markdown table of each one's best round.
+def run(device_type: str = "cpu", world_size: int = 2, rounds: int = 3, names: list[str] | None = None) -> str:
+    """Measure the contenders in turn, memory once and time `rounds` times; return a Markdown table of the best rounds.
 
     Args:
         device_type: "cpu", or "cuda" for one rank on one GPU.
@@ -289,25 +303,18 @@ def run(device_type: str = "cpu", world_size: int = 2, rounds: int = 2, names: l
     """
     work = GPU if device_type == "cuda" else CPU
     world_size = 1 if device_type == "cuda" else world_size
-    best: dict[str, Result] = {}
-    for _ in range(rounds):
-        for name in names or CONTENDERS:
-            result = contend(name, work, world_size)
-            if name not in best or result.seconds_per_step < best[name].seconds_per_step:
-                best[name] = result
-    lines = [
-        "| | tokens/s | x DDP | peak MiB | steady MiB | loss |",
-        "|---|---|---|---|---|---|",
-    ]
-    reference = best.get("DistributedDataParallel", next(iter(best.values()))).seconds_per_step
-    for name, result in best.items():
-        seconds = result.seconds_per_step
+    names = names or list(CONTENDERS)
+    memory = {name: contend(name, replace(work, steps=3), world_size, frugal=True) for name in names}
+    passes = [{name: contend(name, work, world_size, frugal=False) for name in names} for _ in range(rounds)]
+    seconds = {name: min(results[name].seconds_per_step for results in passes) for name in names}
+    lines = ["| | tokens/s | x first | peak MiB | steady MiB | loss |", "|---|---|---|---|---|---|"]
+    for name in names:
         figures = [
-            f"{world_size * work.tokens_per_step / seconds:,.0f}",
-            f"{reference / seconds:.2f}",
-            f"{result.peak_bytes / MIB:.0f}",
-            f"{result.steady_bytes / MIB:.0f}",
-            f"{result.losses[-1]:.5f}",
+            f"{world_size * work.tokens_per_step / seconds[name]:,.0f}",
+            f"{seconds[names[0]] / seconds[name]:.2f}",
+            f"{memory[name].peak_bytes / MIB:.0f}",
+            f"{memory[name].steady_bytes / MIB:.0f}",
+            f"{passes[0][name].losses[-1]:.5f}",
         ]
         lines.append(f"| {name} | {' | '.join(figures)} |")
     return "\n".join(lines)

@@ -93,7 +93,8 @@ def notices(config: Config, world_size: int, device_type: str) -> list[str]:
     if max(config.model.hidden_dropout, config.model.attention_dropout) > 0:
         found.append(
             "Dropout masks depend on the layout: with model.hidden_dropout or model.attention_dropout above 0, another "
-            "mesh trains another, equally random, run."
+            "mesh trains another, equally random, run; with tp and without sequence parallelism the heads of different ranks "
+            "drop the same attention weights."
         )
     return found
 

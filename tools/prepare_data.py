@@ -1,7 +1,6 @@
 """Prepares text for training, or joins prepared files.
 
-    python tools/prepare_data.py --input "pile/*.jsonl.zst" --tokenizer 20B_tokenizer.json --append-eod --workers 16
-    \\
+    python tools/prepare_data.py --input "pile/*.jsonl.zst" --tokenizer 20B_tokenizer.json --append-eod --workers 16 \\
         --output data/pile
     python tools/prepare_data.py --input dolly.jsonl --prompt "### Instruction: {instruction}\\n### Response: " \\
         --response-key response --tokenizer 20B_tokenizer.json --append-eod --output data/dolly

@@ -1,9 +1,9 @@
 """What did step N see? Answers from the config alone, without a GPU and without reading the corpus.
 
-    python tools/show_batch.py --config configs/quickstart.toml --step 7              the rows of the step
+    python tools/show_batch.py --config configs/quickstart.toml --step 7                  the rows of the step
     python tools/show_batch.py --config configs/quickstart.toml --step 7 --rank 1 --parallel.dp 2
-    python tools/show_batch.py --config configs/quickstart.toml --document 12         the steps and rows that see a
-    document python tools/show_batch.py --config configs/quickstart.toml --hash 1:20           the steps' batch_hash
+    python tools/show_batch.py --config configs/quickstart.toml --document 12             the steps and rows that see it
+    python tools/show_batch.py --config configs/quickstart.toml --hash 1:20               the steps' batch_hash
 
 Steps count from 1, as in metrics.jsonl, whose `batch_hash` is the one shown here. `--json` prints one object a line.
 Any setting of the config may be overridden as in train.py.

@@ -11,6 +11,7 @@ from neox_native.config.schema import Config, Parallel
 from neox_native.plan.shares import (
     ELEMENT_BYTES,
     activation_bytes,
+    elements_of,
     num_microbatches,
     rows_of,
     share_of,
@@ -62,20 +63,17 @@ def block_bytes(config: Config) -> int:
 def resident(config: Config, pp_rank: int) -> dict[str, int]:
     """What a rank holds between steps. See `zero.layout.ZeroStage`."""
     stage, e = zero_stage_of(config.parallel), ELEMENT_BYTES[config.training.precision]
-    layouts = rows_of(config, pp_rank)
-    rows = sum(layout.size for layout in layouts)
-    owned = sum(layout.local_elements(0) for layout in layouts)
-    padded = sum(layout.world * slot.width for layout in layouts for slot in layout.slots)
+    elements = elements_of(config, pp_rank)
     has_master = e < FP32_BYTES or stage == 3
-    masters = FP32_BYTES * rows if has_master else 0
+    masters = FP32_BYTES * elements.rows if has_master else 0
     parallel = config.parallel
     share, waiting = share_of(config, pp_rank), num_microbatches(config) * stream_bytes(config)
     last = parallel.pp * parallel.virtual_stages - 1
     receives = sum((number > 0) + (number < last) for number in share.stages) if parallel.pp > 1 else 0
     return {
-        "parameters": e * padded if stage < 3 else (e * rows if e < FP32_BYTES else 0),
-        "gradients": FP32_BYTES * (rows if stage >= 2 else sum(layout.world * layout.size for layout in layouts)),
-        "optimizer_state": masters + MOMENTS[config.optimizer.name] * FP32_BYTES * owned,
+        "parameters": e * elements.padded if stage < 3 else (e * elements.rows if e < FP32_BYTES else 0),
+        "gradients": FP32_BYTES * (elements.rows if stage >= 2 else elements.matrices),
+        "optimizer_state": masters + MOMENTS[config.optimizer.name] * FP32_BYTES * elements.owned,
         "activations": 0,
         # torch's stages have a buffer for each microbatch that they will receive.
         "communication": receives * waiting,
@@ -114,8 +112,10 @@ def _sharded(config: Config, present: int, gathered: int, reduced: int) -> dict[
 
 def _elements(config: Config, pp_rank: int) -> tuple[int, int, int]:
     """Elements of the matrices of a rank's first unit, of a block and of its last unit."""
-    sizes = [layout.world * layout.size for layout in rows_of(config, pp_rank)]
-    return sizes[0], sizes[1 if share_of(config, pp_rank).first else 0], sizes[-1]
+    layouts = rows_of(config, pp_rank)
+    places = (0, 1 if share_of(config, pp_rank).first else 0, -1)
+    first, block, last = (layouts[place].world * layouts[place].size for place in places)
+    return first, block, last
 
 
 def _block_backward(config: Config, pp_rank: int) -> dict[str, int]:
@@ -198,6 +198,6 @@ def _embedding_backward(config: Config, pp_rank: int) -> dict[str, int]:
 def _gather(config: Config, pp_rank: int) -> dict[str, int]:
     """Two units' parameters on their way, before the first microbatch has left activations."""
     stage, e = zero_stage_of(config.parallel), ELEMENT_BYTES[config.training.precision]
-    sizes = [e * layout.world * layout.size for layout in rows_of(config, pp_rank)]
-    two = max((one + other for one, other in zip(sizes, sizes[1:])), default=sizes[0])
-    return {"communication": two, "parameters": max(sizes) if stage == 3 else 0} if stage else {}
+    first, block, last = _elements(config, pp_rank)
+    largest = max(first, block, last)
+    return {"communication": e * (largest + block), "parameters": e * largest if stage == 3 else 0} if stage else {}

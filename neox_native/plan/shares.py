@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 from neox_native.config.schema import Config, Model, Parallel
 from neox_native.parallel.stages import stage_layers, stages_of_rank
@@ -22,9 +23,9 @@ Shapes = dict[str, tuple[int, ...]]
 class Share:
     """What one pipeline rank has of the model."""
 
-    stages: list[int]
-    layers: list[int]
-    """Layers of each of its stages."""
+    stages: tuple[int, ...]
+    layers: tuple[int, ...]
+    """Number of layers of each of its stages."""
     first: bool
     """Whether it has the embedding."""
     last: bool
@@ -39,10 +40,16 @@ class Share:
 def share_of(config: Config, pp_rank: int) -> Share:
     """The share of pipeline rank `pp_rank`. See [Note: stages]."""
     parallel = config.parallel
-    num_stages = parallel.pp * parallel.virtual_stages
-    stages = stages_of_rank(pp_rank, parallel.pp, parallel.virtual_stages, parallel.pipeline_schedule)
-    counts = [len(layers) for layers in stage_layers(config.model, num_stages, parallel.stage_layers)]
-    return Share(stages, [counts[stage] for stage in stages], 0 in stages, num_stages - 1 in stages)
+    cut = parallel.pp, parallel.virtual_stages, parallel.pipeline_schedule
+    return _share(config.model, *cut, tuple(parallel.stage_layers), pp_rank)
+
+
+@cache  # a search asks for few shares very often
+def _share(model: Model, pp: int, virtual_stages: int, schedule: str, explicit: tuple[int, ...], pp_rank: int) -> Share:
+    num_stages = pp * virtual_stages
+    stages = tuple(stages_of_rank(pp_rank, pp, virtual_stages, schedule))
+    counts = [len(layers) for layers in stage_layers(model, num_stages, explicit)]
+    return Share(stages, tuple(counts[stage] for stage in stages), 0 in stages, num_stages - 1 in stages)
 
 
 def num_microbatches(config: Config) -> int:
@@ -89,7 +96,11 @@ def block_shapes(model: Model, tp: int) -> Shapes:
 
 def unit_shapes(config: Config, pp_rank: int) -> list[Shapes]:
     """Parameters of each of a rank's units: embedding, blocks, head with its norm."""
-    model, tp, share = config.model, config.parallel.tp, share_of(config, pp_rank)
+    return _unit_shapes(config.model, config.parallel.tp, share_of(config, pp_rank))
+
+
+@cache
+def _unit_shapes(model: Model, tp: int, share: Share) -> list[Shapes]:
     matrix = (model.padded_vocab_size // tp, model.hidden_size)
     units: list[Shapes] = [block_shapes(model, tp)] * share.num_layers
     if share.first:
@@ -103,11 +114,6 @@ def unit_shapes(config: Config, pp_rank: int) -> list[Shapes]:
     return units
 
 
-def parameters_of_rank(config: Config, pp_rank: int) -> int:
-    """Elements of the parameters of a rank's part of the model, before ZeRO shards them."""
-    return sum(math.prod(shape) for unit in unit_shapes(config, pp_rank) for shape in unit.values())
-
-
 def zero_stage_of(parallel: Parallel) -> int:
     """The ZeRO stage, 0 where there is one data-parallel rank."""
     return parallel.zero_stage if parallel.dp > 1 else 0
@@ -116,4 +122,44 @@ def zero_stage_of(parallel: Parallel) -> int:
 def rows_of(config: Config, pp_rank: int) -> list[Layout]:
     """The matrix of each of a rank's units. See [Note: rows and units]."""
     world = config.parallel.dp if zero_stage_of(config.parallel) else 1
-    return [lay_out(list(unit.values()), world) for unit in unit_shapes(config, pp_rank)]
+    return _rows(config.model, config.parallel.tp, share_of(config, pp_rank), world)
+
+
+@cache
+def _rows(model: Model, tp: int, share: Share, world: int) -> list[Layout]:
+    return [lay_out(list(unit.values()), world) for unit in _unit_shapes(model, tp, share)]
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Sums over a rank's units, in elements."""
+
+    parameters: int
+    """As the code reads them, ZeRO left out of account."""
+    padded: int
+    """Whole parameters with chunks filled up."""
+    rows: int
+    """This rank's rows, padding between slots included."""
+    matrices: int
+    """All rows."""
+    owned: int
+    """Of the first data-parallel rank, without padding."""
+
+
+def elements_of(config: Config, pp_rank: int) -> Elements:
+    """The sums of a rank."""
+    world = config.parallel.dp if zero_stage_of(config.parallel) else 1
+    return _elements(config.model, config.parallel.tp, share_of(config, pp_rank), world)
+
+
+@cache
+def _elements(model: Model, tp: int, share: Share, world: int) -> Elements:
+    layouts = _rows(model, tp, share, world)
+    slots = [slot for layout in layouts for slot in layout.slots]
+    return Elements(
+        parameters=sum(slot.num_elements for slot in slots),
+        padded=sum(world * slot.width for slot in slots),
+        rows=sum(layout.size for layout in layouts),
+        matrices=sum(world * layout.size for layout in layouts),
+        owned=sum(math.prod(slot.local_shape(0)) for slot in slots),
+    )

@@ -36,6 +36,7 @@ from neox_native.train.step import TrainStep
 from neox_native.zero.optimizer import ShardedOptimizer
 from neox_native.zero.unit import local
 
+GIB = 2**30
 CPU = torch.device("cpu")
 IN_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble", "looped_bfs", "zbv")
 
@@ -65,6 +66,10 @@ class RankReport:
     """Of every matrix product and attention that ran."""
     bubble_fraction: float
     """Idle time of the pipeline over its compute time."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
 
 
 def dry_run(config: Config, rank: int, world_size: int, exact: bool = False) -> RankReport:
@@ -98,6 +103,24 @@ def distinct_ranks(config: Config, world_size: int) -> list[int]:
     """One rank of the first pipeline stage, of the second, which of those in the middle holds most, and of the last."""
     parallel = require(config, world_size).parallel
     return [stage * parallel.dp * parallel.tp for stage in sorted({0, min(1, parallel.pp - 1), parallel.pp - 1})]
+
+
+def text(reports: list[RankReport]) -> str:
+    """Reports for people, and which rank needs most."""
+    blocks = []
+    for report in reports:
+        place = " ".join(f"{axis} {number}" for axis, number in report.coordinates.items())
+        lines = [f"rank {report.rank} ({place}): {report.parameters:,} parameters"]
+        lines.append(f"  peak memory         {report.peak_bytes / GIB:.2f} GiB, at the {report.peak_at}")
+        lines += [f"    {kind:17} {size / GIB:.2f} GiB" for kind, size in report.bytes_by_kind.items()]
+        for axis, sent in report.communication.items():
+            lines.append(f"  sent over {axis:9} {sent['bytes'] / GIB:.2f} GiB in {sent['collectives']} collectives a step")
+        lines.append(f"  sent to neighbours  {report.point_to_point_bytes / GIB:.2f} GiB a step")
+        lines.append(f"  FLOPs of a step     {report.model_flops:.3e} of the model, {report.hardware_flops:.3e} executed")
+        lines.append(f"  pipeline bubble     {report.bubble_fraction:.1%} of compute")
+        blocks.append("\n".join(lines))
+    worst = max(reports, key=lambda report: report.peak_bytes)
+    return "\n\n".join(blocks) + f"\n\nworst: rank {worst.rank} with {worst.peak_bytes / GIB:.2f} GiB"
 
 
 def _enough(config: Config) -> tuple[int, int]:

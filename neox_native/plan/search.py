@@ -1,0 +1,199 @@
+"""Which layout: enumerate, drop what cannot work or does not fit, predict the rest, and say why each loser lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from neox_native.config.check import problems
+from neox_native.config.schema import Config
+from neox_native.errors import UserError
+from neox_native.plan.memory import memory
+from neox_native.plan.speed import Machine, StepTime, step_time
+
+MEMORY_SHARE = 0.80
+"""Predictions below this share of the memory never ran out in 454 published runs."""
+MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+SCHEDULES = (
+    ("1f1b", 1),
+    ("gpipe", 1),
+    ("interleaved_1f1b", 2),
+    ("interleaved_1f1b", 4),
+    ("looped_bfs", 2),
+    ("interleaved_zero_bubble", 2),
+    ("zbv", 2),
+)
+"""Schedule and virtual stages."""
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout that can work."""
+
+    config: Config
+    peak_bytes: int
+    """Of the rank that needs most."""
+    time: StepTime | None
+    """None where it does not fit."""
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second and GPU; 0 where it does not fit."""
+        return self.time.tokens_per_second_per_gpu if self.time else 0.0
+
+    @property
+    def layout(self) -> str:
+        """The layout in words."""
+        parallel, training = self.config.parallel, self.config.training
+        words = [f"pp {parallel.pp} dp {parallel.dp} tp {parallel.tp}"]
+        words += ["sp"] if parallel.sequence_parallel else []
+        words += [f"zero {parallel.zero_stage}", f"micro {training.micro_batch_size}"]
+        if parallel.pp > 1:
+            words.append(parallel.pipeline_schedule + (f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""))
+        return " ".join(words) + (" recompute" if training.activation_checkpointing == "full" else "")
+
+
+def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
+    """Every layout of `gpus` devices that passes the config's own rules. Tensor parallelism stays inside a node."""
+    degrees = [number for number in range(1, gpus + 1) if gpus % number == 0]
+    tps = [degree for degree in degrees if gpus_per_node % degree == 0]
+    for pp, tp in itertools.product(degrees, tps):
+        if gpus % (pp * tp) == 0 and pp <= config.model.num_layers:
+            for choice in _choices(pp, gpus // (pp * tp), tp):
+                changed = _changed(config, pp, gpus // (pp * tp), tp, *choice)
+                if not problems(changed, gpus):
+                    yield changed
+
+
+def _choices(pp: int, dp: int, tp: int) -> Iterator[tuple[bool, int, int, tuple[str, int], str]]:
+    """Sequence parallelism, ZeRO stage, microbatch, schedule and recomputation that make a difference on a mesh."""
+    sequence = (False, True) if tp > 1 else (False,)
+    stages = (0, 1, 2, 3) if dp > 1 else (0,)
+    schedules = SCHEDULES if pp > 1 else SCHEDULES[:1]
+    return itertools.product(sequence, stages, MICRO_BATCH_SIZES, schedules, ("none", "full"))
+
+
+def _changed(
+    config: Config, pp: int, dp: int, tp: int, sequence: bool, zero: int, micro: int, schedule: tuple[str, int], recompute: str
+) -> Config:
+    name, virtual = schedule
+    parallel = dataclasses.replace(
+        config.parallel,
+        pp=pp,
+        dp=dp,
+        tp=tp,
+        sequence_parallel=sequence,
+        zero_stage=zero,
+        pipeline_schedule=name,
+        virtual_stages=virtual,
+        stage_layers=[],
+    )
+    training = dataclasses.replace(config.training, micro_batch_size=micro, activation_checkpointing=recompute)
+    return dataclasses.replace(config, parallel=parallel, training=training)
+
+
+def peak_bytes(config: Config) -> int:
+    """Most memory on any rank: the first has most microbatches in flight, the second no embedding, the last the logits."""
+    last = config.parallel.pp - 1
+    return max(sum(memory(config, rank).values()) for rank in {0, min(1, last), last})
+
+
+def search(config: Config, gpus: int, machine: Machine) -> list[Candidate]:
+    """All layouts that can work, the fastest first, those that do not fit at the end, the nearest first.
+
+    Raises:
+        UserError: none fits; the message says what the nearest lacks.
+    """
+    limit = MEMORY_SHARE * machine.gpu.memory_bytes
+    found = []
+    for layout in layouts(config, gpus, machine.gpus_per_node):
+        peak = peak_bytes(layout)
+        found.append(Candidate(layout, peak, step_time(layout, machine) if peak <= limit else None))
+    if not found:
+        raise UserError(
+            f"no layout of {gpus} GPUs divides the model and training.global_batch_size = {config.training.global_batch_size}; "
+            "change --gpus or the batch size."
+        )
+    found.sort(key=lambda candidate: (-candidate.speed, candidate.peak_bytes))
+    if found[0].time is None:
+        nearest = found[0]
+        raise UserError(
+            f"nothing fits on {gpus} {machine.gpu.name}: the nearest, {nearest.layout}, needs {nearest.peak_bytes / GB:.1f} GB per GPU, "
+            f"{(nearest.peak_bytes - limit) / GB:.1f} GB more than {MEMORY_SHARE:.0%} of {machine.gpu.memory_bytes / GB:.1f} GB; "
+            "take more GPUs, one with more memory, or a smaller model.seq_length."
+        )
+    return found
+
+
+def table(candidates: list[Candidate]) -> str:
+    """The layouts as a table."""
+    header = ("layout", "memory", "tokens/s/GPU", "MFU", "bubble", "exposed communication")
+    rows = [header]
+    for candidate in candidates:
+        time = candidate.time
+        assert time is not None
+        rows.append(
+            (
+                candidate.layout,
+                f"{candidate.peak_bytes / GB:.1f} GB",
+                f"{time.tokens_per_second_per_gpu:,.0f}",
+                f"{time.mfu:.1%}",
+                f"{time.bubble_fraction:.1%}",
+                f"{time.exposed / time.seconds:.1%} of the step",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+CHOICES: dict[str, Callable[[Config], object]] = {
+    "pp": lambda config: config.parallel.pp,
+    "tp": lambda config: config.parallel.tp,
+    "zero": lambda config: config.parallel.zero_stage,
+    "sequence parallelism": lambda config: config.parallel.sequence_parallel if config.parallel.tp > 1 else None,
+    "micro batch": lambda config: config.training.micro_batch_size,
+    "schedule": lambda config: (
+        f"{config.parallel.pipeline_schedule} x{config.parallel.virtual_stages}" if config.parallel.pp > 1 else None
+    ),
+    "activation checkpointing": lambda config: config.training.activation_checkpointing,
+}
+
+
+def reasons(candidates: list[Candidate], machine: Machine) -> list[str]:
+    """One sentence for each value of each choice that the best layout does not have."""
+    best, sentences = candidates[0], []
+    for name, choice in CHOICES.items():
+        for value in sorted({choice(candidate.config) for candidate in candidates} - {None, choice(best.config)}, key=str):
+            rivals = [candidate for candidate in candidates if choice(candidate.config) == value]
+            sentences.append(f"{name} {value}: {_why(rivals[0], best, machine)}")
+    return sentences
+
+
+def _why(rival: Candidate, best: Candidate, machine: Machine) -> str:
+    """Why the fastest layout with some choice loses, or the nearest that does not fit."""
+    if rival.time is None or best.time is None:
+        over = rival.peak_bytes - MEMORY_SHARE * machine.gpu.memory_bytes
+        return f"never fits; the nearest, {rival.layout}, is {over / GB:.1f} GB over."
+    slower = 1.0 - rival.speed / best.speed
+    mean = [sum(time.forward + time.backward) / len(time.forward) for time in (rival.time, best.time)]
+    microbatches = [c.config.training.global_batch_size / c.config.training.micro_batch_size / c.config.parallel.dp for c in (rival, best)]
+    parts = {
+        "more exposed tensor-parallel traffic": rival.time.tensor_parallel - best.time.tensor_parallel,
+        "more exposed traffic over dp": rival.time.data_parallel - best.time.data_parallel,
+        "more sends between stages": rival.time.pipeline - best.time.pipeline,
+        "a larger bubble": _idle(rival.time, mean[0] * microbatches[0]) - _idle(best.time, mean[1] * microbatches[1]),
+        "a longer update": rival.time.update - best.time.update,
+    }
+    rest = rival.time.seconds - best.time.seconds - sum(parts.values())
+    parts["more computation (recomputation, smaller matrix products, uneven stages)"] = rest
+    reason = max(parts, key=lambda part: parts[part])
+    if slower < 0.005:
+        return f"as fast to half a percent ({rival.layout})."
+    return f"{slower:.1%} slower at its best, {rival.layout}: {reason}."
+
+
+def _idle(time: StepTime, compute: float) -> float:
+    return time.bubble_fraction * compute

@@ -1,0 +1,243 @@
+"""How long a step takes: a roofline over matrix products, memory traffic and links. Pure arithmetic, [Note: letters].
+
+[Note: roofline] A stage's time per microbatch is the sum of its matrix products and its attention at their share of the
+peak, of its elementwise kernels at the memory's speed, and of its tensor-parallel collectives, which nothing overlaps.
+The pipeline adds its bubble; the traffic over dp hides behind the passes it can run beside; the update reads and writes
+the optimizer's state once. A block is never faster than its kernels can be launched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from neox_native.config.schema import Config
+from neox_native.model.flops import model_flops_per_token
+from neox_native.plan import costs
+from neox_native.plan.hardware import Gpu
+from neox_native.plan.shares import (
+    ELEMENT_BYTES,
+    activation_bytes,
+    elements_of,
+    num_microbatches,
+    rows_of,
+    share_of,
+    stream_bytes,
+    zero_stage_of,
+)
+from neox_native.zero.layout import FP32_BYTES
+
+
+@dataclass(frozen=True)
+class Software:
+    """What kernels a training code has."""
+
+    fused: bool
+    """Elementwise operations run together: compiled blocks, or kernels written by hand."""
+    overlaps_tensor_parallel: bool = False
+    """Tensor-parallel collectives run beside matrix products."""
+    launch_seconds: float = 0.25e-3
+    """Host time to launch one block's forward pass."""
+    slowdown: float = 1.0
+    """Compute time over the roofline's: what synchronises, copies and waits, from a calibration row of `published.toml`."""
+
+    @property
+    def word(self) -> str:
+        """For people."""
+        return "with compiled blocks" if self.fused else "that runs eagerly (compile.enabled = false)"
+
+
+EAGER = Software(fused=False)
+COMPILED = Software(fused=True, launch_seconds=0.1e-3)
+NEOX = Software(fused=False, slowdown=1.20)
+OVERLAPPED = Software(fused=True, overlaps_tensor_parallel=True, launch_seconds=0.1e-3)
+DTENSOR_SECONDS = 0.5e-3
+"""More host time per block's forward pass with tensor parallelism: some 50 DTensor operations of 10 microseconds each."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step and what they are spent on."""
+
+    seconds: float
+    forward: list[float]
+    """Per microbatch, by pipeline rank; tensor-parallel collectives included."""
+    backward: list[float]
+    """The same, recomputation included."""
+    tensor_parallel: float
+    """Exposed tensor-parallel collectives of the slowest rank in the step."""
+    data_parallel: float
+    """Exposed traffic over dp."""
+    pipeline: float
+    """Exposed sends between stages."""
+    bubble_fraction: float
+    update: float
+    tokens_per_second_per_gpu: float
+    mfu: float
+
+    @property
+    def exposed(self) -> float:
+        """Communication that nothing hides."""
+        return self.tensor_parallel + self.data_parallel + self.pipeline
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A cluster of equal nodes and the code that runs on it."""
+
+    gpu: Gpu
+    gpus_per_node: int = 8
+    software: Software = EAGER
+
+    def ring_bytes_per_second(self, ranks: int, stride: int) -> float:
+        """Of a collective among `ranks` devices that lie `stride` apart. Inside a node its links; across nodes the network
+        cards of the ranks that one node has, together."""
+        inside = max(1, min(ranks, self.gpus_per_node // stride))
+        links = self.gpu.node_bytes_per_second
+        if inside < ranks:
+            links = min(links, inside * self.gpu.network_bytes_per_second)
+        return links * self.gpu.link_efficiency
+
+    def seconds_of_memory(self, num_bytes: float) -> float:
+        """Reading or writing so many bytes."""
+        return num_bytes / (self.gpu.memory_bytes_per_second * self.gpu.memory_efficiency)
+
+    def seconds_of_matmul(self, rows: float, inner: float, columns: float, element_bytes: int) -> float:
+        """One product [rows, inner] x [inner, columns]: small ones are bound by memory, which is their efficiency's loss."""
+        flops = 2.0 * rows * inner * columns
+        moved = element_bytes * (rows * inner + inner * columns + rows * columns)
+        return flops / (self.gpu.peak_flops_per_second * self.gpu.matmul_efficiency) + self.seconds_of_memory(moved)
+
+
+def step_time(config: Config, machine: Machine) -> StepTime:
+    """Time of a step of a resolved config."""
+    parallel, m = config.parallel, num_microbatches(config)
+    ranks = [_passes(config, machine, rank) for rank in range(parallel.pp)]
+    forward, backward = [f for f, _, _ in ranks], [b for _, b, _ in ranks]
+    sends = [_sends(config, machine, rank) for rank in range(parallel.pp)]
+    slowest = max(range(parallel.pp), key=lambda rank: forward[rank] + backward[rank] + sends[rank])
+    bubble = costs.bubble_fraction(parallel, m)
+    mean = sum(forward + backward) / parallel.pp
+    compute = m * (forward[slowest] + backward[slowest] + sends[slowest]) + bubble * m * mean
+    exposed = max(_exposed_data_parallel(config, machine, rank, forward[rank], backward[rank]) for rank in range(parallel.pp))
+    update = max(_update(config, machine, rank) for rank in range(parallel.pp))
+    seconds = compute + exposed + update
+    tokens = config.training.global_batch_size * config.model.seq_length / (parallel.pp * parallel.dp * parallel.tp)
+    flops = model_flops_per_token(config.model) * tokens
+    return StepTime(
+        seconds=seconds,
+        forward=forward,
+        backward=backward,
+        tensor_parallel=m * ranks[slowest][2],
+        data_parallel=exposed,
+        pipeline=m * sends[slowest],
+        bubble_fraction=bubble,
+        update=update,
+        tokens_per_second_per_gpu=tokens / seconds,
+        mfu=flops / seconds / machine.gpu.peak_flops_per_second,
+    )
+
+
+def _passes(config: Config, machine: Machine, pp_rank: int) -> tuple[float, float, float]:
+    """Forward and backward time of a rank's stages per microbatch, and the collectives within."""
+    share, full = share_of(config, pp_rank), config.training.activation_checkpointing == "full"
+    products, kernels = _block_products(config, machine), _block_kernels(config, machine)
+    attention = _attention(config, machine)
+    launch = machine.software.launch_seconds + (DTENSOR_SECONDS if config.parallel.tp > 1 and not machine.software.fused else 0)
+    forward = max(products + attention + kernels, launch)
+    backward = max(2 * products + 2.5 * attention + 2 * kernels, 1.5 * launch) + (forward if full else 0.0)
+    head = _head(config, machine) if share.last else 0.0
+    sent = costs.tensor_parallel_bytes(config, pp_rank) / num_microbatches(config)
+    calls = share.num_layers * (6 if full else 4) * (1 if config.model.parallel_residual else 2)
+    collectives = 0.0
+    if config.parallel.tp > 1:
+        collectives = sent / machine.ring_bytes_per_second(config.parallel.tp, 1) + calls * machine.gpu.collective_seconds
+        collectives *= 0.3 if machine.software.overlaps_tensor_parallel else 1.0
+    forward_share, slowdown = 1 / 3 if full else 1 / 2, machine.software.slowdown
+    return (
+        slowdown * (share.num_layers * forward + head / 3) + collectives * forward_share,
+        slowdown * (share.num_layers * backward + 2 * head / 3) + collectives * (1 - forward_share),
+        collectives,
+    )
+
+
+def _tokens(config: Config) -> int:
+    return config.training.micro_batch_size * config.model.seq_length
+
+
+def _block_products(config: Config, machine: Machine) -> float:
+    """A block's projections, forward."""
+    model, t, e, rows = config.model, config.parallel.tp, ELEMENT_BYTES[config.training.precision], _tokens(config)
+    h, ffn = model.hidden_size, model.ffn_size / t
+    qkv = (model.num_heads + 2 * model.kv_heads) * model.head_dim / t
+    shapes = [(h, qkv), (h / t, h), (ffn, h)] + [(h, ffn)] * (2 if model.gated else 1)
+    return sum(machine.seconds_of_matmul(rows, inner, columns, e) for inner, columns in shapes)
+
+
+def _attention(config: Config, machine: Machine) -> float:
+    """Two products of T / 2 keys on average per query, forward."""
+    model = config.model
+    flops = 2 * _tokens(config) * model.seq_length * model.hidden_size / config.parallel.tp
+    return flops / (machine.gpu.peak_flops_per_second * machine.gpu.attention_efficiency)
+
+
+def _block_kernels(config: Config, machine: Machine) -> float:
+    """Elementwise kernels of a block's forward pass, in reads and writes of an activation: norm, affine parts, sums and
+    biases of the residual stream; and, divided by t, turning queries and keys, and the activation function."""
+    model, gate = config.model, 1.5 if config.model.gated else 1.0
+    wide = 2 * gate * model.ffn_size / model.hidden_size
+    residual, cut = (7.0, 4.0 + wide) if machine.software.fused else (16.0, 14.0 + wide)
+    steps = 1.0 if model.parallel_residual else 1.3
+    passes = steps * residual * (stream_bytes(config) + activation_bytes(config)) / 2
+    return machine.seconds_of_memory(passes + cut * activation_bytes(config) / config.parallel.tp)
+
+
+def _head(config: Config, machine: Machine) -> float:
+    """Final norm, head and loss, forward and backward."""
+    model, t = config.model, config.parallel.tp
+    columns, e = model.padded_vocab_size / t, ELEMENT_BYTES[config.training.precision]
+    product = machine.seconds_of_matmul(_tokens(config), model.hidden_size, columns, e)
+    passes = 16.0 if machine.software.fused else 40.0  # bytes read and written per logit
+    return 3 * product + machine.seconds_of_memory(passes * _tokens(config) * columns)
+
+
+def _sends(config: Config, machine: Machine, pp_rank: int) -> float:
+    """Sends to neighbouring stages per microbatch, none hidden."""
+    parallel = config.parallel
+    if parallel.pp == 1:
+        return 0.0
+    stride = parallel.dp * parallel.tp
+    inside = stride * parallel.pp <= machine.gpus_per_node
+    link = machine.gpu.node_bytes_per_second if inside else machine.gpu.network_bytes_per_second
+    sent = costs.point_to_point_bytes(config, pp_rank) / num_microbatches(config)
+    return sent / (link * machine.gpu.link_efficiency) + 2 * parallel.virtual_stages * machine.gpu.collective_seconds
+
+
+def _exposed_data_parallel(config: Config, machine: Machine, pp_rank: int, forward: float, backward: float) -> float:
+    """Traffic over dp beyond what it runs beside: reductions beside the last backward pass (stages 2 and 3: every one), but
+    for the last unit's; gathers beside the first forward pass (stage 3: both passes of every microbatch)."""
+    parallel, m = config.parallel, num_microbatches(config)
+    if parallel.dp == 1:
+        return 0.0
+    stage, e = zero_stage_of(parallel), ELEMENT_BYTES[config.training.precision]
+    layouts, matrices = rows_of(config, pp_rank), elements_of(config, pp_rank).matrices
+    speed = machine.ring_bytes_per_second(parallel.dp, parallel.tp)
+    start, ring = len(layouts) * machine.gpu.collective_seconds, (parallel.dp - 1) / parallel.dp
+    reduce = (2 if stage == 0 else 1) * FP32_BYTES * matrices * ring / speed + start
+    gather = e * matrices * ring / speed + start
+    tail = FP32_BYTES * layouts[0].world * layouts[0].size * ring / speed
+    if stage == 0:
+        return max(reduce - backward, tail)
+    if stage == 1:
+        return max(reduce - backward, tail) + max(gather - forward, 0.0)
+    if stage == 2:
+        return m * max(reduce - backward, tail) + max(gather - forward, 0.0)
+    return m * (max(reduce + gather - backward, tail) + max(gather - forward, 0.0))
+
+
+def _update(config: Config, machine: Machine, pp_rank: int) -> float:
+    """The optimizer reads and writes master and two moments in fp32 and reads the gradient; and in every microbatch gradients
+    are added up in fp32."""
+    e = ELEMENT_BYTES[config.training.precision]
+    elements = elements_of(config, pp_rank)
+    added = num_microbatches(config) * (2 * FP32_BYTES + 2 * e) * elements.parameters
+    return machine.seconds_of_memory(7 * FP32_BYTES * elements.rows + 2 * e * elements.parameters + added)

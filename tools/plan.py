@@ -1,0 +1,125 @@
+"""Will it fit, how fast, which layout? Nothing here needs the GPUs that it speaks of.
+
+    python tools/plan.py dry-run --config configs/20b.toml --world-size 64 [--rank R] [--json]
+    python tools/plan.py search --config configs/20b.toml --gpus 64 --gpu H100 [--top 5] [--write best.toml]
+    python tools/plan.py calibrate --config configs/pythia/1b.toml --like H100 --write machine.toml
+    python tools/plan.py validate
+
+Settings follow as for train.py: --parallel.tp 4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from neox_native.config.check import require
+from neox_native.config.load import dump, load
+from neox_native.errors import UserError, report_user_errors
+from neox_native.plan import published
+from neox_native.plan.hardware import find_gpu
+from neox_native.plan.search import reasons, search, table
+from neox_native.plan.speed import COMPILED, EAGER, Machine
+
+
+def dry_run(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Run one rank, or the distinct ones, and print what they need."""
+    from neox_native.train import dryrun
+
+    config = load(options.config, overrides)
+    if options.rank is not None and not 0 <= options.rank < options.world_size:
+        raise UserError(f"--rank {options.rank} is none of the ranks 0 to {options.world_size - 1} of --world-size.")
+    ranks = dryrun.distinct_ranks(config, options.world_size) if options.rank is None else [options.rank]
+    reports = [dryrun.dry_run(config, rank, options.world_size) for rank in ranks]
+    if options.json:
+        for report in reports:
+            print(json.dumps(report.as_dict()))
+    else:
+        print(dryrun.text(reports))
+
+
+def search_layouts(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Print the best layouts and why the others lost; write the best."""
+    config = load(options.config, overrides)
+    hardware = Path(options.hardware) if options.hardware else None
+    software = COMPILED if config.compile.enabled else EAGER
+    machine = Machine(find_gpu(options.gpu, hardware), options.gpus_per_node, software)
+    candidates = search(config, options.gpus, machine)
+    fitting = sum(candidate.time is not None for candidate in candidates)
+    print(f"{len(candidates)} layouts can work on {options.gpus} {machine.gpu.name}, {fitting} fit; predicted for code {software.word}:\n")
+    print(table([candidate for candidate in candidates[: options.top] if candidate.time is not None]))
+    print("\nWhat lost, and why:\n" + "\n".join(reasons(candidates, machine)))
+    if options.write:
+        Path(options.write).write_text(dump(require(candidates[0].config, options.gpus)), encoding="utf-8")
+        print(f"\nWrote {options.write}.")
+
+
+def calibrate(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Measure this machine and write a hardware file; under torchrun its links, too."""
+    import torch.distributed as dist
+
+    from neox_native.mesh import Launch, pick_device, start_process_group
+    from neox_native.metrics.throughput import device_name
+    from neox_native.plan.calibrate import calibrate as measure
+    from neox_native.plan.calibrate import to_toml
+
+    config, launch = load(options.config, overrides), Launch.from_environment()
+    device = pick_device(config.run.device, launch)
+    if launch.world_size > 1:
+        start_process_group(device, launch)
+    gpu = measure(config, device, find_gpu(options.like), device_name(device))
+    if launch.rank == 0:
+        Path(options.write).write_text(to_toml(gpu), encoding="utf-8")
+        print(f"{to_toml(gpu)}\nWrote {options.write}; use it with --hardware {options.write} --gpu {gpu.name!r}.")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def validate(_options: argparse.Namespace, _overrides: list[str]) -> None:
+    """Print the time model's predictions beside published throughput."""
+    print(published.table(published.comparisons()))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(required=True)
+
+    dry = commands.add_parser("dry-run", help=dry_run.__doc__)
+    dry.add_argument("--config", required=True)
+    dry.add_argument("--world-size", type=int, required=True)
+    dry.add_argument("--rank", type=int)
+    dry.add_argument("--json", action="store_true")
+    dry.set_defaults(run=dry_run)
+
+    find = commands.add_parser("search", help=search_layouts.__doc__)
+    find.add_argument("--config", required=True)
+    find.add_argument("--gpus", type=int, required=True)
+    find.add_argument("--gpu", required=True)
+    find.add_argument("--gpus-per-node", type=int, default=8)
+    find.add_argument("--hardware", help="a file that calibrate wrote")
+    find.add_argument("--top", type=int, default=5)
+    find.add_argument("--write", help="write the best layout's config here")
+    find.set_defaults(run=search_layouts)
+
+    measure = commands.add_parser("calibrate", help=calibrate.__doc__)
+    measure.add_argument("--config", required=True, help="whose shapes to measure")
+    measure.add_argument("--like", required=True, help="known device that gives the peak and what cannot be measured")
+    measure.add_argument("--write", required=True)
+    measure.set_defaults(run=calibrate)
+
+    commands.add_parser("validate", help=validate.__doc__).set_defaults(run=validate)
+    return top
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    options, overrides = parser().parse_known_args(arguments)
+    options.run(options, overrides)
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main(sys.argv[1:])

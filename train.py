@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 train.py --config configs/quickstart.toml --parallel.tp 2
 
-`python train.py --help` lists every setting.
+`python train.py --help` lists every setting. `python train.py --config FILE --dry-run` trains nothing: it says what each
+rank of the config's mesh would need and send.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ from neox_native.errors import report_user_errors
 from neox_native.mesh import Launch, pick_device, start_process_group
 from neox_native.metrics.health import enable_flight_recorder
 from neox_native.train.build import build_model
+from neox_native.train.dryrun import report_of
 from neox_native.train.loop import Trainer
 from neox_native.train.start import after_restart, flight_recorder_folder, lay_out_ranks, open_data
+
+DRY_RUN = "--dry-run"
 
 
 def main(arguments: list[str]) -> None:
     """Train as the command line says."""
     launch = Launch.from_environment()
+    if DRY_RUN in arguments:
+        settings = [word for word in arguments if word != DRY_RUN]
+        return print(report_of(from_command_line(settings), launch.world_size))
     config = require(from_command_line(arguments), launch.world_size)
     device = pick_device(config.run.device, launch)
     if device.type == "cuda":

@@ -2,6 +2,9 @@
 
     python tools/show_schedule.py --config configs/20b.toml --format text
     python tools/show_schedule.py --config configs/20b.toml --format svg > schedule.svg
+    python tools/show_schedule.py --config configs/20b.toml --format svg --gpu H100 > to_scale.svg
+
+With --gpu the times are those that the planner predicts on that device, stage by stage.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from neox_native.config.check import require
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
 from neox_native.errors import UserError, report_user_errors
-from neox_native.parallel.timeline import Timeline, timeline
+from neox_native.parallel.timeline import Timeline, lay_out, order_of, timeline
+from neox_native.plan.hardware import find_gpu
+from neox_native.plan.speed import COMPILED, EAGER, Machine, stage_passes
 
 COLOURS = {"F": "#7aa6da", "B": "#8fc98b", "I": "#f0c674", "W": "#c397d8", "idle": "#eeeeee"}
 NAMES = {"F": "forward", "B": "backward", "I": "input backward", "W": "weight backward", "idle": "idle"}
@@ -34,7 +39,18 @@ def text(drawn: Timeline, unit: float) -> str:
     return "\n".join(lines)
 
 
-def svg(drawn: Timeline, caption: str) -> str:
+def to_scale(config: Config, gpu: str, gpus_per_node: int, microbatches: int) -> tuple[Timeline, float]:
+    """The schedule in predicted seconds, and a forward pass of the fastest stage."""
+    parallel, software = config.parallel, COMPILED if config.compile.enabled else EAGER
+    stages = stage_passes(config, Machine(find_gpu(gpu), gpus_per_node, software))
+    order = order_of(parallel.pipeline_schedule, parallel.pp, parallel.virtual_stages, microbatches)
+    first = stages[0]
+    durations = {"F": first.forward, "B": first.backward, "I": first.backward / 2, "W": first.backward / 2}
+    costs = [(stage.forward + stage.backward) / (first.forward + first.backward) for stage in stages]
+    return lay_out(order, durations, costs), min(stage.forward for stage in stages)
+
+
+def svg(drawn: Timeline, caption: str, unit: str) -> str:
     """The same as a picture: colour by kind, microbatch numbers inside, later stages of a rank darker."""
     scale, height, left, top = 1000 / drawn.duration, 28, 60, 50
     width, bottom = left + 1010, top + height * len(drawn.ranks)
@@ -60,7 +76,7 @@ def svg(drawn: Timeline, caption: str) -> str:
                 + (f'<text x="{x + length / 2:.2f}" y="{y + 18}" text-anchor="middle">{span.action.microbatch}</text>' if length > 9 else "")
                 + "</g>"
             )
-    parts.append(f'<text x="{left}" y="{bottom + 20}">time; a forward pass of a rank\'s layers is 1, a backward pass 2</text></svg>')
+    parts.append(f'<text x="{left}" y="{bottom + 20}">{escape(unit)}</text></svg>')
     return "\n".join(parts)
 
 
@@ -78,6 +94,8 @@ def main(arguments: list[str]) -> None:
     """Print the drawing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", default="text", help="text or svg; all other arguments are train.py's")
+    parser.add_argument("--gpu", help="draw to scale with the times predicted on this device, such as H100")
+    parser.add_argument("--gpus-per-node", type=int, default=8)
     options, rest = parser.parse_known_args(arguments)
     if options.format not in ("text", "svg"):
         raise UserError(f'--format {options.format} is not known; give "text" or "svg".')
@@ -86,12 +104,17 @@ def main(arguments: list[str]) -> None:
     config = require(config, config.parallel.pp * config.parallel.tp * max(config.parallel.dp, 1))
     parallel, training = config.parallel, config.training
     microbatches = training.global_batch_size // (training.micro_batch_size * parallel.dp)
-    drawn = timeline(parallel.pipeline_schedule, parallel.pp, parallel.virtual_stages, microbatches)
-    if options.format == "svg":
-        print(svg(drawn, caption(config, drawn, microbatches)))
+    if options.gpu:
+        drawn, unit = to_scale(config, options.gpu, options.gpus_per_node, microbatches)
+        note = f"predicted on {options.gpu}: {drawn.duration * 1e3:,.0f} ms, the update left out"
     else:
-        print(text(drawn, unit=1 / parallel.virtual_stages))
-        print(caption(config, drawn, microbatches))
+        drawn = timeline(parallel.pipeline_schedule, parallel.pp, parallel.virtual_stages, microbatches)
+        unit, note = 1 / parallel.virtual_stages, "time; a forward pass of a rank's layers is 1, a backward pass 2"
+    if options.format == "svg":
+        print(svg(drawn, caption(config, drawn, microbatches), note))
+    else:
+        print(text(drawn, unit))
+        print(caption(config, drawn, microbatches) + (f"\n{note}" if options.gpu else ""))
 
 
 if __name__ == "__main__":

@@ -143,13 +143,15 @@ def lay_out(
     return Timeline(ranks)
 
 
-def timeline(schedule: str, pp: int, virtual_stages: int, num_microbatches: int) -> Timeline:
-    """The schedule of a run in units of one stage's forward pass; without a pipeline, one rank that never waits.
-
-    A forward pass takes 1 / virtual_stages, because each of a rank's stages is that much smaller.
-    """
+def order_of(schedule: str, pp: int, virtual_stages: int, num_microbatches: int) -> list[list[Action]]:
+    """Every rank's actions in order; without a pipeline, one rank that never waits."""
     if pp == 1:
-        order = [[Action(0, kind, m) for m in range(num_microbatches) for kind in "FB"]]
-    else:
-        order = torch_order(schedule, pp, virtual_stages, num_microbatches)
+        return [[Action(0, kind, m) for m in range(num_microbatches) for kind in "FB"]]
+    return torch_order(schedule, pp, virtual_stages, num_microbatches)
+
+
+def timeline(schedule: str, pp: int, virtual_stages: int, num_microbatches: int) -> Timeline:
+    """The schedule of a run in units of one stage's forward pass, which takes 1 / virtual_stages, because each of a rank's
+    stages is that much smaller."""
+    order = order_of(schedule, pp, virtual_stages, num_microbatches)
     return lay_out(order, {kind: time / virtual_stages for kind, time in DURATIONS.items()})

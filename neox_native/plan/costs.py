@@ -32,21 +32,25 @@ def ring(num_bytes: int, ranks: int, passes: int = 1) -> int:
     return passes * num_bytes * (ranks - 1) // ranks
 
 
-def tensor_parallel_bytes(config: Config, pp_rank: int) -> int:
-    """Sent over the tp axis in a step.
+def passes_of_block(config: Config) -> int:
+    """How many times one block sends an activation around the tp ring for one microbatch.
 
-    Per block and residual step, forward and backward together: 2 all-reduces of an activation (Shoeybi et al. 2019 §3),
-    or with sequence parallelism 2 all-gathers and 2 reduce-scatters, the same volume (Korthikanti et al. 2022 §4.2.2);
-    the parallel residual is one step, the sequential two. Recomputation repeats the forward's, but for the reduction
-    that ends the block. The ends of the model take one all-reduce each, the loss three of [b, T] in fp32.
+    Per residual step, forward and backward together: 2 all-reduces (Shoeybi et al. 2019 §3), or with sequence parallelism 2
+    all-gathers and 2 reduce-scatters, the same volume (Korthikanti et al. 2022 §4.2.2); the parallel residual is one step,
+    the sequential two. Recomputation repeats the forward's, but for the reduction that ends the block.
     """
-    model, training, parallel = config.model, config.training, config.parallel
-    share, sharded = share_of(config, pp_rank), int(parallel.sequence_parallel)
-    steps = 1 if model.parallel_residual else 2
-    repeated = 2 * (steps - 1) + sharded if training.activation_checkpointing == "full" else 0
-    passes = share.num_layers * (4 * steps + repeated) + 2 * share.first + 2 * share.last
+    steps = 1 if config.model.parallel_residual else 2
+    again = 2 * (steps - 1) + config.parallel.sequence_parallel
+    return 4 * steps + (again if config.training.activation_checkpointing == "full" else 0)
+
+
+def tensor_parallel_bytes(config: Config, pp_rank: int) -> int:
+    """Sent over the tp axis in a step: by every block, by each end of the model one all-reduce, by the loss three of [b, T]
+    in fp32; and once a step the gradients that are partial."""
+    model, training, parallel, share = config.model, config.training, config.parallel, share_of(config, pp_rank)
+    passes = share.num_layers * passes_of_block(config) + 2 * share.first + 2 * share.last
     if share.first and model.pos_emb in ("learned", "sinusoidal"):
-        passes += sharded  # reduced whole, cut afterwards
+        passes += parallel.sequence_parallel  # reduced whole, cut afterwards
     scores = 3 * ring(training.micro_batch_size * model.seq_length * FP32_BYTES, parallel.tp, 2) * share.last
     per_microbatch = passes * ring(activation_bytes(config), parallel.tp) + scores
     return num_microbatches(config) * per_microbatch + ring(_partial_bytes(config, pp_rank), parallel.tp, 2)

@@ -8,6 +8,7 @@ the optimizer's state once. A block is never faster than its kernels can be laun
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from neox_native.config.schema import Config
@@ -50,6 +51,8 @@ EAGER = Software(fused=False)
 COMPILED = Software(fused=True, launch_seconds=0.1e-3)
 NEOX = Software(fused=False, slowdown=1.20)
 OVERLAPPED = Software(fused=True, overlaps_tensor_parallel=True, launch_seconds=0.1e-3)
+EXPOSED_WITH_OVERLAP = 0.3
+"""Share of tensor-parallel collectives that stays exposed where they run beside pieces of the matrix products."""
 DTENSOR_SECONDS = 0.5e-3
 """More host time per block's forward pass with tensor parallelism: some 50 DTensor operations of 10 microseconds each."""
 
@@ -111,8 +114,9 @@ class Machine:
 def step_time(config: Config, machine: Machine) -> StepTime:
     """Time of a step of a resolved config."""
     parallel, m = config.parallel, num_microbatches(config)
-    ranks = [_passes(config, machine, rank) for rank in range(parallel.pp)]
-    forward, backward = [f for f, _, _ in ranks], [b for _, b, _ in ranks]
+    stages = stage_passes(config, machine)
+    ranks = [sum((stages[stage] for stage in share_of(config, rank).stages), Passes(0.0, 0.0, 0.0)) for rank in range(parallel.pp)]
+    forward, backward = [passes.forward for passes in ranks], [passes.backward for passes in ranks]
     sends = [_sends(config, machine, rank) for rank in range(parallel.pp)]
     slowest = max(range(parallel.pp), key=lambda rank: forward[rank] + backward[rank] + sends[rank])
     bubble = costs.bubble_fraction(parallel, m)
@@ -127,7 +131,7 @@ def step_time(config: Config, machine: Machine) -> StepTime:
         seconds=seconds,
         forward=forward,
         backward=backward,
-        tensor_parallel=m * ranks[slowest][2],
+        tensor_parallel=m * ranks[slowest].collectives,
         data_parallel=exposed,
         pipeline=m * sends[slowest],
         bubble_fraction=bubble,
@@ -137,34 +141,60 @@ def step_time(config: Config, machine: Machine) -> StepTime:
     )
 
 
-def _passes(config: Config, machine: Machine, pp_rank: int) -> tuple[float, float, float]:
-    """Forward and backward time of a rank's stages per microbatch, and the collectives within."""
-    share, full = share_of(config, pp_rank), config.training.activation_checkpointing == "full"
-    products, kernels = _block_products(config, machine), _block_kernels(config, machine)
-    attention = _attention(config, machine)
-    launch = machine.software.launch_seconds + (DTENSOR_SECONDS if config.parallel.tp > 1 and not machine.software.fused else 0)
-    forward = max(products + attention + kernels, launch)
-    backward = max(2 * products + 2.5 * attention + 2 * kernels, 1.5 * launch) + (forward if full else 0.0)
-    head = _head(config, machine) if share.last else 0.0
-    sent = costs.tensor_parallel_bytes(config, pp_rank) / num_microbatches(config)
-    calls = share.num_layers * (6 if full else 4) * (1 if config.model.parallel_residual else 2)
+@dataclass(frozen=True)
+class Passes:
+    """Seconds of one microbatch."""
+
+    forward: float
+    backward: float
+    """Recomputation included."""
+    collectives: float
+    """Exposed tensor-parallel collectives, which both include."""
+
+    def __add__(self, other: Passes) -> Passes:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other))
+        return Passes(*(mine + theirs for mine, theirs in pairs))
+
+    def __mul__(self, times: int) -> Passes:
+        return Passes(*(value * times for value in dataclasses.astuple(self)))
+
+
+def stage_passes(config: Config, machine: Machine) -> list[Passes]:
+    """Of each stage of the pipeline, first to last."""
+    parallel, block = config.parallel, _block(config, machine)
+    stages: dict[int, Passes] = {}
+    for rank in range(parallel.pp):
+        share = share_of(config, rank)
+        for stage, layers in zip(share.stages, share.layers):
+            stages[stage] = block * layers
+    last = parallel.pp * parallel.virtual_stages - 1
+    head = machine.software.slowdown * _head(config, machine)
+    stages[last] += Passes(head / 3, 2 * head / 3, 0.0)
+    return [stages[stage] for stage in range(last + 1)]
+
+
+def _block(config: Config, machine: Machine) -> Passes:
+    """One block."""
+    full, t, software = config.training.activation_checkpointing == "full", config.parallel.tp, machine.software
+    products, attention, kernels = _products(config, machine), _attention(config, machine), _kernels(config, machine)
+    launch = software.launch_seconds + (DTENSOR_SECONDS if t > 1 and not software.fused else 0.0)
+    forward = software.slowdown * max(products + attention + kernels, launch)
+    backward = software.slowdown * max(2 * products + 2.5 * attention + 2 * kernels, 1.5 * launch)
     collectives = 0.0
-    if config.parallel.tp > 1:
-        collectives = sent / machine.ring_bytes_per_second(config.parallel.tp, 1) + calls * machine.gpu.collective_seconds
-        collectives *= 0.3 if machine.software.overlaps_tensor_parallel else 1.0
-    forward_share, slowdown = 1 / 3 if full else 1 / 2, machine.software.slowdown
-    return (
-        slowdown * (share.num_layers * forward + head / 3) + collectives * forward_share,
-        slowdown * (share.num_layers * backward + 2 * head / 3) + collectives * (1 - forward_share),
-        collectives,
-    )
+    if t > 1:
+        sent = costs.passes_of_block(config) * costs.ring(activation_bytes(config), t)
+        calls = costs.passes_of_block(config) / (1 if config.parallel.sequence_parallel else 2)
+        collectives = sent / machine.ring_bytes_per_second(t, 1) + calls * machine.gpu.collective_seconds
+        collectives *= EXPOSED_WITH_OVERLAP if software.overlaps_tensor_parallel else 1.0
+    early = collectives / (3 if full else 2)
+    return Passes(forward + early, backward + (forward if full else 0.0) + collectives - early, collectives)
 
 
 def _tokens(config: Config) -> int:
     return config.training.micro_batch_size * config.model.seq_length
 
 
-def _block_products(config: Config, machine: Machine) -> float:
+def _products(config: Config, machine: Machine) -> float:
     """A block's projections, forward."""
     model, t, e, rows = config.model, config.parallel.tp, ELEMENT_BYTES[config.training.precision], _tokens(config)
     h, ffn = model.hidden_size, model.ffn_size / t
@@ -180,7 +210,7 @@ def _attention(config: Config, machine: Machine) -> float:
     return flops / (machine.gpu.peak_flops_per_second * machine.gpu.attention_efficiency)
 
 
-def _block_kernels(config: Config, machine: Machine) -> float:
+def _kernels(config: Config, machine: Machine) -> float:
     """Elementwise kernels of a block's forward pass, in reads and writes of an activation: norm, affine parts, sums and
     biases of the residual stream; and, divided by t, turning queries and keys, and the activation function."""
     model, gate = config.model, 1.5 if config.model.gated else 1.0

@@ -105,6 +105,13 @@ def distinct_ranks(config: Config, world_size: int) -> list[int]:
     return [stage * parallel.dp * parallel.tp for stage in sorted({0, min(1, parallel.pp - 1), parallel.pp - 1})]
 
 
+def report_of(config: Config, started: int) -> str:
+    """The distinct ranks of a config's own mesh, for people; where dp is left open, of as many ranks as were started."""
+    parallel = config.parallel
+    world_size = parallel.pp * parallel.dp * parallel.tp if parallel.dp > 0 else started
+    return text([dry_run(config, rank, world_size) for rank in distinct_ranks(config, world_size)])
+
+
 def text(reports: list[RankReport]) -> str:
     """Reports for people, and which rank needs most."""
     blocks = []

@@ -48,16 +48,16 @@ def run(
     prompt_tokens: int = 128,
     new_tokens: int = 64,
     batch_sizes: tuple[int, ...] = (1, 8),
-    rounds: int = 3,
+    rounds: int = 7,
 ) -> str:
-    """Measure in one run, alternating; returns a markdown table of medians over `rounds`.
+    """Measure in one run, alternating; returns a markdown table of medians over `rounds`, speed-ups round by round.
 
     Greedy, each answer `new_tokens` long; a second counts from the prompt to the last token. Weights are drawn as for
     training, since speed does not depend on them; both implementations read the same Hugging Face folder.
 
     Args:
         dtype: "fp32", "bf16" or "fp16"; "" takes bf16 on a GPU and fp32 on a CPU.
-        rounds: repetitions after one that is not counted.
+        rounds: repetitions after one that is not counted; without a cache, once.
     """
     device = pick_device("auto", Launch(0, 0, 1))
     dtype = dtype or ("bf16" if device.type == "cuda" else "fp32")
@@ -67,17 +67,30 @@ def run(
             folder = Path(name) / "model"
             shapes = parameter_shapes(model)
             write_folder(folder, model, shapes, lambda n: initialize.draw(n, shapes[n], model, 0), Ranks(), DTYPES[dtype])
-            contenders = {**ours(folder, dtype, device), **hugging_face(folder, dtype, device)}
-        lines = [
-            f"| tokens/s, {prompt_tokens} + {new_tokens} tokens, {dtype} | " + " | ".join(f"batch {b}" for b in batch_sizes) + " |",
-            "|---|" + "---|" * len(batch_sizes),
-        ]
-        speeds = [measure(contenders, model, size, prompt_tokens, new_tokens, rounds, device) for size in batch_sizes]
-        lines += [f"| {name} | " + " | ".join(f"{speed[name]:,.1f}" for speed in speeds) + " |" for name in contenders]
-        for name in list(contenders)[1:]:
-            lines.append(f"| speed-up over {name} | " + " | ".join(f"{s['ours'] / s[name]:.2f} x" for s in speeds) + " |")
+            cached = {"ours": ours(folder, dtype, device, True), **hugging_face(folder, dtype, device)}
+            uncached = {"ours without a cache": ours(folder, dtype, device, False)}
+        columns = []
+        for size in batch_sizes:
+            prompts = draw_prompts(model, size, prompt_tokens)
+            columns.append(measure(cached, prompts, new_tokens, rounds) | measure(uncached, prompts, new_tokens, 1))
     finally:
         dist.destroy_process_group()
+    return table(columns, batch_sizes, f"tokens/s, {prompt_tokens} + {new_tokens} tokens, {dtype}", new_tokens)
+
+
+def table(columns: list[dict[str, list[float]]], batch_sizes: tuple[int, ...], title: str, new_tokens: int) -> str:
+    """Tokens per second, all rows together, and speed-ups; each the median of its rounds.
+
+    Args:
+        columns: for each batch size, seconds of every round by contender.
+    """
+    lines = [f"| {title} | " + " | ".join(f"batch {size}" for size in batch_sizes) + " |", "|---|" + "---|" * len(columns)]
+    for name in columns[0]:
+        medians = [statistics.median(column[name]) for column in columns]
+        lines.append(f"| {name} | " + " | ".join(f"{b * new_tokens / m:,.1f}" for b, m in zip(batch_sizes, medians)) + " |")
+    for name in list(columns[0])[1:]:
+        ratios = [statistics.median(t / o for t, o in zip(column[name], column["ours"])) for column in columns]
+        lines.append(f"| speed-up over {name} | " + " | ".join(f"{ratio:.2f} x" for ratio in ratios) + " |")
     return "\n".join(lines)
 
 
@@ -85,20 +98,22 @@ Contender = Callable[[list[list[int]], int], list[list[int]]]
 """Prompts and a number of tokens -> the new tokens of each."""
 
 
-def ours(folder: Path, dtype: str, device: torch.device) -> dict[str, Contender]:
-    """Our generator with and without its cache."""
+def draw_prompts(model: Model, batch_size: int, length: int) -> list[list[int]]:
+    """Random prompts of `length` tokens."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.vocab_size, (batch_size, length), generator=generator).tolist()
+
+
+def ours(folder: Path, dtype: str, device: torch.device, use_cache: bool) -> Contender:
+    """Our generator."""
     runner = Runner(load_model(folder, inference_mesh(1, 1, 1, device), dtype, device))
+    generator = Generator(runner, NoText(runner.model.vocab_size), use_cache)
 
-    def contender(use_cache: bool) -> Contender:
-        generator = Generator(runner, NoText(runner.model.vocab_size), use_cache)
+    def answer(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        rows = generator.continue_tokens(prompts, limits=Limits(new_tokens, ignore_end=True))
+        return [row.new_tokens for row in rows]
 
-        def answer(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-            rows = generator.continue_tokens(prompts, limits=Limits(new_tokens, ignore_end=True))
-            return [row.new_tokens for row in rows]
-
-        return answer
-
-    return {"ours": contender(True), "ours without a cache": contender(False)}
+    return answer
 
 
 def hugging_face(folder: Path, dtype: str, device: torch.device) -> dict[str, Contender]:
@@ -125,17 +140,9 @@ def hugging_face(folder: Path, dtype: str, device: torch.device) -> dict[str, Co
 
 
 def measure(
-    contenders: dict[str, Contender],
-    model: Model,
-    batch_size: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    rounds: int,
-    device: torch.device,
-) -> dict[str, float]:
-    """Tokens per second of each contender, all rows together; the contenders take turns."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(model.vocab_size, (batch_size, prompt_tokens), generator=generator).tolist()
+    contenders: dict[str, Contender], prompts: list[list[int]], new_tokens: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each contender in every round; they take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, answer in contenders.items():
@@ -144,4 +151,4 @@ def measure(
             if number:
                 seconds[name].append(time.perf_counter() - start)
             assert all(len(tokens) == new_tokens for tokens in found), name
-    return {name: batch_size * new_tokens / statistics.median(times) for name, times in seconds.items()}
+    return seconds

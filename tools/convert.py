@@ -102,16 +102,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         added.set_defaults(function=function)
         added.add_argument("source", metavar=source, type=Path)
         added.add_argument("out", metavar="OUT", type=Path, help="a new folder")
-        added.add_argument("--tokenizer", default="", help='"byte", a tokenizer.json or "tiktoken:NAME", where it is not known')
+        added.add_argument(
+            "--tokenizer", default="", help='"byte", a tokenizer.json or "tiktoken:NAME", where it is not known'
+        )
         return added
 
     export = command("to-hf", to_hf, "CHECKPOINT")
-    export.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the written weights (default: fp32, exact)")
+    export.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="type of the written weights (default: fp32, exact)"
+    )
     export.add_argument("--shard-gb", type=float, default=2.0, help="largest file, which bounds memory [GB]")
     command("from-hf", from_hf, "FOLDER")
     neox = command("from-neox", from_neox, "FOLDER")
     neox.add_argument("--config", help="our config file whose [model] section describes the checkpoint")
-    neox.add_argument("--vocab-size", type=int, default=0, help="ids of the tokenizer; the padding above is cut [tokens]")
+    neox.add_argument(
+        "--vocab-size", type=int, default=0, help="ids of the tokenizer; the padding above is cut [tokens]"
+    )
     return parser.parse_args(arguments)
 
 

@@ -41,12 +41,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", help="prefix of .idx and .bin files")
     what.add_argument("--text", type=Path, help="a text file, read as one document")
-    what.add_argument("--tasks", help="a .jsonl file of questions, or names of lm-evaluation-harness's tasks with commas between")
-    parser.add_argument("--stride", type=int, default=0, help="tokens that a window predicts; 0: the whole context, no overlap")
+    what.add_argument(
+        "--tasks", help="a .jsonl file of questions, or names of lm-evaluation-harness's tasks with commas between"
+    )
+    parser.add_argument(
+        "--stride", type=int, default=0, help="tokens that a window predicts; 0: the whole context, no overlap"
+    )
     parser.add_argument("--documents", type=int, default=0, help="read the first so many documents of --data; 0: all")
     parser.add_argument("--include-path", help="a folder with more tasks for lm-evaluation-harness")
     parser.add_argument("--limit", type=int, help="questions of each task of lm-evaluation-harness")
-    parser.add_argument("--num-fewshot", type=int, help="examples before each question of lm-evaluation-harness's tasks")
+    parser.add_argument(
+        "--num-fewshot", type=int, help="examples before each question of lm-evaluation-harness's tasks"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(arguments)
 
@@ -81,7 +87,9 @@ def perplexity(options: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     stride = options.stride or scorer.context
     if options.text:
         return measure(scorer, [text_document(options.text, tokenizer)], stride, tokenizer).report()
-    return measure(scorer, documents(options.data, options.documents, loaded.model.vocab_size), stride, tokenizer).report()
+    return measure(
+        scorer, documents(options.data, options.documents, loaded.model.vocab_size), stride, tokenizer
+    ).report()
 
 
 def tasks(options: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:

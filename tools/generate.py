@@ -1,8 +1,8 @@
 """Generate text from a checkpoint, on one process or on a tensor- and pipeline-parallel mesh.
 
-    python tools/generate.py --checkpoint runs/quickstart --prompt "def main("
-    torchrun --standalone --nproc-per-node 2 tools/generate.py --checkpoint runs/quickstart --prompts prompts.txt --json
-    python tools/generate.py --checkpoint pythia-70m --temperature 0.8 --top-p 0.95        # asks for prompts
+python tools/generate.py --checkpoint runs/quickstart --prompt "def main("
+torchrun --standalone --nproc-per-node 2 tools/generate.py --checkpoint runs/quickstart --prompts prompts.txt --json
+python tools/generate.py --checkpoint pythia-70m --temperature 0.8 --top-p 0.95        # asks for prompts
 """
 
 from __future__ import annotations
@@ -34,18 +34,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     text.add_argument("--prompts", type=Path, help='a file: one prompt per line, or .jsonl with {"prompt": ...}')
     how = parser.add_argument_group("generation")
     how.add_argument("--max-new-tokens", type=int, default=LIMITS.max_new_tokens)
-    how.add_argument("--temperature", type=float, default=DEFAULTS.temperature, help="0 (default): the most probable token")
+    how.add_argument(
+        "--temperature", type=float, default=DEFAULTS.temperature, help="0 (default): the most probable token"
+    )
     how.add_argument("--top-k", type=int, default=DEFAULTS.top_k, help="draw among the k most probable tokens; 0: all")
-    how.add_argument("--top-p", type=float, default=DEFAULTS.top_p, help="draw among the tokens that reach this probability")
+    how.add_argument(
+        "--top-p", type=float, default=DEFAULTS.top_p, help="draw among the tokens that reach this probability"
+    )
     how.add_argument("--repetition-penalty", type=float, default=DEFAULTS.repetition_penalty, help="1 (default): none")
-    how.add_argument("--stop", action="append", default=[], help="a string that ends an answer; may be given several times")
+    how.add_argument(
+        "--stop", action="append", default=[], help="a string that ends an answer; may be given several times"
+    )
     how.add_argument("--seed", type=int, default=DEFAULTS.seed)
     how.add_argument("--samples", type=int, default=LIMITS.samples, help="answers to each prompt")
     how.add_argument("--ignore-end", action="store_true", help="go on after the end of a document")
     how.add_argument("--no-cache", action="store_true", help="compute every position anew for every token")
     shown = parser.add_argument_group("output")
     shown.add_argument("--json", action="store_true", help="one JSON object per answer")
-    shown.add_argument("--logprobs", action="store_true", help="with the log-probability of every token (in the JSON objects)")
+    shown.add_argument(
+        "--logprobs", action="store_true", help="with the log-probability of every token (in the JSON objects)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -94,7 +102,9 @@ def show(rows: list[Row], prompts: list[str], options: argparse.Namespace) -> No
         if options.json or options.logprobs:
             print(as_json(row, prompt, options.logprobs), flush=True)
         else:
-            print(f"--- prompt {row.prompt + 1}, sample {row.sample + 1} ({row.finish})\n{prompt}{row.text}", flush=True)
+            print(
+                f"--- prompt {row.prompt + 1}, sample {row.sample + 1} ({row.finish})\n{prompt}{row.text}", flush=True
+            )
 
 
 def main(arguments: list[str]) -> None:
@@ -121,7 +131,9 @@ def main(arguments: list[str]) -> None:
         for prompt in prompts or asked(ranks):
             if streams:
                 print(prompt, end="", flush=True)
-            rows = generator([prompt], sampling, limits, (lambda _row, piece: print(piece, end="", flush=True)) if streams else None)
+            rows = generator(
+                [prompt], sampling, limits, (lambda _row, piece: print(piece, end="", flush=True)) if streams else None
+            )
             if streams:
                 print(flush=True)
             elif speaks:

@@ -87,7 +87,9 @@ class HuggingFaceReader:
             weight_map = {name: self.path / shard for name, shard in _json(index)["weight_map"].items()}
             missing = sorted({shard.name for shard in weight_map.values() if not shard.is_file()})
             if missing:
-                raise UserError(f"{self.path} misses the shards {', '.join(missing)} that its index names; copy them too.")
+                raise UserError(
+                    f"{self.path} misses the shards {', '.join(missing)} that its index names; copy them too."
+                )
         else:
             single = self.path / "model.safetensors"
             if not single.is_file():
@@ -104,7 +106,9 @@ class HuggingFaceReader:
         absent, surplus = sorted(set(self.shapes) - set(ours)), sorted(set(ours) - set(self.shapes))
         if absent or surplus:
             what = [f"misses {absent[0]} ({len(absent)} in all)"] if absent else []
-            what += [f"has {surplus[0]} ({len(surplus)} in all), which its config.json has no place for"] if surplus else []
+            what += (
+                [f"has {surplus[0]} ({len(surplus)} in all), which its config.json has no place for"] if surplus else []
+            )
             raise UserError(f"{self.path} {' and '.join(what)}; it is not a whole GPTNeoXForCausalLM.")
         return ours
 
@@ -144,8 +148,8 @@ def plan_shards(held: list[dict[str, int]], limit_bytes: int) -> list[_Shard]:
     """Cut the parameters into files of at most `limit_bytes` (or of one parameter), each written by one rank.
 
     Args:
-        held: by rank, the size [bytes] of each parameter that it holds, in order; a parameter that several hold is written
-            by the first of them.
+        held: by rank, the size [bytes] of each parameter that it holds, in order; a parameter that several hold is
+            written by the first of them.
     """
     shards, written = [], set()
     for rank, sizes in enumerate(held):
@@ -250,7 +254,9 @@ def _write_weights(
     with ranks.together(doing):
         if ranks.rank == 0:
             sizes = {name: size for each in held for name, size in each.items()}
-            weight_map = {hugging_face_name(name): file for shard, file in zip(shards, file_names) for name in shard.names}
+            weight_map = {
+                hugging_face_name(name): file for shard, file in zip(shards, file_names) for name in shard.names
+            }
             files.write_json(
                 folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             )

@@ -45,7 +45,8 @@ def to_config(model: Model, dtype: torch.dtype, eod_id: int | None, tokenizer: s
     problems = inexpressible(model)
     if problems:
         raise UserError(
-            f"Hugging Face's GPTNeoXForCausalLM cannot express {'; '.join(problems)}; keep this model in our own format."
+            f"Hugging Face's GPTNeoXForCausalLM cannot express {'; '.join(problems)}; "
+            "keep this model in our own format."
         )
     kept = {"tokenizer": tokenizer} if tokenizer == "byte" or tokenizer.startswith("tiktoken:") else {}
     return {
@@ -79,8 +80,8 @@ def from_config(config: Mapping[str, Any], path: Path) -> Model:
     """config.json as our [model] section. Raises `UserError` for another architecture or an unknown feature of it."""
     if config.get("model_type") != "gpt_neox":
         raise UserError(
-            f"{path} is a model of type {config.get('model_type')!r}; only 'gpt_neox' (GPTNeoXForCausalLM: GPT-NeoX-20B, "
-            "Pythia) can be read."
+            f"{path} is a model of type {config.get('model_type')!r}; only 'gpt_neox' (GPTNeoXForCausalLM: "
+            "GPT-NeoX-20B, Pythia) can be read."
         )
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))

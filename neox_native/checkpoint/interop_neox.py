@@ -66,8 +66,8 @@ class NeoxReader:
         self.path, self.model = step_folder(path), model
         if model.gated or model.kv_heads != model.num_heads:
             raise UserError(
-                f"model.activation = {model.activation!r} with model.num_kv_heads = {model.num_kv_heads}: GPT-NeoX orders the "
-                "weights of gated layers and grouped queries by rank, which is not read; only plain layers are."
+                f"model.activation = {model.activation!r} with model.num_kv_heads = {model.num_kv_heads}: GPT-NeoX "
+                "orders the weights of gated layers and grouped queries by rank, which is not read; only plain layers are."
             )
         self.shapes = parameter_shapes(model)
         self._files = self._find_files()
@@ -105,15 +105,19 @@ class NeoxReader:
                     found[None, int(match[1])] = file
         if not found:
             raise UserError(
-                f"{self.path} has neither layer_XX-model_YY-model_states.pt nor mp_rank_YY_model_states.pt files: it is no "
-                "checkpoint of GPT-NeoX."
+                f"{self.path} has neither layer_XX-model_YY-model_states.pt nor mp_rank_YY_model_states.pt files: it "
+                "is no checkpoint of GPT-NeoX."
             )
         tp = 1 + max(rank for _, rank in found)
-        missing = [(entry, rank) for entry in {entry for entry, _ in found} for rank in range(tp) if (entry, rank) not in found]
+        missing = [
+            (entry, rank) for entry in {entry for entry, _ in found} for rank in range(tp) if (entry, rank) not in found
+        ]
         if missing:
             entry, rank = missing[0]
             what = f"mp_rank_{rank:02}" if entry is None else f"layer_{entry:02}-model_{rank:02}"
-            raise UserError(f"{self.path} misses {what}_model_states.pt ({len(missing)} files in all) of tensor-parallel {tp}.")
+            raise UserError(
+                f"{self.path} misses {what}_model_states.pt ({len(missing)} files in all) of tensor-parallel {tp}."
+            )
         return found
 
     def _shards(self, name: str) -> list[Tensor]:
@@ -129,8 +133,8 @@ class NeoxReader:
                 tensors = self._load(file)
             else:
                 raise UserError(
-                    f"{self.path} has no layer_{entry:02}-model_{rank:02}-model_states.pt, where {name} of a model with "
-                    f"model.num_layers = {self.model.num_layers} would be."
+                    f"{self.path} has no layer_{entry:02}-model_{rank:02}-model_states.pt, where {name} of a model "
+                    f"with model.num_layers = {self.model.num_layers} would be."
                 )
             shard = next((tensors[prefix + each] for each in theirs if prefix + each in tensors), None)
             if shard is None:
@@ -148,8 +152,13 @@ class NeoxReader:
         fits = found[1:] == list(wanted[1:]) and (found[0] >= wanted[0] if vocabulary else found[0] == wanted[0])
         if not fits:
             raise UserError(
-                f"{self.path}: {name} has shape {tuple(found)} over {self.tp} ranks, the model that was described has {wanted}"
-                + ("; set model.vocab_size and model.vocab_multiple_of to at most that many rows." if vocabulary else ".")
+                f"{self.path}: {name} has shape {tuple(found)} over {self.tp} ranks, the model that was "
+                f"described has {wanted}"
+                + (
+                    "; set model.vocab_size and model.vocab_multiple_of to at most that many rows."
+                    if vocabulary
+                    else "."
+                )
             )
 
 
@@ -186,7 +195,8 @@ def place_of(name: str, num_layers: int) -> tuple[int, list[str]]:
 
 
 def load_file(file: Path) -> Mapping[str, Any]:
-    """A file of `torch.save`, mapped into memory and read without running code. Raises `UserError` where it is refused."""
+    """A file of `torch.save`, mapped into memory and read without running code. Raises `UserError` where it is
+    refused."""
     with torch.serialization.safe_globals(NUMPY_STATE):
         try:
             try:
@@ -196,8 +206,8 @@ def load_file(file: Path) -> Mapping[str, Any]:
         except pickle.UnpicklingError as error:
             wanted = re.search(r"GLOBAL (\S+)", str(error))
             raise UserError(
-                f"{file} is refused: it holds objects other than tensors ({wanted[1] if wanted else 'unknown'}), which could "
-                "run code; save its tensors alone."
+                f"{file} is refused: it holds objects other than tensors ({wanted[1] if wanted else 'unknown'}), which "
+                "could run code; save its tensors alone."
             ) from None
         except (RuntimeError, EOFError) as error:
             raise UserError(f"{file} is damaged or no file of torch.save: {str(error).splitlines()[0]}.") from None

@@ -48,7 +48,8 @@ def _scalar(text: str) -> Any:
 
 
 def model_from_yaml(files: list[Path], vocab_size: int) -> Model:
-    """The [model] section of a checkpoint of GPT-NeoX, with its defaults. Raises `UserError` for what we cannot express.
+    """The [model] section of a checkpoint of GPT-NeoX, with its defaults. Raises `UserError` for what we cannot
+    express.
 
     Args:
         files: its YAML files; a later one overrides.
@@ -88,7 +89,9 @@ def model_from_yaml(files: list[Path], vocab_size: int) -> Model:
         rotary_base=float(values.get("rotary_emb_base", 10000)),
         parallel_residual=bool(values.get("gpt_j_residual", False)),
         norm=norm,
-        norm_eps=float(values.get("layernorm_epsilon", 1e-5) if norm == "layernorm" else values.get("rms_norm_epsilon", 1e-8)),
+        norm_eps=float(
+            values.get("layernorm_epsilon", 1e-5) if norm == "layernorm" else values.get("rms_norm_epsilon", 1e-8)
+        ),
         activation="gelu_tanh" if tanh else ACTIVATIONS[activation],
         tie_embeddings=not values.get("no_weight_tying", False),
     )

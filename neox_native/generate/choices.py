@@ -36,13 +36,16 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             question = Question(**json.loads(line))
-            valid = isinstance(question.context, str) and all(isinstance(choice, str) and choice for choice in question.choices)
+            valid = isinstance(question.context, str) and all(
+                isinstance(choice, str) and choice for choice in question.choices
+            )
             valid = valid and 0 <= question.answer < len(question.choices)
         except (TypeError, ValueError):
             valid = False
         if not valid:
             raise UserError(
-                f'{path}, line {number}: a question is {{"context": text, "choices": [texts], "answer": index of the right one}}.'
+                f'{path}, line {number}: a question is {{"context": text, "choices": [texts], '
+                '"answer": index of the right one}.'
             )
         questions.append(question)
     if not questions:
@@ -65,14 +68,18 @@ def pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[in
 
 
 def fitted(context: list[int], continuation: list[int], limit: int) -> Window:
-    """A window over the end of both, at most `limit` + 1 tokens. Raises `UserError` where the continuation alone is longer."""
+    """A window over the end of both, at most `limit` + 1 tokens. Raises `UserError` where the continuation alone is
+    longer."""
     if len(continuation) > limit:
-        raise UserError(f"A continuation of {len(continuation)} tokens is longer than the model's context of {limit}; shorten it.")
+        raise UserError(
+            f"A continuation of {len(continuation)} tokens is longer than the model's context of {limit}; shorten it."
+        )
     return Window((context + continuation)[-(limit + 1) :], len(continuation))
 
 
 def accuracy(scorer: Scorer, tokenizer: Tokenizer, questions: list[Question]) -> dict[str, float | int]:
-    """Share of questions whose right choice has the highest log-probability, as it is (`acc`) and per byte (`acc_norm`)."""
+    """Share of questions whose right choice has the highest log-probability, as it is (`acc`) and per byte
+    (`acc_norm`)."""
     asked = [
         fitted(*pair(tokenizer, question.context, choice), scorer.context)
         for question in questions

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch.distributed as dist
+from torch.distributed import destroy_process_group as leave_process_group
 
 from neox_native.checkpoint.tokenizer_files import fitting_tokenizer
 from neox_native.data.tokenizers import Tokenizer
@@ -19,11 +19,21 @@ from neox_native.parallel.assemble import DTYPES
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Options that say which model to run, and how."""
     group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", required=True, help="a checkpoint, a run's folder (its newest one) or a Hugging Face folder")
-    group.add_argument("--tokenizer", default="", help='"byte", a tokenizer.json or "tiktoken:NAME"; default: the checkpoint\'s own')
-    group.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of weights and activations (default: fp32)")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
-    group.add_argument("--tp", type=int, default=0, help="tensor-parallel degree (default: the processes that pp leaves)")
+    group.add_argument(
+        "--checkpoint", required=True, help="a checkpoint, a run's folder (its newest one) or a Hugging Face folder"
+    )
+    group.add_argument(
+        "--tokenizer", default="", help='"byte", a tokenizer.json or "tiktoken:NAME"; default: the checkpoint\'s own'
+    )
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="type of weights and activations (default: fp32)"
+    )
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
+    )
+    group.add_argument(
+        "--tp", type=int, default=0, help="tensor-parallel degree (default: the processes that pp leaves)"
+    )
     group.add_argument("--pp", type=int, default=1, help="pipeline-parallel degree (default: 1)")
     group.add_argument("--batch-size", type=int, default=8, help="sequences of one forward pass (default: 8)")
 
@@ -38,9 +48,11 @@ def model_from(options: argparse.Namespace) -> Iterator[Loaded]:
     start_process_group(device, launch)
     try:
         tp = options.tp or max(1, launch.world_size // options.pp)
-        yield load_model(options.checkpoint, inference_mesh(options.pp, tp, launch.world_size, device), options.dtype, device)
+        yield load_model(
+            options.checkpoint, inference_mesh(options.pp, tp, launch.world_size, device), options.dtype, device
+        )
     finally:
-        dist.destroy_process_group()
+        leave_process_group()
 
 
 def tokenizer_of(options: argparse.Namespace, loaded: Loaded) -> Tokenizer:

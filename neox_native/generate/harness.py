@@ -18,7 +18,8 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:
     raise UserError(
-        "The tasks of lm-evaluation-harness need the package lm_eval, an optional extra: pip install 'neox-native[eval]'."
+        "The tasks of lm-evaluation-harness need the package lm_eval, an optional extra: "
+        "pip install 'neox-native[eval]'."
     ) from None
 
 DEFAULT_ANSWER_TOKENS = 256
@@ -135,8 +136,8 @@ def evaluate_tasks(
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise UserError(
-            f"--tasks: lm-evaluation-harness has no task {', '.join(unknown)}; its own are listed by `lm_eval ls tasks`, "
-            "others are found with --include-path, and a file of questions ends in .jsonl."
+            f"--tasks: lm-evaluation-harness has no task {', '.join(unknown)}; its own are listed by `lm_eval ls "
+            "tasks`, others are found with --include-path, and a file of questions ends in .jsonl."
         )
     found = simple_evaluate(
         model, tasks=names, task_manager=manager, limit=limit, num_fewshot=num_fewshot, bootstrap_iters=0

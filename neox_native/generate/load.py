@@ -39,8 +39,8 @@ def inference_mesh(pp: int, tp: int, world_size: int, device: torch.device) -> D
     """A mesh of pp * tp ranks. Raises `UserError` where that is not the number of processes."""
     if pp * tp != world_size:
         raise UserError(
-            f"pp({pp}) * tp({tp}) = {pp * tp} ranks hold one copy of the model, but {world_size} processes were started; "
-            "make the two equal."
+            f"pp({pp}) * tp({tp}) = {pp * tp} ranks hold one copy of the model, but {world_size} processes were "
+            "started; make the two equal."
         )
     return build_mesh(Parallel(pp=pp, dp=1, tp=tp), device)
 
@@ -60,7 +60,9 @@ def load_model(path: str | Path, mesh: DeviceMesh, dtype: str, device: torch.dev
     ranks = Ranks()
     with ranks.together(f"Opening {path}"):
         source = _open(Path(path))
-    model = source.model if isinstance(source, HuggingFaceReader) else interop.model_of(files.read_metadata(source), source)
+    model = (
+        source.model if isinstance(source, HuggingFaceReader) else interop.model_of(files.read_metadata(source), source)
+    )
     part = _empty_part(model, mesh, dtype, device)
     weights = {name: parameter.detach() for name, parameter in part.named_parameters()}
     if isinstance(source, HuggingFaceReader):

@@ -14,7 +14,7 @@ from neox_native.model.cache import Cache
 
 
 class Runner:
-    """Every rank calls it with the same tokens; hidden states walk through the stages; the last stage has the logits."""
+    """Every rank calls it with the same tokens; hidden states walk through the stages; the last stage has logits."""
 
     def __init__(self, loaded: Loaded):
         self.model, self.part, self.device = loaded.model, loaded.part, loaded.device

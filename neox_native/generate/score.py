@@ -53,9 +53,7 @@ def windows(tokens: np.ndarray | list[int], context: int, stride: int) -> Iterat
         predicted = end
 
 
-def token_logprobs(
-    logits_BTV: Tensor, targets_BT: Tensor, tp_group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
+def token_logprobs(logits_BTV: Tensor, targets_BT: Tensor, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Log-probability of each target (fp32) and whether it is a most probable one, [B, T] each.
 
     Needs four all-reduces of [B, T] where the vocabulary is cut; the logits are never gathered.

@@ -31,7 +31,9 @@ PROMPTS = ["def f(x):", "a", "import os\nimport s", ""]
 
 def checkpoints(folder: Path) -> dict[str, Path]:
     """A checkpoint of every model."""
-    return {name: checkpoint(folder / name.replace(" ", "_"), model, tokenizer="byte") for name, model in MODELS.items()}
+    return {
+        name: checkpoint(folder / name.replace(" ", "_"), model, tokenizer="byte") for name, model in MODELS.items()
+    }
 
 
 @contextmanager

@@ -74,7 +74,9 @@ def test_log_probabilities_are_those_of_the_whole_row(paths):
         logprobs = built(model, draw(model)).eval()(torch.tensor([row.tokens]))[0].log_softmax(-1)
     expected = [logprobs[row.prompt_length - 1 + n, token].item() for n, token in enumerate(row.new_tokens)]
     assert row.logprobs == pytest.approx(expected, abs=1e-5)
-    for (found,) in run_ranks(4, answers, paths["rotary"], Sampling(temperature=2.0), replace(TEN, logprobs=True), 2, 2, True, ["def"]):
+    for (found,) in run_ranks(
+        4, answers, paths["rotary"], Sampling(temperature=2.0), replace(TEN, logprobs=True), 2, 2, True, ["def"]
+    ):
         assert found.tokens == row.tokens and found.logprobs == pytest.approx(expected, abs=1e-5)
 
 

@@ -64,7 +64,16 @@ def test_a_tiny_task_scores_what_a_hand_computation_gives(path, tmp_path, capsys
     (tmp_path / "tiny.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(file=tmp_path / "tiny.jsonl"))
-    arguments = ["--checkpoint", str(path), "--tasks", "tiny", "--include-path", str(tmp_path / "tasks"), "--device", "cpu"]
+    arguments = [
+        "--checkpoint",
+        str(path),
+        "--tasks",
+        "tiny",
+        "--include-path",
+        str(tmp_path / "tasks"),
+        "--device",
+        "cpu",
+    ]
     evaluate.main([*arguments, "--json"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["tiny"]
     right = right_per_byte = 0

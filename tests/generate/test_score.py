@@ -68,7 +68,9 @@ def test_a_greedy_continuation_is_recognised(paths, tp):
         for _ in range(6):
             tokens.append(int(network(torch.tensor([tokens]))[0, -1].argmax()))
     changed = tokens[:-1] + [(tokens[-1] + 1) % 256]
-    for found in run_ranks(tp, scores, paths["rotary"], [Window(tokens, 6), Window(changed, 6), Window(changed, 1)], 1, tp):
+    for found in run_ranks(
+        tp, scores, paths["rotary"], [Window(tokens, 6), Window(changed, 6), Window(changed, 1)], 1, tp
+    ):
         assert [score.greedy for score in found] == [True, False, False]
 
 

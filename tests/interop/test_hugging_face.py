@@ -46,7 +46,9 @@ def test_a_round_trip_is_bitwise(tmp_path, model):
 @pytest.mark.parametrize("model", VARIANTS.values(), ids=VARIANTS.keys())
 def test_transformers_computes_the_same_logits(tmp_path, model):
     transformers = pytest.importorskip("transformers", reason="needs the package transformers")
-    theirs = transformers.GPTNeoXForCausalLM.from_pretrained(exported(tmp_path / "hf", model), dtype=torch.float32).eval()
+    theirs = transformers.GPTNeoXForCausalLM.from_pretrained(
+        exported(tmp_path / "hf", model), dtype=torch.float32
+    ).eval()
     ours = built(model, draw(model)).eval()
     with torch.no_grad():
         expected, found = theirs(TOKENS).logits, ours(TOKENS)

@@ -98,14 +98,18 @@ def test_any_degree_and_layout_converts_to_the_same_model(tmp_path, write, tp, p
 def test_a_tied_model_needs_no_head(tmp_path):
     model = replace(MODEL, tie_embeddings=True, pos_emb="learned")
     reader = NeoxReader(write_layers(tmp_path / "neox", model, 2), model)
-    assert "embed_out.weight" not in reader.shapes and torch.equal(reader("embed_pos.weight"), draw(model)("embed_pos.weight"))
+    assert "embed_out.weight" not in reader.shapes and torch.equal(
+        reader("embed_pos.weight"), draw(model)("embed_pos.weight")
+    )
 
 
 def test_newer_names_of_the_feed_forward_layer_are_read(tmp_path):
     folder = write_layers(tmp_path / "neox", MODEL, 2)
     for file in folder.glob("layer_0[234]-*"):
         tensors = torch.load(file, weights_only=True)
-        renamed = {n.replace("dense_h_to_4h", "linear1").replace("dense_4h_to_h", "linear2"): t for n, t in tensors.items()}
+        renamed = {
+            n.replace("dense_h_to_4h", "linear1").replace("dense_4h_to_h", "linear2"): t for n, t in tensors.items()
+        }
         torch.save(renamed, file)
     name = "layers.1.mlp.dense_4h_to_h.bias"
     assert torch.equal(NeoxReader(folder, MODEL)(name), draw(MODEL)(name))
@@ -115,7 +119,8 @@ def test_settings_come_from_our_config(tmp_path):
     folder = write_layers(tmp_path / "neox" / "global_step7", MODEL, 2, padding_rows=60)
     (folder.parent / "latest").write_text("global_step7\n")
     settings = "\n".join(f"{name} = {getattr(MODEL, name)}" for name in (
-        "num_layers", "hidden_size", "num_heads", "seq_length", "vocab_size", "vocab_multiple_of", "rotary_pct"))  # fmt: skip
+        "num_layers", "hidden_size", "num_heads", "seq_length", "vocab_size", "vocab_multiple_of",
+        "rotary_pct"))  # fmt: skip
     (tmp_path / "model.toml").write_text(f"[model]\n{settings}\n")
     arguments = ["--config", str(tmp_path / "model.toml"), "--tokenizer", "byte"]
     convert.main(["from-neox", str(folder.parent), str(tmp_path / "ours"), *arguments])
@@ -124,7 +129,9 @@ def test_settings_come_from_our_config(tmp_path):
     assert torch.equal(reader("embed_out.weight"), draw(MODEL)("embed_out.weight"))
 
 
-@pytest.mark.parametrize("vocabulary", [["--vocab-size", "257"], ["--tokenizer", "byte"], []], ids=["given", "tokenizer", "kept"])
+@pytest.mark.parametrize(
+    "vocabulary", [["--vocab-size", "257"], ["--tokenizer", "byte"], []], ids=["given", "tokenizer", "kept"]
+)
 def test_settings_come_from_the_yaml_beside_the_checkpoint(tmp_path, vocabulary):
     folder = write_layers(tmp_path / "neox" / "global_step7", MODEL, 2, padding_rows=60)
     (folder / "configs").mkdir()

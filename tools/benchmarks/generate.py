@@ -1,4 +1,4 @@
-"""Tokens per second of generation with and without the cache, beside Hugging Face's implementation on the same weights."""
+"""Tokens per second of generation with and without the cache, beside Hugging Face's on the same weights."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def run(
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "model"
             shapes = parameter_shapes(model)
-            write_folder(folder, model, shapes, lambda n: initialize.draw(n, shapes[n], model, 0), Ranks(), DTYPES[dtype])
+            write_folder(
+                folder, model, shapes, lambda n: initialize.draw(n, shapes[n], model, 0), Ranks(), DTYPES[dtype]
+            )
             cached = {"ours": ours(folder, dtype, device, True), **hugging_face(folder, dtype, device)}
             uncached = {"ours without a cache": ours(folder, dtype, device, False)}
         columns = []
@@ -84,10 +86,15 @@ def table(columns: list[dict[str, list[float]]], batch_sizes: tuple[int, ...], t
     Args:
         columns: for each batch size, seconds of every round by contender.
     """
-    lines = [f"| {title} | " + " | ".join(f"batch {size}" for size in batch_sizes) + " |", "|---|" + "---|" * len(columns)]
+    lines = [
+        f"| {title} | " + " | ".join(f"batch {size}" for size in batch_sizes) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
     for name in columns[0]:
         medians = [statistics.median(column[name]) for column in columns]
-        lines.append(f"| {name} | " + " | ".join(f"{b * new_tokens / m:,.1f}" for b, m in zip(batch_sizes, medians)) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join(f"{b * new_tokens / m:,.1f}" for b, m in zip(batch_sizes, medians)) + " |"
+        )
     for name in list(columns[0])[1:]:
         ratios = [statistics.median(t / o for t, o in zip(column[name], column["ours"])) for column in columns]
         lines.append(f"| speed-up over {name} | " + " | ".join(f"{ratio:.2f} x" for ratio in ratios) + " |")

@@ -67,7 +67,7 @@ class NeoxReader:
         if model.gated or model.kv_heads != model.num_heads:
             raise UserError(
                 f"model.activation = {model.activation!r} with model.num_kv_heads = {model.num_kv_heads}: GPT-NeoX "
-                "orders the weights of gated layers and grouped queries by rank, which is not read; only plain layers are."
+                "orders the weights of gated layers and grouped queries by rank, which is not read; plain layers are."
             )
         self.shapes = parameter_shapes(model)
         self._files = self._find_files()

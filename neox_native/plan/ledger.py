@@ -177,11 +177,15 @@ class Ledger(TorchDispatchMode):
             return
         tensors = [tensor for tensor in tree_iter((args, result)) if isinstance(tensor, Tensor)]
         whole = max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
-        if name in ("send", "recv_"):
-            self.totals.sent_bytes += whole if name == "send" else 0
-            self._explain(tensors if name == "recv_" else (), COMMUNICATION)
-            return
         axis = self.axes.get(group.group_name, "pp")
+        if name in ("send", "recv_"):
+            self._explain(tensors if name == "recv_" else (), COMMUNICATION)
+            sent = whole if name == "send" else 0
+            if axis == "pp":
+                self.totals.sent_bytes += sent
+            else:  # a collective made of pairs, as on gloo
+                self.totals.traffic[axis].bytes += sent
+            return
         passes = 2 if "reduce" in name and "scatter" not in name else 1
         traffic = self.totals.traffic[axis]
         traffic.bytes += passes * whole * (group.size() - 1) // group.size()

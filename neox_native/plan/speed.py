@@ -36,6 +36,8 @@ class Software:
     """Elementwise operations run together: compiled blocks, or kernels written by hand."""
     overlaps_tensor_parallel: bool = False
     """Tensor-parallel collectives run beside matrix products."""
+    overlaps_gathers: bool = True
+    """In ZeRO's stages 1 and 2 parameters are gathered beside the next forward pass; DeepSpeed waits for them."""
     launch_seconds: float = 0.25e-3
     """Host time to launch one block's forward pass."""
     slowdown: float = 1.0
@@ -49,7 +51,7 @@ class Software:
 
 EAGER = Software(fused=False)
 COMPILED = Software(fused=True, launch_seconds=0.1e-3)
-NEOX = Software(fused=False, slowdown=1.20)
+NEOX = Software(fused=False, overlaps_gathers=False, slowdown=1.17)
 OVERLAPPED = Software(fused=True, overlaps_tensor_parallel=True, launch_seconds=0.1e-3)
 EXPOSED_WITH_OVERLAP = 0.3
 """Share of tensor-parallel collectives that stays exposed where they run beside pieces of the matrix products."""
@@ -254,13 +256,14 @@ def _exposed_data_parallel(config: Config, machine: Machine, pp_rank: int, forwa
     start, ring = len(layouts) * machine.gpu.collective_seconds, (parallel.dp - 1) / parallel.dp
     reduce = (2 if stage == 0 else 1) * FP32_BYTES * matrices * ring / speed + start
     gather = e * matrices * ring / speed + start
+    beside = forward if machine.software.overlaps_gathers else 0.0
     tail = FP32_BYTES * layouts[0].world * layouts[0].size * ring / speed
     if stage == 0:
         return max(reduce - backward, tail)
     if stage == 1:
-        return max(reduce - backward, tail) + max(gather - forward, 0.0)
+        return max(reduce - backward, tail) + max(gather - beside, 0.0)
     if stage == 2:
-        return m * max(reduce - backward, tail) + max(gather - forward, 0.0)
+        return m * max(reduce - backward, tail) + max(gather - beside, 0.0)
     return m * (max(reduce + gather - backward, tail) + max(gather - forward, 0.0))
 
 

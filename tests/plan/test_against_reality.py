@@ -1,0 +1,53 @@
+"""What the dry run says against a real step on gloo ranks, counted by the same ledger: memory, traffic, FLOPs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from neox_native.config.check import require
+from neox_native.config.schema import Config, Model, Parallel, Training
+from neox_native.mesh import build_mesh
+from neox_native.plan.ledger import Ledger
+from neox_native.train.build import build_engine, build_model, build_step
+from neox_native.train.dryrun import axes_of, dry_run, fake_batch, run_step
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+MODEL = Model(num_layers=4, hidden_size=128, num_heads=4, seq_length=128, vocab_size=512)
+LAYOUTS = [
+    (Parallel(dp=2, zero_stage=1), {}),
+    (Parallel(dp=2, zero_stage=3), {"precision": "bf16"}),
+    (Parallel(dp=2, zero_stage=2), {"precision": "bf16", "activation_checkpointing": "full"}),
+    (Parallel(dp=1, tp=2, sequence_parallel=True), {"precision": "bf16"}),
+    (Parallel(dp=1, pp=2), {"activation_checkpointing": "full"}),
+    (Parallel(dp=1, pp=2, tp=2, pipeline_schedule="interleaved_1f1b", virtual_stages=2), {}),
+]
+
+
+def real_step(config: Config) -> tuple[int, dict[str, int], int, int]:
+    """On a gloo rank: the peak, bytes by axis, bytes to neighbours and FLOPs of a run's second step."""
+    mesh = build_mesh(config.parallel, CPU)
+    parts, optimizer = build_model(config, mesh, CPU)
+    step = build_step(config, mesh, CPU, build_engine(config, mesh, CPU, parts, optimizer), optimizer)
+    batch, ledger = fake_batch(config), Ledger(axes_of(mesh))
+    step(batch, 1e-4)  # DTensor's first look at every operation is on fake tensors, which the ledger would count
+    run_step(step, parts.values(), batch, ledger)
+    sent = {axis: traffic.bytes for axis, traffic in ledger.totals.traffic.items()}
+    return ledger.peak().num_bytes, sent, ledger.totals.sent_bytes, ledger.totals.flops
+
+
+@pytest.mark.parametrize("parallel, training", LAYOUTS, ids=str)
+def test_a_real_step_needs_what_the_dry_run_says(parallel: Parallel, training: dict) -> None:
+    ranks = parallel.pp * parallel.dp * parallel.tp
+    settings = Training(global_batch_size=8 * parallel.dp, micro_batch_size=2, **training)
+    config = require(dataclasses.replace(Config(), model=MODEL, training=settings, parallel=parallel), ranks)
+    rank = ranks - 1
+    peak, sent, neighbours, flops = run_ranks(ranks, real_step, config)[rank]
+    report = dry_run(config, rank, ranks, exact=True)
+    # A fake group has no messages on their way; gloo's keep a few buffers alive.
+    assert abs(report.peak_bytes / peak - 1) < 0.10, (report, peak)
+    assert {axis: traffic["bytes"] for axis, traffic in report.communication.items() if traffic["bytes"]} == sent
+    assert (report.point_to_point_bytes, report.hardware_flops) == (neighbours, flops)

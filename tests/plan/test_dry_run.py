@@ -1,0 +1,107 @@
+"""The dry run of the configs that nobody here can run: they must never rot."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+
+from neox_native.config.check import require
+from neox_native.config.load import load
+from neox_native.config.schema import Config, Model, Parallel, Training
+from neox_native.errors import UserError
+from neox_native.plan import costs
+from neox_native.plan.memory import memory
+from neox_native.train.dryrun import distinct_ranks, dry_run, report_of, text
+
+KEYS = {
+    "rank",
+    "coordinates",
+    "parameters",
+    "bytes_by_kind",
+    "peak_bytes",
+    "peak_at",
+    "communication",
+    "point_to_point_bytes",
+    "model_flops",
+    "hardware_flops",
+    "bubble_fraction",
+}
+SMALL = Config(
+    model=Model(num_layers=4, hidden_size=64, num_heads=4, seq_length=64, vocab_size=256),
+    training=Training(global_batch_size=16, micro_batch_size=1),
+    parallel=Parallel(pp=2, dp=1),
+)
+
+
+def test_twenty_billion_parameters_on_a_laptop() -> None:
+    command = ["tools/plan.py", "dry-run", "--config", "configs/20b.toml", "--world-size", "64", "--rank", "0", "--json"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    printed = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=True).stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    report = json.loads(printed)
+    assert set(report) == KEYS and report["coordinates"] == {"pp": 0, "dp": 0, "tp": 0}
+    # By hand, at tp 2: half the embedding; 11 layers of half the matrices and their biases, whole norms and output biases.
+    h, vocabulary = 6144, 50432
+    layer = 12 * h * h // 2 + (3 * h + 4 * h) // 2 + 2 * h + 4 * h
+    assert report["parameters"] == vocabulary * h // 2 + 11 * layer
+    config = require(load("configs/20b.toml"), 64)
+    # 48 microbatches [4, 2048, 6144] in bf16; 11 layers of a gather and a reduce-scatter each way and a gather again, and
+    # the embedding's two; once a step, fp32 gradients of norms and output biases, an eighth of each.
+    activation = 4 * 2048 * h * 2
+    assert report["communication"]["tp"]["bytes"] == 48 * 57 * activation // 2 + 11 * 6 * h // 8 * 4
+    assert {axis: sent["bytes"] for axis, sent in report["communication"].items()} == costs.traffic(config, 0)
+    assert report["point_to_point_bytes"] == 48 * activation // 2
+    assert report["peak_bytes"] == pytest.approx(sum(memory(config, 0).values()), rel=0.05)
+    assert report["bubble_fraction"] == pytest.approx(3 / 48)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30
+    assert after.ru_maxrss < 2 * 2**20  # kilobytes
+
+
+@pytest.mark.parametrize("size, ranks", [("70m", 32), ("1b", 64)])
+def test_pythia_still_assembles_and_steps(size: str, ranks: int) -> None:
+    config = load(f"configs/pythia/{size}.toml")
+    report = dry_run(config, 0, ranks)
+    assert report.peak_bytes == pytest.approx(sum(memory(require(config, ranks), 0).values()), rel=0.05)
+    assert report.hardware_flops > report.model_flops
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        Parallel(pp=2, dp=1),
+        Parallel(pp=2, dp=1, pipeline_schedule="interleaved_zero_bubble", virtual_stages=2),
+        Parallel(dp=2, zero_stage=2),
+    ],
+    ids=str,
+)
+def test_a_few_microbatches_tell_of_many(parallel: Parallel) -> None:
+    config = replace(SMALL, parallel=parallel)
+    ranks = parallel.pp * parallel.dp
+    continued, whole = (dry_run(config, ranks - 1, ranks, exact=exact) for exact in (False, True))
+    assert replace(continued, peak_at="") == replace(whole, peak_at="")
+
+
+def test_the_distinct_ranks_are_reported_and_the_worst_named() -> None:
+    config = replace(SMALL, parallel=Parallel(pp=4, dp=1))
+    assert distinct_ranks(config, 4) == [0, 1, 3]
+    shown = report_of(replace(config, training=replace(config.training, global_batch_size=4)), 1)
+    assert all(f"rank {rank} " in shown for rank in (0, 1, 3)) and "worst: rank" in shown
+
+
+def test_the_report_is_plain_data() -> None:
+    report = dry_run(replace(SMALL, parallel=Parallel(dp=1)), 0, 1)
+    assert json.loads(json.dumps(report.as_dict())) == asdict(report)
+    assert sum(report.bytes_by_kind.values()) == report.peak_bytes
+    assert f"{report.parameters:,}" in text([report])
+
+
+def test_a_mesh_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match="does not divide"):
+        dry_run(replace(SMALL, parallel=Parallel(pp=2, dp=-1)), 0, 3)

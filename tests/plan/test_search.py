@@ -1,0 +1,150 @@
+"""The search: what it proposes works and fits, and what it refuses it explains. The time model against the published world."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from neox_native.config.check import problems, require
+from neox_native.config.load import load
+from neox_native.config.schema import Config, Model, Parallel, Training
+from neox_native.errors import UserError
+from neox_native.plan.calibrate import calibrate, to_toml
+from neox_native.plan.hardware import Gpu, find_gpu, load_gpus
+from neox_native.plan.published import comparisons, table
+from neox_native.plan.search import MEMORY_SHARE, Candidate, peak_bytes, reasons, search
+from neox_native.plan.speed import COMPILED, EAGER, Machine, stage_passes, step_time
+from neox_native.train.dryrun import distinct_ranks, dry_run
+from tools import plan as tool
+from tools import show_schedule
+
+H100 = Machine(find_gpu("H100"))
+
+
+@pytest.fixture(scope="module")
+def twenty_billion() -> list[Candidate]:
+    started = time.process_time()
+    found = search(load("configs/20b.toml"), 64, H100)
+    assert time.process_time() - started < 60
+    return found
+
+
+def test_every_proposal_can_work_and_fits(twenty_billion: list[Candidate]) -> None:
+    fitting = [candidate for candidate in twenty_billion if candidate.time]
+    assert fitting == twenty_billion[: len(fitting)]
+    for candidate in fitting[:20]:
+        assert not problems(candidate.config, 64)
+        assert candidate.peak_bytes <= MEMORY_SHARE * H100.gpu.memory_bytes
+    speeds = [candidate.speed for candidate in fitting]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_every_choice_that_lost_gets_a_sentence(twenty_billion: list[Candidate]) -> None:
+    sentences = reasons(twenty_billion, H100)
+    for start in ("tp 8:", "pp 16:", "zero 0:", "schedule gpipe x1:", "micro batch 1:"):
+        assert any(sentence.startswith(start) for sentence in sentences), start
+    best = twenty_billion[0].config
+    assert not any(sentence.startswith(f"tp {best.parallel.tp}:") for sentence in sentences)
+
+
+@pytest.mark.slow
+def test_the_first_five_stay_under_eighty_gigabytes_in_the_dry_run(twenty_billion: list[Candidate]) -> None:
+    for candidate in twenty_billion[:5]:
+        for rank in distinct_ranks(candidate.config, 64):
+            assert dry_run(candidate.config, rank, 64).peak_bytes < 80e9
+
+
+def test_the_written_config_is_the_best_layout_and_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "best.toml"
+    tool.main(["search", "--config", "configs/pythia/410m.toml", "--gpus", "8", "--gpu", "a100-40", "--write", str(target)])
+    printed = capsys.readouterr().out
+    config = require(load(target), 8)
+    assert config.model == load("configs/pythia/410m.toml").model
+    assert f"pp {config.parallel.pp} dp {config.parallel.dp} tp {config.parallel.tp}" in printed
+    assert "tokens/s/GPU" in printed and "What lost, and why" in printed
+    assert peak_bytes(config) <= MEMORY_SHARE * find_gpu("A100-40").memory_bytes
+
+
+def test_an_unknown_gpu_lists_the_known() -> None:
+    with pytest.raises(UserError, match="'V100' is not known; the known are A100-40, A100-80, H100, H200, B200, MI250X"):
+        tool.main(["search", "--config", "configs/20b.toml", "--gpus", "64", "--gpu", "V100"])
+
+
+def test_where_nothing_fits_the_nearest_is_named_with_what_it_lacks() -> None:
+    with pytest.raises(UserError, match=r"the nearest, pp 1 dp 1 tp 2 .* needs [\d.]+ GB per GPU, [\d.]+ GB more than 80% of 42.4 GB"):
+        search(load("configs/20b.toml"), 2, Machine(find_gpu("A100-40")))
+
+
+def test_where_nothing_divides_the_settings_are_named() -> None:
+    with pytest.raises(UserError, match="no layout of 7 GPUs divides"):
+        search(replace(load("configs/pythia/70m.toml"), training=Training(global_batch_size=4)), 7, H100)
+
+
+def test_a_rank_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UserError, match="--rank 64 is none of the ranks 0 to 63"):
+        tool.main(["dry-run", "--config", "configs/20b.toml", "--world-size", "64", "--rank", "64"])
+
+
+def test_a_hardware_file_with_a_gap_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "machine.toml"
+    file.write_text("[X1]\nmemory_bytes = 1e9\n")
+    with pytest.raises(UserError, match=r"\[X1\] must have exactly the entries .*peak_flops_per_second"):
+        load_gpus(file)
+    with pytest.raises(UserError, match="cannot read the hardware file"):
+        load_gpus(tmp_path / "none.toml")
+
+
+def test_held_out_runs_are_predicted_within_fifteen_percent_and_in_order() -> None:
+    rows = comparisons()
+    held_out = [row for row in rows if not row.calibrates]
+    assert sum(abs(row.error) for row in held_out) / len(held_out) < 0.15
+    assert all(abs(row.error) < 0.02 for row in rows if row.calibrates)
+    # Runs whose published MFU differ by more than a tenth are ranked as published.
+    for one in rows:
+        for other in rows:
+            if one.published_mfu > 1.1 * other.published_mfu:
+                assert one.predicted_mfu > other.predicted_mfu, (one.name, other.name)
+    assert "Mean error of the 9 rows held out" in table(rows)
+
+
+def test_each_cost_makes_the_step_longer() -> None:
+    def seconds(machine: Machine = H100, recompute: str = "none", **parallel: object) -> float:
+        training = Training(global_batch_size=64, micro_batch_size=2, precision="bf16", activation_checkpointing=recompute)
+        model = Model(num_layers=16, hidden_size=2048, num_heads=16)
+        return step_time(require(Config(model=model, training=training, parallel=Parallel(**parallel)), 16), machine).seconds
+
+    assert seconds(recompute="full") > seconds()
+    assert seconds(Machine(H100.gpu, 8, COMPILED)) < seconds(Machine(H100.gpu, 8, EAGER))
+    assert seconds(tp=8) > seconds(zero_stage=1)
+    assert seconds(pp=4) > seconds(pp=4, pipeline_schedule="interleaved_1f1b", virtual_stages=2)
+    slow_network = Machine(replace(H100.gpu, network_bytes_per_second=1e9), 8)
+    assert seconds(slow_network) > 1.5 * seconds()
+    assert seconds(Machine(H100.gpu, gpus_per_node=4), tp=8) > seconds(tp=8)
+
+
+def test_a_machine_can_be_measured(tmp_path: Path) -> None:
+    import torch
+
+    config = replace(Config(), model=Model(num_layers=1, hidden_size=64, num_heads=4, seq_length=64))
+    measured = calibrate(config, torch.device("cpu"), find_gpu("MI250X"), "this machine")
+    file = tmp_path / "machine.toml"
+    file.write_text(to_toml(measured))
+    loaded = find_gpu("this machine", file)
+    assert isinstance(loaded, Gpu) and 0 < loaded.matmul_efficiency < 1
+    assert loaded.node_bytes_per_second == find_gpu("MI250X").node_bytes_per_second
+
+
+def test_schedules_are_drawn_to_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", "configs/20b.toml", "--training.global_batch_size", "256", "--gpu", "H100"]
+    config = require(load("configs/20b.toml", arguments[2:4]), 64)
+    drawn, unit = show_schedule.to_scale(config, "H100", 8, 8)
+    passes = stage_passes(config, H100)
+    assert unit == min(stage.forward for stage in passes)
+    assert drawn.busy(0) == pytest.approx(8 * (passes[0].forward + passes[0].backward))
+    assert drawn.busy(3) == pytest.approx(8 * (passes[3].forward + passes[3].backward))
+    for form in ("text", "svg"):
+        show_schedule.main([*arguments, "--format", form])
+        assert "predicted on H100" in capsys.readouterr().out

@@ -7,6 +7,8 @@ where there is nothing to shard.
 
 glibc keeps much of what is freed, and every contender looks as hungry as the hungriest. So memory is measured in a pass
 of its own, in which every large block goes back to the system at once; that costs time, which the other pass measures.
+There each contender and the first take turns step by step, so that a noisy machine disturbs both alike; the best step
+counts. It takes 5 GB.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,6 +46,7 @@ from neox_native.zero.optimizer import ShardedOptimizer
 
 MIB = 2**20
 SETTINGS = Optimizer(name="adamw", lr=1e-4)
+MEMORY_STEPS = 3
 MMAP_THRESHOLD_OPTION, MMAP_THRESHOLD_BYTES = -3, 65536
 
 
@@ -67,7 +71,7 @@ CPU = Workload(
     sequences_per_rank=2,
     dtype=torch.float32,
     device_type="cpu",
-    steps=6,
+    steps=10,
 )
 GPU = Workload(
     Model(num_layers=12, hidden_size=768, num_heads=12, seq_length=2048, vocab_size=50304),
@@ -78,14 +82,13 @@ GPU = Workload(
 )
 
 
-@dataclass(frozen=True)
-class Result:
-    """One contender's figures: the best step, and memory above what the process had before it."""
+class Figures(NamedTuple):
+    """What one step showed; memory is above what the process had before the contender came."""
 
-    seconds_per_step: float
+    seconds: float
     peak_bytes: int
     steady_bytes: int
-    losses: list[float]
+    loss: float
 
 
 Step = Callable[[Tensor], Tensor]
@@ -219,35 +222,8 @@ def reset_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(name: str, work: Workload, world_size: int) -> Result:
-    """Train with one contender on this rank."""
-    device = torch.device(work.device_type)
-    mesh = build_mesh(Parallel(pp=1, dp=world_size, tp=1), device)
-    before = resident_bytes(device, peak=False)
-    step = CONTENDERS[name](work, mesh, device)
-    gc.collect()
-    reset_peak(device)
-    seconds, losses = [], []
-    for number in range(work.steps):
-        generator = torch.Generator().manual_seed(number)
-        shape = (world_size, work.sequences_per_rank, work.model.seq_length)
-        tokens_BT = torch.randint(0, work.model.vocab_size, shape, generator=generator)[dist.get_rank()].to(device)
-        dist.barrier()
-        begin = time.perf_counter()
-        loss = step(tokens_BT)
-        dist.barrier()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-        loss = loss.detach().clone()
-        dist.all_reduce(loss)
-        losses.append(loss.item() / world_size)
-    peak, steady = resident_bytes(device, peak=True), resident_bytes(device, peak=False)
-    return Result(min(seconds[1:]), peak - before, steady - before, losses)
-
-
-def _rank_main(rank: int, name: str, work: Workload, world_size: int, folder: str, results: Any, frugal: bool) -> None:
-    """The life of one rank: it sends its `Result`, or its traceback."""
+def serve(rank: int, name: str, work: Workload, world_size: int, folder: str, pipe: Connection, frugal: bool) -> None:
+    """The life of one rank of a team: a step for every message, answered with its seconds, memory and loss."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # peers use names that torch has renamed
     if frugal:
@@ -255,43 +231,73 @@ def _rank_main(rank: int, name: str, work: Workload, world_size: int, folder: st
     try:
         backend = "cpu:gloo,cuda:nccl" if work.device_type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-        results.put(measure(name, work, world_size))
-        dist.barrier()
+        device = torch.device(work.device_type)
+        mesh = build_mesh(Parallel(pp=1, dp=world_size, tp=1), device)
+        before = resident_bytes(device, peak=False)
+        step = CONTENDERS[name](work, mesh, device)
+        gc.collect()
+        reset_peak(device)
+        while (number := pipe.recv()) is not None:
+            pipe.send(timed_step(step, work, number, device, before))
         dist.destroy_process_group()
     except BaseException:
-        results.put(traceback.format_exc())
+        pipe.send(traceback.format_exc())
 
 
-def contend(name: str, work: Workload, world_size: int, frugal: bool) -> Result:
-    """The slowest rank's time and the hungriest rank's memory.
+def timed_step(step: Step, work: Workload, number: int, device: torch.device, before: int) -> Figures:
+    """Train on the tokens of step `number`; `before` is this process's memory without the contender."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(number)
+    shape = (world_size, work.sequences_per_rank, work.model.seq_length)
+    tokens_BT = torch.randint(0, work.model.vocab_size, shape, generator=generator)[rank].to(device)
+    dist.barrier()
+    begin = time.perf_counter()
+    loss = step(tokens_BT).detach().clone()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+    seconds = time.perf_counter() - begin
+    dist.all_reduce(loss)
+    peak, steady = (resident_bytes(device, peak) - before for peak in (True, False))
+    return Figures(seconds, peak, steady, loss.item() / world_size)
 
-    Args:
-        frugal: give freed memory back to the system at once.
+
+class Team:
+    """The processes of one contender.
 
     Raises:
         RuntimeError: a rank failed; with its traceback.
     """
-    context = multiprocessing.get_context("fork" if work.device_type == "cpu" else "spawn")
-    results = context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (name, work, world_size, folder, results, frugal)
-        processes = [
-            context.Process(target=_rank_main, args=(rank, *arguments), daemon=True) for rank in range(world_size)
-        ]
-        for process in processes:
+
+    def __init__(self, name: str, work: Workload, world_size: int, frugal: bool = False):
+        context = multiprocessing.get_context("fork" if work.device_type == "cpu" else "spawn")
+        self.name, self.folder = name, tempfile.TemporaryDirectory()
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            arguments = (rank, name, work, world_size, self.folder.name, theirs, frugal)
+            self.processes.append(context.Process(target=serve, args=arguments, daemon=True))
+            self.pipes.append(ours)
+        for process in self.processes:
             process.start()
-        answers = [results.get() for _ in processes]
-        for process in processes:
-            process.join(timeout=60)
-    for answer in answers:
-        if isinstance(answer, str):
-            raise RuntimeError(f"{name} failed:\n{answer}")
-    return Result(
-        max(answer.seconds_per_step for answer in answers),
-        max(answer.peak_bytes for answer in answers),
-        max(answer.steady_bytes for answer in answers),
-        answers[0].losses,
-    )
+
+    def step(self, number: int) -> Figures:
+        """Train one step: the slowest rank's time and the hungriest rank's memory."""
+        for pipe in self.pipes:
+            pipe.send(number)
+        answers = [pipe.recv() for pipe in self.pipes]
+        for answer in answers:
+            if isinstance(answer, str):
+                raise RuntimeError(f"{self.name} failed:\n{answer}")
+        return Figures(*(max(values) for values in zip(*answers)))
+
+    def leave(self) -> None:
+        """End the processes."""
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join()
+        self.folder.cleanup()
 
 
 def run() -> str:
@@ -302,16 +308,29 @@ def run() -> str:
     return "\n\n".join(tables)
 
 
-def table(work: Workload, world_size: int, rounds: int = 3, names: list[str] | None = None) -> str:
-    """Measure contenders in turn, memory once and time `rounds` times; a Markdown table of the best rounds.
+def table(work: Workload, world_size: int, names: list[str] | None = None) -> str:
+    """Measure memory contender by contender, then time, in turns with the first; a Markdown table.
 
     Args:
-        names: contenders, all by default.
+        names: two contenders or more, all by default; the first is what the others are compared with.
     """
     names = names or list(CONTENDERS)
-    memory = {name: contend(name, replace(work, steps=3), world_size, frugal=True) for name in names}
-    passes = [{name: contend(name, work, world_size, frugal=False) for name in names} for _ in range(rounds)]
-    seconds = {name: min(results[name].seconds_per_step for results in passes) for name in names}
+    memory: dict[str, Figures] = {}
+    for name in names:
+        team = Team(name, work, world_size, frugal=True)
+        memory[name] = [team.step(number) for number in range(MEMORY_STEPS)][-1]
+        team.leave()
+    steps: dict[str, list[Figures]] = {name: [] for name in names}
+    for name in names[1:]:
+        pair = [Team(each, work, world_size) for each in (names[0], name)]
+        for number in range(work.steps):
+            for team in pair:
+                figures = team.step(number)
+                if number:  # the first step compiles, allocates and makes connections
+                    steps[team.name].append(figures)
+        for team in pair:
+            team.leave()
+    seconds = {name: min(figures.seconds for figures in steps[name]) for name in names}
     lines = [f"| | tokens/s | x {names[0]} | peak MiB | steady MiB | last loss |", "|---|---|---|---|---|---|"]
     for name in names:
         figures = [
@@ -319,7 +338,7 @@ def table(work: Workload, world_size: int, rounds: int = 3, names: list[str] | N
             f"{seconds[names[0]] / seconds[name]:.2f}",
             f"{memory[name].peak_bytes / MIB:.0f}",
             f"{memory[name].steady_bytes / MIB:.0f}",
-            f"{passes[0][name].losses[-1]:.5f}",
+            f"{steps[name][-1].loss:.5f}",
         ]
         lines.append(f"| {name} | {' | '.join(figures)} |")
     return "\n".join(lines)

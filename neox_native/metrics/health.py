@@ -201,6 +201,10 @@ class Watchdog:
             self._report(report_hang(list(positions.values()), self.world_size))
             if dump is not None:
                 self._report(f"The last collectives of each rank are in {dump.parent}.")
+            self._store.set("reported", "")
+        # Who leaves before the report breaks the reporter's collective, and its main thread might end it with an error.
+        while self.rank != min(positions) and time.monotonic() < deadline and not self._store.check(["reported"]):
+            time.sleep(min(0.1, self._poll_seconds))
         # Whoever holds the store leaves last, or the others could not read it to the end.
         self._store.set(f"left/{self.rank}", "")
         while self.rank == 0 and time.monotonic() < deadline:

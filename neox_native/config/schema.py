@@ -130,7 +130,7 @@ class Data:
     packing: Literal["packed", "pack_until_overflow", "unpacked"] = "packed"
     """How documents fill a row: end to end, whole documents while they fit, or one document; the last two pad."""
     document_attention: bool = False
-    """Tokens attend within their own document only."""
+    """Tokens attend within their own document only: FlexAttention on a GPU (without dropout and ALiBi), else a mask."""
     document_positions: bool = False
     """Positions restart at 0 with each document."""
     cache_dir: str = "~/.cache/neox_native"

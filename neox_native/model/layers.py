@@ -9,10 +9,14 @@ how an activation is laid out. The model gives them names and knows nothing of w
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from neox_native.config.schema import Model
 from neox_native.model.positions import Context, rotate
@@ -107,16 +111,29 @@ class Attention(nn.Module):
             k_BKSH, v_BKSH = context.remember(k_BTKH, v_BTKH)
         else:
             k_BKSH, v_BKSH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
-        attended_BNTH = F.scaled_dot_product_attention(
-            q_BTNH.transpose(1, 2),
+        attended_BNTH = self._attend(q_BTNH.transpose(1, 2), k_BKSH, v_BKSH, context.mask)
+        return self.dense(attended_BNTH.transpose(1, 2).flatten(2))
+
+    def _attend(self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+        grouped = self.group_size > 1
+        if isinstance(mask, BlockMask):
+            attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+            return attend(q_BNTH, k_BKSH, v_BKSH, block_mask=mask, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q_BNTH,
             k_BKSH,
             v_BKSH,
-            attn_mask=context.mask,
+            attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=context.mask is None and q_BTNH.shape[1] > 1,
-            enable_gqa=self.group_size > 1,
+            is_causal=mask is None and q_BNTH.shape[2] > 1,
+            enable_gqa=grouped,
         )
-        return self.dense(attended_BNTH.transpose(1, 2).flatten(2))
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    """FlexAttention is fused by compilation only; where blocks are compiled, they take it in."""
+    return torch.compile(flex_attention)
 
 
 class FeedForward(nn.Module):

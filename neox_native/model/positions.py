@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Stores a layer's new keys and values [B, T, K, H]; returns those of all positions so far [B, K, S, H]."""
@@ -23,9 +24,10 @@ class Context(NamedTuple):
     """fp32 cosines [T, 1, R], or [B, T, 1, R] where positions restart inside a row; None without rotary."""
     sin_TR: Tensor | None
     """The sines beside them."""
-    mask: Tensor | None
+    mask: Tensor | BlockMask | None
     """None: plain causal attention, or one last query that sees every key. Boolean [B, 1, T, S]: True where a query
-    may look. Float [B or 1, N, T, S]: added to the attention scores. S keys: T, or more with a cache."""
+    may look; a BlockMask says the same to FlexAttention. Float [B or 1, N, T, S]: added to the attention scores.
+    S keys: T, or more with a cache."""
     remember: Remember | None = None
     """Set where a cache holds earlier positions of this layer."""
 
@@ -74,6 +76,17 @@ def causal_mask(seq_length: int, documents_BT: Tensor | None, device: torch.devi
     if documents_BT is not None:
         mask = mask & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
     return mask
+
+
+def document_blocks(documents_BT: Tensor) -> BlockMask:
+    """`causal_mask` for FlexAttention, which skips blocks of scores that no query may see: its cost grows with the sum
+    of squared document lengths, and no [T, T] mask is kept (Dong et al. 2024)."""
+
+    def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (documents_BT[batch, query] == documents_BT[batch, key])
+
+    batch_size, seq_length = documents_BT.shape
+    return create_block_mask(visible, batch_size, None, seq_length, seq_length, device=documents_BT.device)
 
 
 def mask_of_positions(positions_BT: Tensor, num_keys: int) -> Tensor:

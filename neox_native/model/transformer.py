@@ -80,6 +80,11 @@ class Transformer(nn.Module):
             x_BTD = x_BTD + table.to(x_BTD.dtype)
         return self.dropout(self.embedded(x_BTD))
 
+    def attends_in_blocks(self, device: torch.device) -> bool:
+        """Whether FlexAttention serves packed documents: it has no backward pass on a CPU, and no dropout. ALiBi adds
+        to the scores, which takes a mask of numbers."""
+        return device.type == "cuda" and self.slopes is None and not self.config.attention_dropout
+
     def context(
         self, seq_length: int, positions_BT: Tensor | None, documents_BT: Tensor | None, cache: Cache | None
     ) -> positions.Context:
@@ -94,6 +99,8 @@ class Transformer(nn.Module):
                 dtype = next(self.parameters()).dtype
                 mask = positions.alibi_bias(self.slopes, mask, dtype, cache.positions_BT)
             return positions.Context(cos, sin, mask)
+        if documents_BT is not None and self.attends_in_blocks(documents_BT.device):
+            return positions.Context(cos, sin, positions.document_blocks(documents_BT))
         if documents_BT is not None or self.slopes is not None:
             device = documents_BT.device if documents_BT is not None else self.slopes.device
             mask = positions.causal_mask(seq_length, documents_BT, device)

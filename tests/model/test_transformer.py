@@ -83,6 +83,30 @@ def test_a_packed_document_with_masks_and_its_own_positions_equals_the_document_
     torch.testing.assert_close(packed[:, 6:], alone)
 
 
+DOCUMENTS = torch.tensor([[0] * 6 + [1] * 10, [0] * 3 + [1] * 4 + [2] * 9])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_flex_attention_sees_the_documents_that_a_mask_shows(kv_heads, monkeypatch):
+    model = build(num_kv_heads=kv_heads)
+    masked = model(TOKENS, documents_BT=DOCUMENTS)
+    monkeypatch.setattr(Transformer, "attends_in_blocks", lambda *_: True)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # CPUs have no backward pass for it
+        torch.testing.assert_close(model(TOKENS, documents_BT=DOCUMENTS), masked)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a GPU")
+def test_gradients_through_flex_attention_equal_those_through_a_mask(monkeypatch):
+    gradients = []
+    for blocks in (True, False):
+        monkeypatch.setattr(Transformer, "attends_in_blocks", lambda *_, blocks=blocks: blocks)
+        model = build().cuda()
+        model(TOKENS.cuda(), documents_BT=DOCUMENTS.cuda()).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
 def test_parts_one_after_the_other_equal_the_whole():
     whole = build()
     config, state = whole.config, whole.state_dict()

@@ -43,9 +43,13 @@ class Losses:
             num_targets: tokens of this data rank's share of the step that count.
         """
         num_tokens = torch.full((), num_targets, dtype=torch.float32, device=self.device)
-        dist.all_reduce(num_tokens, group=self.dp_group)
-        weight = scale / num_tokens.clamp(min=1.0)
-        return lambda logits, target: cross_entropy_sum(logits, target, self.tp_group) * weight
+        counting = dist.all_reduce(num_tokens, group=self.dp_group, async_op=True)
+
+        def loss(logits: Tensor, target: Tensor) -> Tensor:
+            counting.wait()  # it had the first forward pass to finish
+            return cross_entropy_sum(logits, target, self.tp_group) * (scale / num_tokens.clamp(min=1.0))
+
+        return loss
 
     def total(self, share: Tensor) -> Tensor:
         """The whole step's value from each rank's share: the sum over dp and pp, in fp64."""

@@ -30,6 +30,8 @@ class GradientBucket:
         self.layout, self.group, self.stage, self.device = layout, group, stage, device
         self.rank = dist.get_rank(group) if stage else 0
         self.keeps_matrix = stage <= ZeroStage.OPTIMIZER
+        self.places: list[tuple[Tensor, Tensor | None]] = []
+        """Where each parameter's gradient goes in the matrix."""
         self.matrix: Tensor | None = self._new_matrix() if self.keeps_matrix else None
         self.row = self._my_row(self.matrix) if self.keeps_matrix else torch.zeros(layout.size, device=device)
         self.shards = [local_view(self.row, slot, self.rank) for slot in layout.slots]
@@ -55,13 +57,15 @@ class GradientBucket:
         assert self.work is None and (self.num_reductions == 0 or not self.keeps_matrix), "the reduction has begun"
         if self.matrix is None:
             self.matrix = self._new_matrix()
-        slot, add = self.layout.slots[index], index in self.filled
+        full, short = self.places[index]
+        put = Tensor.add_ if index in self.filled else Tensor.copy_  # both convert to fp32
         self.filled.add(index)
-        whole = slot.shape[0] // slot.chunk  # ranks whose chunk is full
-        body, tail = gradient[: whole * slot.chunk], gradient[whole * slot.chunk :]
-        _put(self.matrix[:whole, slot.offset : slot.offset + slot.width], body.reshape(whole, slot.width), add)
-        if len(tail):
-            _put(self.matrix[whole, slot.offset : slot.offset + len(tail) * slot.inner], tail.reshape(-1), add)
+        if short is None:
+            put(full, gradient.reshape(full.shape))
+        else:
+            body, tail = gradient.split([len(gradient) - len(short), len(short)])
+            put(full, body.reshape(full.shape))
+            put(short, tail)
 
     def start_reduction(self) -> None:
         """Sum the matrix over the dp axis; parameters that received no gradient count as zero."""
@@ -89,11 +93,13 @@ class GradientBucket:
             assert self.matrix is not None
             if self.num_reductions > 1:
                 self.row.add_(self._my_row(self.matrix))
-            self.matrix = None
+            self.matrix, self.places = None, []
         self.filled.clear()
 
     def _new_matrix(self) -> Tensor:
-        return torch.empty(self.layout.world, self.layout.size, dtype=torch.float32, device=self.device)
+        matrix = torch.empty(self.layout.world, self.layout.size, dtype=torch.float32, device=self.device)
+        self.places = [_places(matrix, slot) for slot in self.layout.slots]
+        return matrix
 
     def _my_row(self, matrix: Tensor) -> Tensor:
         return matrix[self.rank]
@@ -187,9 +193,8 @@ def local_view(row: Tensor, slot: Slot, rank: int) -> Tensor:
     return row[slot.offset : slot.offset + shape[0] * slot.inner].view(shape)
 
 
-def _put(target: Tensor, source: Tensor, add: bool) -> None:
-    """Add or copy, converting to fp32."""
-    if add:
-        target.add_(source)
-    else:
-        target.copy_(source)
+def _places(matrix: Tensor, slot: Slot) -> tuple[Tensor, Tensor | None]:
+    """A parameter's full chunks as [ranks, width], and the short chunk after them, if there is one, as its rows."""
+    num_full = slot.shape[0] // slot.chunk
+    full = matrix[:num_full, slot.offset : slot.offset + slot.width]
+    return full, local_view(matrix[num_full], slot, num_full) if slot.shape[0] % slot.chunk else None

@@ -62,9 +62,6 @@ class StageUnits:
         self.units = units
         self.weights = [UnitWeights(unit.specs, group, stage, param_dtype, device) for unit in units]
         self.buckets = [GradientBucket(weights.trained_layout, group, stage, device) for weights in self.weights]
-        if stage == ZeroStage.OPTIMIZER:
-            for weights, bucket in zip(self.weights, self.buckets):
-                weights.scratch = bucket.matrix
         self.reducer = Reducer(self.buckets, stage)
         self.gatherer = Gatherer(self.weights, releases=stage == ZeroStage.PARAMETERS)
 
@@ -86,6 +83,7 @@ class StageUnits:
                 self.gatherer.install(index, unit.readers)
         self.units[0].readers[0].register_forward_pre_hook(lambda _module, _inputs: self._on_forward())
 
+    @torch.no_grad()
     def absorb(self) -> None:
         """Take every gradient that lies in `.grad`, which no hook has seen."""
         for weights, bucket in zip(self.weights, self.buckets):
@@ -105,7 +103,6 @@ class StageUnits:
         self._take(self.weights[index].specs[position], bucket, position)
         self.reducer.notice()
 
-    @torch.no_grad()
     def _take(self, spec: ParameterSpec, bucket: GradientBucket, position: int) -> None:
         if spec.parameter.grad is not None:
             self.reducer.settle(bucket)
@@ -214,9 +211,10 @@ class ShardedOptimizer:
         found_inf = 1.0 - norm.isfinite().float()
         if skip is not None:
             found_inf = torch.maximum(found_inf, skip.float())
-        divisor = torch.ones_like(norm) if loss_scale is None else loss_scale.float()
+        divisor = None if loss_scale is None else loss_scale.float()
         if clip > 0:
-            divisor = divisor * ((norm + NORM_EPSILON) / clip).clamp(min=1.0)
+            excess = ((norm + NORM_EPSILON) / clip).clamp(min=1.0)
+            divisor = excess if divisor is None else divisor * excess
         self._update(lr, divisor, found_inf)
         self._publish(frozen_too=False)
         return norm, found_inf
@@ -315,14 +313,15 @@ class ShardedOptimizer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def _update(self, lr: float, divisor: Tensor, found_inf: Tensor) -> None:
+    def _update(self, lr: float, divisor: Tensor | None, found_inf: Tensor) -> None:
         """Update the masters with the gradients over `divisor`, unless `found_inf`."""
         self._set_learning_rate(lr)
         if self.fused:  # the kernel divides, and skips
             self.optimizer.grad_scale, self.optimizer.found_inf = divisor, found_inf
             self.optimizer.step()
         elif not found_inf.item():  # waits for the device
-            torch._foreach_div_([trained.gradient for trained in self.trained], divisor)
+            if divisor is not None:
+                torch._foreach_div_([trained.gradient for trained in self.trained], divisor)
             self.optimizer.step()
 
     def _publish(self, frozen_too: bool) -> None:

@@ -62,8 +62,10 @@ class Unit:
 
 def local(tensor: Tensor) -> Tensor:
     """The tensor that this rank holds of a DTensor; any other tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
     with torch.no_grad():  # otherwise to_local() records a graph node
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return tensor.to_local()
 
 
 def local_gradient(spec: ParameterSpec) -> Tensor:

@@ -117,11 +117,14 @@ class UnitWeights:
         self.gathering = None
         work.wait()
         matrix = flat.view(layout.world, layout.size)
+        # A master that is a view is my chunk already.
+        news = [slice(self.rank), slice(self.rank + 1, None)] if self.master is None else [slice(None)]
         for slot, storage in zip(layout.slots, self.storages):
             if self.shards_parameters:
                 storage.untyped_storage().resize_(storage.numel() * storage.element_size())
-            chunks = storage.view(layout.world, slot.width)
-            chunks.copy_(matrix[:, slot.offset : slot.offset + slot.width])
+            chunks, rows = storage.view(layout.world, slot.width), matrix[:, slot.offset : slot.offset + slot.width]
+            for ranks in news:
+                chunks[ranks].copy_(rows[ranks])
 
     def abandon_gathering(self) -> None:
         """Let a gather end whose result nobody wants: copied late, it would overwrite newer masters that are views."""

@@ -7,8 +7,8 @@ where there is nothing to shard.
 
 glibc keeps much of what is freed, and every contender looks as hungry as the hungriest. So memory is measured in a pass
 of its own, in which every large block goes back to the system at once; that costs time, which the other pass measures.
-There each contender and the first take turns step by step, so that a noisy machine disturbs both alike; the best step
-counts. It takes 5 GB.
+There each contender and the first take turns step by step, so that a noisy machine disturbs both alike; figures are
+medians, ratios those of the pair. It takes 5 GB.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import statistics
 import tempfile
 import time
 import traceback
@@ -320,25 +321,28 @@ def table(work: Workload, world_size: int, names: list[str] | None = None) -> st
         team = Team(name, work, world_size, frugal=True)
         memory[name] = [team.step(number) for number in range(MEMORY_STEPS)][-1]
         team.leave()
-    steps: dict[str, list[Figures]] = {name: [] for name in names}
-    for name in names[1:]:
-        pair = [Team(each, work, world_size) for each in (names[0], name)]
-        for number in range(work.steps):
-            for team in pair:
-                figures = team.step(number)
-                if number:  # the first step compiles, allocates and makes connections
-                    steps[team.name].append(figures)
-        for team in pair:
-            team.leave()
-    seconds = {name: min(figures.seconds for figures in steps[name]) for name in names}
+    pairs = {name: in_turns((names[0], name), work, world_size) for name in names[1:]}
+    first = [step for firsts, _ in pairs.values() for step in firsts]
+    pairs = {names[0]: (first, first)} | pairs
     lines = [f"| | tokens/s | x {names[0]} | peak MiB | steady MiB | last loss |", "|---|---|---|---|---|---|"]
-    for name in names:
+    for name, pair in pairs.items():
+        reference, seconds = (statistics.median(figures.seconds for figures in steps) for steps in pair)
         figures = [
-            f"{world_size * work.tokens_per_step / seconds[name]:,.0f}",
-            f"{seconds[names[0]] / seconds[name]:.2f}",
+            f"{world_size * work.tokens_per_step / seconds:,.0f}",
+            f"{reference / seconds:.2f}",
             f"{memory[name].peak_bytes / MIB:.0f}",
             f"{memory[name].steady_bytes / MIB:.0f}",
-            f"{steps[name][-1].loss:.5f}",
+            f"{pair[1][-1].loss:.5f}",
         ]
         lines.append(f"| {name} | {' | '.join(figures)} |")
     return "\n".join(lines)
+
+
+def in_turns(names: tuple[str, str], work: Workload, world_size: int) -> tuple[list[Figures], list[Figures]]:
+    """Train two contenders step by step in turns; what their steps showed, but for the first, which allocates."""
+    teams = Team(names[0], work, world_size), Team(names[1], work, world_size)
+    rounds = [[team.step(number) for team in teams] for number in range(1 + work.steps)]
+    for team in teams:
+        team.leave()
+    mine, theirs = zip(*rounds[1:])
+    return list(mine), list(theirs)

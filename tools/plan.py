@@ -48,7 +48,10 @@ def search_layouts(options: argparse.Namespace, overrides: list[str]) -> None:
     machine = Machine(find_gpu(options.gpu, hardware), options.gpus_per_node, software)
     candidates = search(config, options.gpus, machine)
     fitting = sum(candidate.time is not None for candidate in candidates)
-    print(f"{len(candidates)} layouts can work on {options.gpus} {machine.gpu.name}, {fitting} fit; predicted for code {software.word}:\n")
+    print(
+        f"{len(candidates)} layouts can work on {options.gpus} {machine.gpu.name}, {fitting} fit; "
+        f"predicted for code {software.word}:\n"
+    )
     print(table([candidate for candidate in candidates[: options.top] if candidate.time is not None]))
     print("\nWhat lost, and why:\n" + "\n".join(reasons(candidates, machine)))
     if options.write:

@@ -22,6 +22,7 @@ from neox_native.plan.hardware import find_gpu
 from neox_native.plan.speed import COMPILED, EAGER, Machine, stage_passes
 
 COLOURS = {"F": "#7aa6da", "B": "#8fc98b", "I": "#f0c674", "W": "#c397d8", "idle": "#eeeeee"}
+FONT = 'font-family="sans-serif"'
 NAMES = {"F": "forward", "B": "backward", "I": "input backward", "W": "weight backward", "idle": "idle"}
 
 
@@ -55,12 +56,13 @@ def svg(drawn: Timeline, caption: str, unit: str) -> str:
     scale, height, left, top = 1000 / drawn.duration, 28, 60, 50
     width, bottom = left + 1010, top + height * len(drawn.ranks)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + 40}" font-family="sans-serif" font-size="11">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + 40}" {FONT} font-size="11">',
         f'<rect width="100%" height="100%" fill="white"/><text x="10" y="18" font-size="13">{escape(caption)}</text>',
     ]
     for number, (kind, colour) in enumerate(COLOURS.items()):
         x = left + number * 130
-        parts.append(f'<rect x="{x}" y="28" width="12" height="12" fill="{colour}"/><text x="{x + 17}" y="38">{NAMES[kind]}</text>')
+        parts.append(f'<rect x="{x}" y="28" width="12" height="12" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 17}" y="38">{NAMES[kind]}</text>')
     for rank, spans in enumerate(drawn.ranks):
         y = top + rank * height
         parts.append(f'<text x="8" y="{y + 18}">rank {rank}</text>')
@@ -73,7 +75,11 @@ def svg(drawn: Timeline, caption: str, unit: str) -> str:
             parts.append(
                 f'<g><title>{title}</title><rect x="{x:.2f}" y="{y + 2}" width="{length:.2f}" height="{height - 4}" '
                 f'fill="{COLOURS[span.action.kind]}" fill-opacity="{shade:.2f}" stroke="white" stroke-width="0.5"/>'
-                + (f'<text x="{x + length / 2:.2f}" y="{y + 18}" text-anchor="middle">{span.action.microbatch}</text>' if length > 9 else "")
+                + (
+                    f'<text x="{x + length / 2:.2f}" y="{y + 18}" text-anchor="middle">{span.action.microbatch}</text>'
+                    if length > 9
+                    else ""
+                )
                 + "</g>"
             )
     parts.append(f'<text x="{left}" y="{bottom + 20}">{escape(unit)}</text></svg>')
@@ -84,8 +90,9 @@ def caption(config: Config, drawn: Timeline, microbatches: int) -> str:
     """What the picture shows, in one line."""
     parallel = config.parallel
     return (
-        f"{parallel.pipeline_schedule}: pp {parallel.pp}, dp {parallel.dp}, {parallel.virtual_stages} stage(s) per rank, {microbatches} microbatches; "
-        f"bubble {drawn.bubble_fraction:.1%} of compute; peak microbatches in flight by rank "
+        f"{parallel.pipeline_schedule}: pp {parallel.pp}, dp {parallel.dp}, {parallel.virtual_stages} stages per rank, "
+        f"{microbatches} microbatches; bubble {drawn.bubble_fraction:.1%} of compute; "
+        "peak microbatches in flight by rank "
         f"{[drawn.peak_in_flight(rank) for rank in range(parallel.pp)]}"
     )
 

@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -41,9 +42,9 @@ def products_flops_per_second(config: Config, device: torch.device) -> float:
     qkv = (model.num_heads + 2 * model.kv_heads) * model.head_dim // tp
     flops = seconds = 0.0
     for inner, columns in ((h, qkv), (h // tp, h), (h, ffn), (ffn, h)):
-        left, right = torch.randn(rows, inner, device=device, dtype=dtype), torch.randn(inner, columns, device=device, dtype=dtype)
+        left, right = (torch.randn(shape, device=device, dtype=dtype) for shape in ((rows, inner), (inner, columns)))
         flops += 2.0 * rows * inner * columns
-        seconds += seconds_of(lambda: left @ right, device)
+        seconds += seconds_of(partial(torch.matmul, left, right), device)
     return flops / seconds
 
 
@@ -87,11 +88,13 @@ def calibrate(config: Config, device: torch.device, like: Gpu, name: str) -> Gpu
         matmul_efficiency=products_flops_per_second(config, device) / like.peak_flops_per_second,
         attention_efficiency=attention_flops_per_second(config, device) / like.peak_flops_per_second,
         memory_efficiency=copy_bytes_per_second(device) / like.memory_bytes_per_second,
-        source=f"measured on {name} with torch {torch.__version__}; peak, speeds of memory and network from {like.name}",
+        source=f"measured on {name} with torch {torch.__version__}; peak, memory and network from {like.name}",
     )
     if dist.is_initialized() and dist.get_world_size() > 1:
         speed, start = collective_speed(device)
-        measured = dataclasses.replace(measured, node_bytes_per_second=speed, link_efficiency=1.0, collective_seconds=start)
+        measured = dataclasses.replace(
+            measured, node_bytes_per_second=speed, link_efficiency=1.0, collective_seconds=start
+        )
     return measured
 
 

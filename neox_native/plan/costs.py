@@ -1,8 +1,8 @@
 """Traffic, bubble and FLOPs of a layout as closed forms; memory is in `memory.py`. Pure arithmetic, [Note: letters].
 
-A ring collective on n ranks sends (n - 1) / n of the whole tensor for a gather or a reduce-scatter and twice that for an
-all-reduce (Patarasuk and Yuan 2009). `train/dryrun.py` measures the same quantities by running the code, and a test holds
-the two together.
+A ring collective on n ranks sends (n - 1) / n of the whole tensor for a gather or a reduce-scatter and twice that for
+an all-reduce (Patarasuk and Yuan 2009). `train/dryrun.py` measures the same quantities by running the code, and a test
+holds the two together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from neox_native.config.schema import Config, Parallel
-from neox_native.model.flops import layer_parameters, model_flops_per_token, norm_parameters
+from neox_native.model.flops import layer_parameters, norm_parameters
 from neox_native.plan.memory import ZERO_BUBBLE, memory
 from neox_native.plan.shares import (
     ELEMENT_BYTES,
@@ -26,18 +26,19 @@ from neox_native.plan.shares import (
 from neox_native.zero.layout import FP32_BYTES
 
 
-
 def ring(num_bytes: int, ranks: int, passes: int = 1) -> int:
-    """Bytes that each of `ranks` sends for a gather or reduce-scatter of `num_bytes`; an all-reduce makes two passes."""
+    """Bytes that each of `ranks` sends for a gather or reduce-scatter of `num_bytes`; an all-reduce makes two
+    passes."""
     return passes * num_bytes * (ranks - 1) // ranks
 
 
 def passes_of_block(config: Config) -> int:
     """How many times one block sends an activation around the tp ring for one microbatch.
 
-    Per residual step, forward and backward together: 2 all-reduces (Shoeybi et al. 2019 §3), or with sequence parallelism 2
-    all-gathers and 2 reduce-scatters, the same volume (Korthikanti et al. 2022 §4.2.2); the parallel residual is one step,
-    the sequential two. Recomputation repeats the forward's, but for the reduction that ends the block.
+    Per residual step, forward and backward together: 2 all-reduces (Shoeybi et al. 2019 §3), or with sequence
+    parallelism 2 all-gathers and 2 reduce-scatters, the same volume (Korthikanti et al. 2022 §4.2.2); the parallel
+    residual is one step, the sequential two. Recomputation repeats the forward's, but for the reduction that ends the
+    block.
     """
     steps = 1 if config.model.parallel_residual else 2
     again = 2 * (steps - 1) + config.parallel.sequence_parallel
@@ -45,8 +46,8 @@ def passes_of_block(config: Config) -> int:
 
 
 def tensor_parallel_bytes(config: Config, pp_rank: int) -> int:
-    """Sent over the tp axis in a step: by every block, by each end of the model one all-reduce, by the loss three of [b, T]
-    in fp32; and once a step the gradients that are partial."""
+    """Sent over the tp axis in a step: by every block, by each end of the model one all-reduce, by the loss three of
+    [b, T] in fp32; and once a step the gradients that are partial."""
     model, training, parallel, share = config.model, config.training, config.parallel, share_of(config, pp_rank)
     passes = share.num_layers * passes_of_block(config) + 2 * share.first + 2 * share.last
     if share.first and model.pos_emb in ("learned", "sinusoidal"):
@@ -58,7 +59,9 @@ def tensor_parallel_bytes(config: Config, pp_rank: int) -> int:
 
 def _partial_bytes(config: Config, pp_rank: int) -> int:
     """fp32 gradients that are partial sums over tp: norms, and with sequence parallelism the output biases."""
-    names = ("norm.weight", "norm.bias") + (("dense.bias", "dense_4h_to_h.bias") if config.parallel.sequence_parallel else ())
+    names = ("norm.weight", "norm.bias") + (
+        ("dense.bias", "dense_4h_to_h.bias") if config.parallel.sequence_parallel else ()
+    )
     return FP32_BYTES * sum(
         math.prod(slot.local_shape(0))
         for unit, layout in zip(unit_shapes(config, pp_rank), rows_of(config, pp_rank))
@@ -68,9 +71,10 @@ def _partial_bytes(config: Config, pp_rank: int) -> int:
 
 
 def data_parallel_bytes(config: Config, pp_rank: int) -> int:
-    """Sent over the dp axis in a step, in passes of the parameters: stage 0 all-reduces fp32 gradients; 1 reduce-scatters
-    them and all-gathers parameters once; 2 reduce-scatters in every microbatch; 3 also gathers twice in each
-    (Rajbhandari et al. 2020 §7). Rows are padded, see [Note: rows and units]. One more number counts tokens."""
+    """Sent over the dp axis in a step, in passes of the parameters: stage 0 all-reduces fp32 gradients; 1
+    reduce-scatters them and all-gathers parameters once; 2 reduce-scatters in every microbatch; 3 also gathers twice
+    in each (Rajbhandari et al. 2020 §7). Rows are padded, see [Note: rows and units]. One number more
+    counts tokens."""
     d, e, m = config.parallel.dp, ELEMENT_BYTES[config.training.precision], num_microbatches(config)
     elements = [layout.world * layout.size for layout in rows_of(config, pp_rank)]
     stage = zero_stage_of(config.parallel)
@@ -99,8 +103,8 @@ def tied_bytes(config: Config, pp_rank: int) -> int:
 
 
 def traffic(config: Config, pp_rank: int) -> dict[str, int]:
-    """Bytes that a rank's collectives send in a step, by axis. "world" is the gradient's norm, one fp64 number; where one
-    axis is the whole world, it is that axis's."""
+    """Bytes that a rank's collectives send in a step, by axis. "world" is the gradient's norm, one fp64 number; where
+    one axis is the whole world, it is that axis's."""
     parallel = config.parallel
     degrees = {"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp}
     sent = {
@@ -114,18 +118,18 @@ def traffic(config: Config, pp_rank: int) -> dict[str, int]:
     return sent
 
 
-
 def bubble_fraction(parallel: Parallel, num_microbatches: int) -> float:
-    """Idle time of the pipeline over its compute time, if all stages cost the same and a backward pass costs two forwards:
-    (p - 1) / m (Narayanan et al. 2021 §2.2), divided by v where stages are looped (ibid.), and by 3 where backward passes
-    are split in two (Qi et al. 2023 §2)."""
+    """Idle time of the pipeline over its compute time, if all stages cost the same and a backward pass costs two
+    forwards: (p - 1) / m (Narayanan et al. 2021 §2.2), divided by v where stages are looped (ibid.), and by 3 where
+    backward passes are split in two (Qi et al. 2023 §2)."""
     split = 3 if parallel.pipeline_schedule in ZERO_BUBBLE else 1
     return (parallel.pp - 1) / (num_microbatches * parallel.virtual_stages * split) if parallel.pp > 1 else 0.0
 
 
 def model_flops_of_rank(config: Config, pp_rank: int) -> int:
-    """Forward and backward operations of a rank's layers in a step, as MFU counts them: without recomputation, attention to
-    every pair of positions (Chowdhery et al. 2022, appendix B); 6 per parameter and token and 12 h T per layer and token."""
+    """Forward and backward operations of a rank's layers in a step, as MFU counts them: without recomputation,
+    attention to every pair of positions (Chowdhery et al. 2022, appendix B); 6 per parameter and token and 12 h T per
+    layer and token."""
     model, share = config.model, share_of(config, pp_rank)
     block = 6 * layer_parameters(model) + 12 * model.hidden_size * model.seq_length
     head = 6 * (model.padded_vocab_size * model.hidden_size + norm_parameters(model)) if share.last else 0
@@ -135,21 +139,32 @@ def model_flops_of_rank(config: Config, pp_rank: int) -> int:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What training's own log says beside what it measures."""
+    """What training's own log says beside what it measures, of the rank that has most of each."""
 
     peak_bytes: int
-    """Most memory on any rank."""
-    bubble_fraction: float
+    """Memory, of eager code."""
     bytes_by_axis: dict[str, int]
-    """Sent by the busiest rank's collectives in a step."""
+    """Sent by collectives in a step."""
+    point_to_point_bytes: int
+    """Sent to neighbouring stages in a step."""
+    bubble_fraction: float
+
+    def __str__(self) -> str:
+        sent = self.bytes_by_axis | {"stages": self.point_to_point_bytes}
+        sends = ", ".join(f"{axis} {size / 1e9:.3g} GB" for axis, size in sent.items() if size) or "nothing"
+        bubble = f"; bubble {self.bubble_fraction:.1%}" if self.bubble_fraction else ""
+        return (
+            f"predicted of the busiest rank: {self.peak_bytes / 1e9:.3g} GB of memory; sent in a step: {sends}{bubble}"
+        )
 
 
 def predict(config: Config) -> Prediction:
-    """Closed forms of a resolved config, the worst rank's."""
+    """Closed forms of a resolved config."""
     ranks = range(config.parallel.pp)
     sent = [traffic(config, rank) for rank in ranks]
     return Prediction(
         peak_bytes=max(sum(memory(config, rank).values()) for rank in ranks),
-        bubble_fraction=bubble_fraction(config.parallel, num_microbatches(config)),
         bytes_by_axis={axis: max(each[axis] for each in sent) for axis in sent[0]},
+        point_to_point_bytes=max(point_to_point_bytes(config, rank) for rank in ranks),
+        bubble_fraction=bubble_fraction(config.parallel, num_microbatches(config)),
     )

@@ -44,7 +44,9 @@ def load_gpus(path: Path = BUILT_IN) -> dict[str, Gpu]:
     for name, table in tables.items():
         if not isinstance(table, dict) or set(table) != wanted:
             odd = ", ".join(sorted(wanted ^ set(table))) if isinstance(table, dict) else "not a table"
-            raise UserError(f"{path}: [{name}] must have exactly the entries {', '.join(sorted(wanted))}; differs in: {odd}.")
+            raise UserError(
+                f"{path}: [{name}] must have exactly the entries {', '.join(sorted(wanted))}; differs in: {odd}."
+            )
     return {name: Gpu(name, **table) for name, table in tables.items()}
 
 
@@ -59,6 +61,6 @@ def find_gpu(name: str, path: Path | None = None) -> Gpu:
         if known.lower() == name.lower():
             return gpu
     raise UserError(
-        f"--gpu {name!r} is not known; the known are {', '.join(gpus)}. `tools/plan.py calibrate` measures the machine at hand "
-        "and writes a file for --hardware."
+        f"--gpu {name!r} is not known; the known are {', '.join(gpus)}. `tools/plan.py calibrate` measures the "
+        "machine at hand and writes a file for --hardware."
     )

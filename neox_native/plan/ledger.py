@@ -1,9 +1,9 @@
 """What one rank allocates, communicates and computes, noted operation by operation.
 
-[Note: tape] Every storage that appears and every one that goes is an entry on a tape, between marks that say where in the
-step it happened. The peak is found by playing the tape afterwards, because what a buffer is for may show only after it
-was allocated: when a collective fills it. Works on real and on fake tensors alike, with DTensors, pipelines and any number
-of microbatches; it costs some microseconds per operation.
+[Note: tape] Every storage that appears and every one that goes is an entry on a tape, between marks that say where in
+the step it happened. The peak is found by playing the tape afterwards, because what a buffer is for may show only
+after it was allocated: when a collective fills it. Works on real and on fake tensors alike, with DTensors, pipelines
+and any number of microbatches; it costs some microseconds per operation.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Traffic:
     """What this rank's collectives on one axis move."""
 
     bytes: int = 0
-    """Sent by this rank, if every collective is a ring: (n - 1) / n of the whole tensor for a gather or a scatter, twice
-    that for an all-reduce (Patarasuk and Yuan 2009)."""
+    """Sent by this rank, if every collective is a ring: (n - 1) / n of the whole tensor for a gather or a scatter,
+    twice that for an all-reduce (Patarasuk and Yuan 2009)."""
     collectives: int = 0
 
 
@@ -109,7 +109,8 @@ class Ledger(TorchDispatchMode):
         """Book tensors that exist already under a kind.
 
         Args:
-            resizable: their storage grows and shrinks, which no operation shows, so that it is looked at again and again.
+            resizable: their storage grows and shrinks, which no operation shows, so that it is looked at again and
+            again.
         """
         for tensor in tensors:
             storage = self._note(tensor)

@@ -1,15 +1,21 @@
 """Peak memory of a rank as a closed form. Pure arithmetic, [Note: letters].
 
-What a rank holds between steps is exact. During a step the peak is the largest of a few moments, each a sum of
-activations of the microbatches in flight and of what is in work: a block's backward pass, the loss, the head's backward
-pass, the embedding's, and a gather of parameters. Bytes are those of eager code; allocators add rounding and fragments.
+What a rank holds between steps is exact. During a step the peak is the largest of a few phases: of every backward pass
+during which a rank may hold most ([Note: turns]) the loss, the head, two blocks and the embedding, and a gather of
+parameters. Each is a sum of what the microbatches in flight keep and of what is in work. Bytes are those of eager
+code; allocators add rounding and fragments.
 """
 
 from __future__ import annotations
 
-from neox_native.config.schema import Config, Parallel
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from neox_native.config.schema import Config
+from neox_native.plan.flight import Moment, moments
 from neox_native.plan.shares import (
     ELEMENT_BYTES,
+    Share,
     activation_bytes,
     elements_of,
     num_microbatches,
@@ -22,22 +28,6 @@ from neox_native.zero.layout import FP32_BYTES
 
 ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
 MOMENTS = {"adamw": 2, "sgd": 1}
-
-
-def in_flight(parallel: Parallel, num_microbatches: int, pp_rank: int) -> int:
-    """(stage, microbatch) pairs whose activations a rank holds at most (Narayanan et al. 2021 §2.2; Qi et al. 2023 §5)."""
-    p, v, m, behind = parallel.pp, parallel.virtual_stages, num_microbatches, parallel.pp - pp_rank - 1
-    if p == 1:
-        return 1
-    most = {
-        "gpipe": m,
-        "1f1b": behind + 1,
-        "interleaved_1f1b": (v - 1) * p + 2 * behind + 1,
-        "looped_bfs": v * m,
-        "interleaved_zero_bubble": v * p,
-        "zbv": 2 * p,
-    }[parallel.pipeline_schedule]
-    return min(most, v * m)
 
 
 def block_bytes(config: Config) -> int:
@@ -67,137 +57,255 @@ def resident(config: Config, pp_rank: int) -> dict[str, int]:
     has_master = e < FP32_BYTES or stage == 3
     masters = FP32_BYTES * elements.rows if has_master else 0
     parallel = config.parallel
-    share, waiting = share_of(config, pp_rank), num_microbatches(config) * stream_bytes(config)
-    last = parallel.pp * parallel.virtual_stages - 1
-    receives = sum((number > 0) + (number < last) for number in share.stages) if parallel.pp > 1 else 0
+    stages, waiting = share_of(config, pp_rank).stages, num_microbatches(config) * stream_bytes(config)
+    others = set(range(parallel.pp * parallel.virtual_stages)) - set(stages)
+    receives = sum((number - 1 in others) + (number + 1 in others) for number in stages) if parallel.pp > 1 else 0
     return {
         "parameters": e * elements.padded if stage < 3 else (e * elements.rows if e < FP32_BYTES else 0),
-        "gradients": FP32_BYTES * (elements.rows if stage >= 2 else elements.matrices),
+        # Stages 2 and 3 give the last step's rows back when the first forward pass begins.
+        "gradients": FP32_BYTES * elements.matrices if stage < 2 else 0,
         "optimizer_state": masters + MOMENTS[config.optimizer.name] * FP32_BYTES * elements.owned,
         "activations": 0,
-        # torch's stages have a buffer for each microbatch that they will receive.
+        # torch's stages have a buffer for each microbatch that they will receive from another rank.
         "communication": receives * waiting,
     }
 
 
 def memory(config: Config, pp_rank: int) -> dict[str, int]:
     """Bytes by kind at the peak of a step, as the dry run counts them."""
-    rest = resident(config, pp_rank)
-    moments = [_block_backward(config, pp_rank), _embedding_backward(config, pp_rank), _gather(config, pp_rank)]
-    moments += [_loss(config, pp_rank), _head_backward(config, pp_rank)] if share_of(config, pp_rank).last else []
-    peak = max(moments, key=lambda moment: sum(moment.values()))
+    sizes, rest = _Sizes.of(config, pp_rank), resident(config, pp_rank)
+    phases = [_gather(sizes)]
+    for moment in moments(config.parallel, num_microbatches(config), pp_rank):
+        phases += _backward(sizes, moment)
+    peak = max(phases, key=lambda phase: sum(phase.values()))
     return {kind: rest[kind] + peak.get(kind, 0) for kind in rest}
 
 
-def _held(config: Config, pp_rank: int) -> int:
-    """Activations of all microbatches in flight, between passes."""
-    share, parallel = share_of(config, pp_rank), config.parallel
-    passes = in_flight(parallel, num_microbatches(config), pp_rank)
-    block = stream_bytes(config) if config.training.activation_checkpointing == "full" else block_bytes(config)
-    # A later stage's first input is a receive buffer, and its output is kept until it is sent.
-    embedded = stream_bytes(config) if share.first and parallel.pp > 1 else 0
-    return passes * (share.num_layers * block + embedded) // len(share.stages)
+@dataclass(frozen=True)
+class _Sizes:
+    """What the phases of a rank's step are made of, in bytes; units in elements of their matrices."""
+
+    config: Config
+    share: Share
+    zero: int
+    e: int
+    piped: bool
+    """Whether torch's stages run it, which keep their outputs until a microbatch is through."""
+    whole: int
+    """An activation [b, T, h]."""
+    stream: int
+    block: int
+    """What a block keeps of a microbatch between its passes."""
+    input: int
+    """The part of it that is the block's input as it came; RMSNorm keeps an fp32 copy instead."""
+    recomputed: int
+    """What comes back during a block's backward pass."""
+    head: int
+    """What the head keeps, logits left out: its input, x̂ and the affine part."""
+    logits: int
+    """Elements."""
+    units: tuple[int, int, int]
+    """A rank's first unit, which is the embedding where it has it; a block; its last unit, the head where it has it."""
+
+    @classmethod
+    def of(cls, config: Config, pp_rank: int) -> _Sizes:
+        """The sizes of a rank."""
+        model, training, parallel = config.model, config.training, config.parallel
+        share, layouts = share_of(config, pp_rank), rows_of(config, pp_rank)
+        places = (0, 1 if share.first else 0, -1)
+        whole, stream, kept = activation_bytes(config), stream_bytes(config), block_bytes(config)
+        full = training.activation_checkpointing == "full"
+        return cls(
+            config=config,
+            share=share,
+            zero=zero_stage_of(parallel),
+            e=ELEMENT_BYTES[training.precision],
+            piped=parallel.pp > 1,
+            whole=whole,
+            stream=stream,
+            block=stream if full else kept,
+            input=stream if full or model.norm == "layernorm" else 0,
+            recomputed=kept - (stream if model.norm == "layernorm" else 0) if full else 0,
+            head=stream + 2 * whole,
+            logits=training.micro_batch_size * model.seq_length * model.padded_vocab_size // parallel.tp,
+            units=tuple(layouts[place].world * layouts[place].size for place in places),
+        )
+
+    @property
+    def splits(self) -> bool:
+        """Whether backward passes are split in two."""
+        return self.piped and self.config.parallel.pipeline_schedule in ZERO_BUBBLE
+
+    def is_last(self, turn: int) -> bool:
+        """Whether a stage has the head and the loss."""
+        return self.share.last and self.share.stages[turn] == max(self.share.stages)
+
+    def is_first(self, turn: int) -> bool:
+        """Whether a stage has the embedding."""
+        return self.share.stages[turn] == 0
+
+    def kept(self, turn: int) -> int:
+        """What a stage keeps of a microbatch between its passes: its blocks, whose first input is a receive buffer
+        where no embedding made it, and its output; with the head instead what that keeps, the fp32 log-probabilities
+        included."""
+        size = self.share.layers[turn] * self.block - (0 if self.is_first(turn) else self.input)
+        if not self.is_last(turn):
+            return size + self.stream
+        return size + self.head + self.log_probabilities + (self.e * self.logits if self.piped else 0)
+
+    @property
+    def log_probabilities(self) -> int:
+        """What the loss keeps of a microbatch."""
+        return FP32_BYTES * self.logits
+
+    def held(self, moment: Moment) -> int:
+        """Activations of all microbatches in flight. The input half of a backward pass frees the loss alone and leaves
+        gradients for the weight half, and that of its input at the receive buffer, where it stays until the step is
+        over."""
+        size = sum(number * self.kept(turn) for turn, number in enumerate(moment.held))
+        for turn, stage in enumerate(self.share.stages):
+            if self.splits and stage > 0:
+                loss = (FP32_BYTES + self.e) * self.logits if self.is_last(turn) else 0
+                size += moment.waiting[turn] * (_operands(self, turn) - loss)
+                received = stage - 1 not in self.share.stages
+                size += self.stream * (moment.halved[turn] if received else moment.waiting[turn])
+        return size
+
+    def lingering(self, turn: int) -> int:
+        """The unit whose gradients a stage reduces last: its matrix stays until the stage's next reduction."""
+        return self.units[0] if self.is_first(turn) else self.units[1]
 
 
-def _sharded(config: Config, present: int, gathered: int, reduced: int) -> dict[str, int]:
-    """What ZeRO adds during a backward pass, in elements: stage 3 has a unit present and gathers the next, stages 2 and 3
-    have matrices of gradients that are reduced."""
-    stage, e = zero_stage_of(config.parallel), ELEMENT_BYTES[config.training.precision]
-    return {
-        "gradients": FP32_BYTES * reduced if stage >= 2 else 0,
-        "parameters": e * present if stage == 3 else 0,
-        "communication": e * gathered if stage == 3 else 0,
-    }
+def _phase(
+    sizes: _Sizes, moment: Moment, work: int, matrices: int = 0, rows: int = 0, present: int = 0, gathered: int = 0
+) -> dict[str, int]:
+    """One sum.
+
+    Args:
+        work: bytes beside what is held at the moment; negative where the pass has freed more than it made.
+        matrices: elements of gradient matrices of this stage, where ZeRO frees them.
+        rows: elements of the matrices that this pass has reduced, whose rows it leaves, if it is the stage's first.
+        present, gathered: elements of the parameters that stage 3 has gathered, and has on their way.
+    """
+    phase = {"activations": sizes.held(moment) + work}
+    if sizes.zero >= 2:
+        others = [turn for turn in range(len(moment.held)) if turn != moment.turn and moment.reduced[turn]]
+        matrices += sum(sizes.lingering(turn) for turn in others)
+        reduced = sum(_stage_elements(sizes, turn) for turn in others)
+        reduced += _stage_elements(sizes, moment.turn) if moment.reduced[moment.turn] else rows
+        phase["gradients"] = FP32_BYTES * (matrices + reduced // sizes.config.parallel.dp)
+    if sizes.zero == 3:
+        phase |= {"parameters": sizes.e * present, "communication": sizes.e * gathered}
+    return phase
 
 
-def _elements(config: Config, pp_rank: int) -> tuple[int, int, int]:
-    """Elements of the matrices of a rank's first unit, of a block and of its last unit."""
-    layouts = rows_of(config, pp_rank)
-    places = (0, 1 if share_of(config, pp_rank).first else 0, -1)
-    first, block, last = (layouts[place].world * layouts[place].size for place in places)
-    return first, block, last
+def _stage_elements(sizes: _Sizes, turn: int) -> int:
+    """Elements of the matrices of a stage."""
+    first, block, last = sizes.units
+    return sizes.share.layers[turn] * block + sizes.is_first(turn) * first + sizes.is_last(turn) * last
 
 
-def _block_backward(config: Config, pp_rank: int) -> dict[str, int]:
-    """The end of a block's feed-forward layer, where its activations are whole and the gradients of the widest begin."""
-    model, t, e = config.model, config.parallel.tp, ELEMENT_BYTES[config.training.precision]
-    recomputed = block_bytes(config) - stream_bytes(config) if config.training.activation_checkpointing == "full" else 0
-    whole, wide = activation_bytes(config), activation_bytes(config) * model.ffn_size // model.hidden_size // t
-    weight_gradient = e * model.hidden_size * model.ffn_size // t
-    work = whole + wide + weight_gradient
-    share = share_of(config, pp_rank)
-    if config.parallel.pp > 1 and config.parallel.pipeline_schedule in ZERO_BUBBLE:
-        work += _operands(config, max(share.layers))
-    _, block, _ = _elements(config, pp_rank)
-    return _sharded(config, present=block, gathered=block, reduced=block) | {
-        "activations": _held(config, pp_rank) + recomputed + work
-    }
+def _backward(sizes: _Sizes, moment: Moment) -> Iterator[dict[str, int]]:
+    """The phases of a backward pass that may be the largest."""
+    lingering = sizes.lingering(moment.turn) if moment.reduced[moment.turn] else 0
+    before, freed, rows = lingering, 0, 0
+    if sizes.is_last(moment.turn):
+        yield _phase(sizes, moment, _loss(sizes), lingering)
+        yield from _head(sizes, moment, lingering)
+        before = rows = sizes.units[2]
+        freed = sizes.head - sizes.stream + sizes.log_probabilities
+    layers = sizes.share.layers[moment.turn]
+    if sizes.splits and not sizes.is_first(moment.turn):
+        yield _phase(sizes, moment, _input_half(sizes, moment.turn))
+        return
+    for number in range(min(layers, 2)):
+        follows = sizes.units[1] if number + 1 < layers else sizes.units[0] if sizes.is_first(moment.turn) else 0
+        alone = layers == 1 and not sizes.is_first(moment.turn) and not sizes.is_last(moment.turn)
+        yield from _block(sizes, moment, freed, before, rows, follows, alone)
+        before, freed, rows = sizes.units[1], freed + sizes.block, rows + sizes.units[1]
+    if sizes.is_first(moment.turn):
+        yield _embedding(sizes, moment, before)
 
 
-def _operands(config: Config, layers: int) -> int:
-    """Split backward passes: gradients that wait for the weight half, of every projection's output in a stage's blocks, and
-    the last block's attention, whose queries, keys and values each come back as wide as all three."""
-    model, whole = config.model, activation_bytes(config)
+def _loss(sizes: _Sizes) -> int:
+    """The loss, whose intermediate results are fp32, beyond what it keeps. Whole vocabulary: log-softmax and two
+    gradients of its size. Cut vocabulary: logits, the same in fp32 (a copy, if they are not), shifted, and their
+    exponentials."""
+    copies = 2 * FP32_BYTES
+    if sizes.config.parallel.tp > 1:
+        copies += (sizes.e if sizes.e < FP32_BYTES else 0) - (sizes.e if sizes.piped else 0)
+    return copies * sizes.logits
+
+
+def _head(sizes: _Sizes, moment: Moment, lingering: int) -> Iterator[dict[str, int]]:
+    """The head's matrix product: gradients of logits, of its weight and of its input; then the gradient of the logits
+    is gone and the unit's matrix begins."""
+    model, (_, block, head) = sizes.config.model, sizes.units
+    weight_gradient = sizes.e * model.padded_vocab_size * model.hidden_size // sizes.config.parallel.tp
+    work = weight_gradient + sizes.whole - sizes.log_probabilities
+    yield _phase(sizes, moment, work + sizes.e * sizes.logits, lingering, present=head, gathered=block)
+    yield _phase(sizes, moment, work, lingering + head, gathered=block)
+
+
+def _block(
+    sizes: _Sizes, moment: Moment, freed: int, before: int, rows: int, follows: int, alone: bool
+) -> Iterator[dict[str, int]]:
+    """The end of a block's feed-forward layer, where its activations are whole and the gradients of the widest begin;
+    then its weight's gradient lies in the unit's matrix, while the matrix before it is on its way, and a gated layer
+    has one more.
+
+    Args:
+        freed: bytes that the pass has freed since it began.
+        before: elements of the matrix that was reduced before.
+        rows: see `_phase`.
+        follows: elements of the unit whose backward pass is next.
+        alone: whether the stage is this block, so that the matrix before it was its own, which it waits for.
+    """
+    model, t = sizes.config.model, sizes.config.parallel.tp
+    wide = sizes.whole * model.ffn_size // model.hidden_size // t
+    weight_gradient = sizes.e * model.hidden_size * model.ffn_size // t
+    work = sizes.recomputed + sizes.whole + wide - freed
+    block = sizes.units[1]
+    yield _phase(sizes, moment, work + weight_gradient, before, rows, present=block, gathered=follows)
+    matrices = block if alone else before + block
+    yield _phase(sizes, moment, work + wide * model.gated, matrices, rows, present=block, gathered=follows)
+
+
+def _operands(sizes: _Sizes, turn: int) -> int:
+    """Split backward passes: gradients that the weight half needs, of the output of every projection and of every
+    norm's affine part in a stage's blocks, and of the logits."""
+    model, layers = sizes.config.model, sizes.share.layers[turn]
+    steps = 1 if model.parallel_residual else 2
     projected = 1 + 2 * model.kv_heads / model.num_heads
     wide = (2 if model.gated else 1) * model.ffn_size / model.hidden_size
-    return int((layers * (projected + wide) + 2 * projected) * whole) // config.parallel.tp + layers * whole
+    block = int((projected + wide) * sizes.whole) // sizes.config.parallel.tp + (steps + 2) * sizes.whole
+    return layers * block + (sizes.e * sizes.logits + sizes.whole if sizes.is_last(turn) else 0)
 
 
-def _head_bytes(config: Config) -> int:
-    """What the head keeps for its backward pass, logits left out: its input, x̂ and the affine part."""
-    return stream_bytes(config) + 2 * activation_bytes(config)
+def _input_half(sizes: _Sizes, turn: int) -> int:
+    """The end of the input half of a split backward pass, which has freed nothing: what the weight half needs, and the
+    last block's attention, whose queries, keys and values each come back as wide as all three. With tensor parallelism
+    the gradient of fp32 logits takes the place of their probabilities."""
+    model, tp = sizes.config.model, sizes.config.parallel.tp
+    in_place = sizes.log_probabilities if sizes.is_last(turn) and tp > 1 and sizes.e == FP32_BYTES else 0
+    attention = 2 * (1 + 2 * model.kv_heads / model.num_heads) * sizes.whole
+    return _operands(sizes, turn) + int(attention) // tp + sizes.whole - in_place
 
 
-def _logits(config: Config) -> int:
-    """Elements of the logits of a microbatch on a rank."""
-    model, training = config.model, config.training
-    return training.micro_batch_size * model.seq_length * model.padded_vocab_size // config.parallel.tp
-
-
-def _loss(config: Config, pp_rank: int) -> dict[str, int]:
-    """The loss, whose intermediate results are fp32. Whole vocabulary: log-softmax and two gradients of its size. Cut
-    vocabulary: logits, the same in fp32, shifted, and their exponentials."""
-    e = ELEMENT_BYTES[config.training.precision]
-    copies = 3 * FP32_BYTES
-    if config.parallel.tp > 1:
-        copies += e if e < FP32_BYTES else 0
-    elif config.parallel.pp > 1:  # torch's stages keep their outputs
-        copies += e
-    late = zero_stage_of(config.parallel) >= 2 and num_microbatches(config) > 1  # the matrix that was reduced last
-    first, _, _ = _elements(config, pp_rank)
-    return _sharded(config, present=0, gathered=0, reduced=first if late else 0) | {
-        "activations": _held(config, pp_rank) + _head_bytes(config) + copies * _logits(config),
-    }
-
-
-def _head_backward(config: Config, pp_rank: int) -> dict[str, int]:
-    """The head's matrix product: gradients of logits, of its weight and of its input."""
-    model, e = config.model, ELEMENT_BYTES[config.training.precision]
-    kept = e if config.parallel.pp > 1 else 0
-    weight_gradient = e * model.padded_vocab_size * model.hidden_size // config.parallel.tp
-    work = (e + kept) * _logits(config) + weight_gradient + activation_bytes(config)
-    first, block, head = _elements(config, pp_rank)
-    return _sharded(config, present=head, gathered=block, reduced=first) | {
-        "activations": _held(config, pp_rank) + _head_bytes(config) + work
-    }
-
-
-def _embedding_backward(config: Config, pp_rank: int) -> dict[str, int]:
+def _embedding(sizes: _Sizes, moment: Moment, before: int) -> dict[str, int]:
     """The embedding's gradient, dense and of the whole vocabulary, when the microbatch has left the blocks."""
-    model, share, e = config.model, share_of(config, pp_rank), ELEMENT_BYTES[config.training.precision]
-    if not share.first:
-        return {}
-    passes = in_flight(config.parallel, num_microbatches(config), pp_rank)
-    gradient = e * model.padded_vocab_size * model.hidden_size
-    embedding, block, _ = _elements(config, pp_rank)
-    return _sharded(config, present=embedding, gathered=0, reduced=embedding + block) | {
-        "activations": _held(config, pp_rank) * (passes - 1) // passes + gradient + activation_bytes(config)
-    }
+    model, first = sizes.config.model, sizes.units[0]
+    work = sizes.e * model.padded_vocab_size * model.hidden_size + sizes.whole - sizes.kept(moment.turn)
+    rows = _stage_elements(sizes, moment.turn) - first
+    return _phase(sizes, moment, work, before + first, rows, present=first)
 
 
-def _gather(config: Config, pp_rank: int) -> dict[str, int]:
+def _gather(sizes: _Sizes) -> dict[str, int]:
     """Two units' parameters on their way, before the first microbatch has left activations."""
-    stage, e = zero_stage_of(config.parallel), ELEMENT_BYTES[config.training.precision]
-    first, block, last = _elements(config, pp_rank)
-    largest = max(first, block, last)
-    return {"communication": e * (largest + block), "parameters": e * largest if stage == 3 else 0} if stage else {}
+    if not sizes.zero:
+        return {}
+    largest = max(sizes.units)
+    return {
+        "communication": sizes.e * (largest + sizes.units[1]),
+        "parameters": sizes.e * largest if sizes.zero == 3 else 0,
+    }

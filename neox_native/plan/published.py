@@ -45,7 +45,9 @@ def compare_row(row: dict[str, Any]) -> Comparison:
     # What is recomputed in part lies between nothing and everything.
     for checkpointing, weight in (("none", 1.0 - recomputed), ("full", recomputed)):
         training = Training(**row["training"], activation_checkpointing=checkpointing)
-        config = require(Config(model=Model(**row["model"]), training=training, parallel=Parallel(**row["parallel"])), row["gpus"])
+        config = require(
+            Config(model=Model(**row["model"]), training=training, parallel=Parallel(**row["parallel"])), row["gpus"]
+        )
         seconds += weight * step_time(config, machine).seconds
     tokens = config.training.global_batch_size * config.model.seq_length / row["gpus"]
     predicted = tokens * model_flops_per_token(config.model) / seconds / gpu.peak_flops_per_second
@@ -65,8 +67,9 @@ def table(rows: list[Comparison]) -> str:
     lines = ["| run | GPUs | published MFU | predicted | error | |", "|---|---|---|---|---|---|"]
     for row in rows:
         use = "calibrates" if row.calibrates else "held out"
-        lines.append(
-            f"| {row.name} | {row.gpus} {row.device} | {row.published_mfu:.1%} | {row.predicted_mfu:.1%} | {row.error:+.1%} | {use} |"
-        )
+        shares = f"{row.published_mfu:.1%} | {row.predicted_mfu:.1%} | {row.error:+.1%}"
+        lines.append(f"| {row.name} | {row.gpus} {row.device} | {shares} | {use} |")
     held_out = [abs(row.error) for row in rows if not row.calibrates]
-    return "\n".join(lines) + f"\n\nMean error of the {len(held_out)} rows held out: {sum(held_out) / len(held_out):.1%}."
+    return (
+        "\n".join(lines) + f"\n\nMean error of the {len(held_out)} rows held out: {sum(held_out) / len(held_out):.1%}."
+    )

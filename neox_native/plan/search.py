@@ -52,7 +52,9 @@ class Candidate:
         words += ["sp"] if parallel.sequence_parallel else []
         words += [f"zero {parallel.zero_stage}", f"micro {training.micro_batch_size}"]
         if parallel.pp > 1:
-            words.append(parallel.pipeline_schedule + (f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""))
+            words.append(
+                parallel.pipeline_schedule + (f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else "")
+            )
         return " ".join(words) + (" recompute" if training.activation_checkpointing == "full" else "")
 
 
@@ -77,7 +79,15 @@ def _choices(pp: int, dp: int, tp: int) -> Iterator[tuple[bool, int, int, tuple[
 
 
 def _changed(
-    config: Config, pp: int, dp: int, tp: int, sequence: bool, zero: int, micro: int, schedule: tuple[str, int], recompute: str
+    config: Config,
+    pp: int,
+    dp: int,
+    tp: int,
+    sequence: bool,
+    zero: int,
+    micro: int,
+    schedule: tuple[str, int],
+    recompute: str,
 ) -> Config:
     name, virtual = schedule
     parallel = dataclasses.replace(
@@ -96,7 +106,8 @@ def _changed(
 
 
 def peak_bytes(config: Config) -> int:
-    """Most memory on any rank: the first has most microbatches in flight, the second no embedding, the last the logits."""
+    """Most memory on any rank: the first has most microbatches in flight, the second no embedding, the last the
+    logits."""
     last = config.parallel.pp - 1
     return max(sum(memory(config, rank).values()) for rank in {0, min(1, last), last})
 
@@ -114,15 +125,15 @@ def search(config: Config, gpus: int, machine: Machine) -> list[Candidate]:
         found.append(Candidate(layout, peak, step_time(layout, machine) if peak <= limit else None))
     if not found:
         raise UserError(
-            f"no layout of {gpus} GPUs divides the model and training.global_batch_size = {config.training.global_batch_size}; "
-            "change --gpus or the batch size."
+            f"no layout of {gpus} GPUs divides the model and training.global_batch_size = "
+            f"{config.training.global_batch_size}; change --gpus or the batch size."
         )
     found.sort(key=lambda candidate: (-candidate.speed, candidate.peak_bytes))
     if found[0].time is None:
-        nearest = found[0]
+        nearest, share = found[0], f"{MEMORY_SHARE:.0%} of {machine.gpu.memory_bytes / GB:.1f} GB"
         raise UserError(
-            f"nothing fits on {gpus} {machine.gpu.name}: the nearest, {nearest.layout}, needs {nearest.peak_bytes / GB:.1f} GB per GPU, "
-            f"{(nearest.peak_bytes - limit) / GB:.1f} GB more than {MEMORY_SHARE:.0%} of {machine.gpu.memory_bytes / GB:.1f} GB; "
+            f"nothing fits on {gpus} {machine.gpu.name}: the nearest, {nearest.layout}, needs "
+            f"{nearest.peak_bytes / GB:.1f} GB per GPU, {(nearest.peak_bytes - limit) / GB:.1f} GB more than {share}; "
             "take more GPUs, one with more memory, or a smaller model.seq_length."
         )
     return found
@@ -166,7 +177,9 @@ def reasons(candidates: list[Candidate], machine: Machine) -> list[str]:
     """One sentence for each value of each choice that the best layout does not have."""
     best, sentences = candidates[0], []
     for name, choice in CHOICES.items():
-        for value in sorted({choice(candidate.config) for candidate in candidates} - {None, choice(best.config)}, key=str):
+        for value in sorted(
+            {choice(candidate.config) for candidate in candidates} - {None, choice(best.config)}, key=str
+        ):
             rivals = [candidate for candidate in candidates if choice(candidate.config) == value]
             sentences.append(f"{name} {value}: {_why(rivals[0], best, machine)}")
     return sentences
@@ -179,7 +192,10 @@ def _why(rival: Candidate, best: Candidate, machine: Machine) -> str:
         return f"never fits; the nearest, {rival.layout}, is {over / GB:.1f} GB over."
     slower = 1.0 - rival.speed / best.speed
     mean = [sum(time.forward + time.backward) / len(time.forward) for time in (rival.time, best.time)]
-    microbatches = [c.config.training.global_batch_size / c.config.training.micro_batch_size / c.config.parallel.dp for c in (rival, best)]
+    microbatches = [
+        c.config.training.global_batch_size / c.config.training.micro_batch_size / c.config.parallel.dp
+        for c in (rival, best)
+    ]
     parts = {
         "more exposed tensor-parallel traffic": rival.time.tensor_parallel - best.time.tensor_parallel,
         "more exposed traffic over dp": rival.time.data_parallel - best.time.data_parallel,

@@ -1,7 +1,7 @@
 """What a rank has of a model in a layout: stages, layers, parameters, units. Pure arithmetic.
 
-[Note: letters] b sequences of a microbatch, T sequence length, h hidden size, V padded vocabulary, L layers of a rank, m
-microbatches per step; p, d, t the degrees of pipeline, data and tensor parallelism, v virtual stages; e bytes of an
+[Note: letters] b sequences of a microbatch, T sequence length, h hidden size, V padded vocabulary, L layers of a rank,
+m microbatches per step; p, d, t the degrees of pipeline, data and tensor parallelism, v virtual stages; e bytes of an
 element of the training precision. A config must be resolved: `parallel.dp` is a number.
 """
 
@@ -76,7 +76,8 @@ def stream_bytes(config: Config) -> int:
 
 def block_shapes(model: Model, tp: int) -> Shapes:
     """Parameters of one block by name, as one tensor-parallel rank holds them. See [Note: tensor parallelism]."""
-    h, ffn, rows = model.hidden_size, model.ffn_size // tp, (model.num_heads + 2 * model.kv_heads) * model.head_dim // tp
+    h, ffn = model.hidden_size, model.ffn_size // tp
+    rows = (model.num_heads + 2 * model.kv_heads) * model.head_dim // tp
     norms = ("input_layernorm", "post_attention_layernorm")
     shapes: Shapes = {f"{norm}.weight": (h,) for norm in norms}
     if model.norm == "layernorm":

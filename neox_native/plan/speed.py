@@ -41,7 +41,8 @@ class Software:
     launch_seconds: float = 0.25e-3
     """Host time to launch one block's forward pass."""
     slowdown: float = 1.0
-    """Compute time over the roofline's: what synchronises, copies and waits, from a calibration row of `published.toml`."""
+    """Compute time over the roofline's: what synchronises, copies and waits, from a calibration row of
+    `published.toml`."""
 
     @property
     def word(self) -> str:
@@ -56,7 +57,8 @@ OVERLAPPED = Software(fused=True, overlaps_tensor_parallel=True, launch_seconds=
 EXPOSED_WITH_OVERLAP = 0.3
 """Share of tensor-parallel collectives that stays exposed where they run beside pieces of the matrix products."""
 DTENSOR_SECONDS = 0.5e-3
-"""More host time per block's forward pass with tensor parallelism: some 50 DTensor operations of 10 microseconds each."""
+"""More host time per block's forward pass with tensor parallelism: some 50 DTensor operations of 10 microseconds
+each."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ class Machine:
     software: Software = EAGER
 
     def ring_bytes_per_second(self, ranks: int, stride: int) -> float:
-        """Of a collective among `ranks` devices that lie `stride` apart. Inside a node its links; across nodes the network
-        cards of the ranks that one node has, together."""
+        """Of a collective among `ranks` devices that lie `stride` apart. Inside a node its links; across nodes the
+        network cards of the ranks that one node has, together."""
         inside = max(1, min(ranks, self.gpus_per_node // stride))
         links = self.gpu.node_bytes_per_second
         if inside < ranks:
@@ -107,7 +109,8 @@ class Machine:
         return num_bytes / (self.gpu.memory_bytes_per_second * self.gpu.memory_efficiency)
 
     def seconds_of_matmul(self, rows: float, inner: float, columns: float, element_bytes: int) -> float:
-        """One product [rows, inner] x [inner, columns]: small ones are bound by memory, which is their efficiency's loss."""
+        """One product [rows, inner] x [inner, columns]: small ones are bound by memory, which is their efficiency's
+        loss."""
         flops = 2.0 * rows * inner * columns
         moved = element_bytes * (rows * inner + inner * columns + rows * columns)
         return flops / (self.gpu.peak_flops_per_second * self.gpu.matmul_efficiency) + self.seconds_of_memory(moved)
@@ -117,14 +120,19 @@ def step_time(config: Config, machine: Machine) -> StepTime:
     """Time of a step of a resolved config."""
     parallel, m = config.parallel, num_microbatches(config)
     stages = stage_passes(config, machine)
-    ranks = [sum((stages[stage] for stage in share_of(config, rank).stages), Passes(0.0, 0.0, 0.0)) for rank in range(parallel.pp)]
+    ranks = [
+        sum((stages[stage] for stage in share_of(config, rank).stages), Passes(0.0, 0.0, 0.0))
+        for rank in range(parallel.pp)
+    ]
     forward, backward = [passes.forward for passes in ranks], [passes.backward for passes in ranks]
     sends = [_sends(config, machine, rank) for rank in range(parallel.pp)]
     slowest = max(range(parallel.pp), key=lambda rank: forward[rank] + backward[rank] + sends[rank])
     bubble = costs.bubble_fraction(parallel, m)
     mean = sum(forward + backward) / parallel.pp
     compute = m * (forward[slowest] + backward[slowest] + sends[slowest]) + bubble * m * mean
-    exposed = max(_exposed_data_parallel(config, machine, rank, forward[rank], backward[rank]) for rank in range(parallel.pp))
+    exposed = max(
+        _exposed_data_parallel(config, machine, rank, forward[rank], backward[rank]) for rank in range(parallel.pp)
+    )
     update = max(_update(config, machine, rank) for rank in range(parallel.pp))
     seconds = compute + exposed + update
     tokens = config.training.global_batch_size * config.model.seq_length / (parallel.pp * parallel.dp * parallel.tp)
@@ -245,8 +253,8 @@ def _sends(config: Config, machine: Machine, pp_rank: int) -> float:
 
 
 def _exposed_data_parallel(config: Config, machine: Machine, pp_rank: int, forward: float, backward: float) -> float:
-    """Traffic over dp beyond what it runs beside: reductions beside the last backward pass (stages 2 and 3: every one), but
-    for the last unit's; gathers beside the first forward pass (stage 3: both passes of every microbatch)."""
+    """Traffic over dp beyond what it runs beside: reductions beside the last backward pass (stages 2 and 3: every
+    one), but for the last unit's; gathers beside the first forward pass (stage 3: both passes of every microbatch)."""
     parallel, m = config.parallel, num_microbatches(config)
     if parallel.dp == 1:
         return 0.0
@@ -268,8 +276,8 @@ def _exposed_data_parallel(config: Config, machine: Machine, pp_rank: int, forwa
 
 
 def _update(config: Config, machine: Machine, pp_rank: int) -> float:
-    """The optimizer reads and writes master and two moments in fp32 and reads the gradient; and in every microbatch gradients
-    are added up in fp32."""
+    """The optimizer reads and writes master and two moments in fp32 and reads the gradient; and in every microbatch
+    gradients are added up in fp32."""
     e = ELEMENT_BYTES[config.training.precision]
     elements = elements_of(config, pp_rank)
     added = num_microbatches(config) * (2 * FP32_BYTES + 2 * e) * elements.parameters

@@ -106,7 +106,7 @@ def distinct_ranks(config: Config, world_size: int) -> list[int]:
 
 
 def report_of(config: Config, started: int) -> str:
-    """The distinct ranks of a config's own mesh, for people; where dp is left open, of as many ranks as were started."""
+    """The distinct ranks of a config's own mesh, for people; where dp is left open, of as many as were started."""
     parallel = config.parallel
     world_size = parallel.pp * parallel.dp * parallel.tp if parallel.dp > 0 else started
     return text([dry_run(config, rank, world_size) for rank in distinct_ranks(config, world_size)])
@@ -121,9 +121,13 @@ def text(reports: list[RankReport]) -> str:
         lines.append(f"  peak memory         {report.peak_bytes / GIB:.2f} GiB, at the {report.peak_at}")
         lines += [f"    {kind:17} {size / GIB:.2f} GiB" for kind, size in report.bytes_by_kind.items()]
         for axis, sent in report.communication.items():
-            lines.append(f"  sent over {axis:9} {sent['bytes'] / GIB:.2f} GiB in {sent['collectives']} collectives a step")
+            lines.append(
+                f"  sent over {axis:9} {sent['bytes'] / GIB:.2f} GiB in {sent['collectives']} collectives a step"
+            )
         lines.append(f"  sent to neighbours  {report.point_to_point_bytes / GIB:.2f} GiB a step")
-        lines.append(f"  FLOPs of a step     {report.model_flops:.3e} of the model, {report.hardware_flops:.3e} executed")
+        lines.append(
+            f"  FLOPs of a step     {report.model_flops:.3e} of the model, {report.hardware_flops:.3e} executed"
+        )
         lines.append(f"  pipeline bubble     {report.bubble_fraction:.1%} of compute")
         blocks.append("\n".join(lines))
     worst = max(reports, key=lambda report: report.peak_bytes)
@@ -152,8 +156,8 @@ def _continued(first: Any, second: Any, factor: float) -> Any:
 
 
 def _shallow(config: Config) -> Config:
-    """One layer per stage. DTensor asks once for every operation and layout what becomes of it, by running it on fake tensors
-    of the full size, which look like ours; a step of this asks all there is to ask."""
+    """One layer per stage. DTensor asks once for every operation and layout what becomes of it, by running it on fake
+    tensors of the full size, which look like ours; a step of this asks all there is to ask."""
     parallel = dataclasses.replace(config.parallel, stage_layers=[])
     model = dataclasses.replace(config.model, num_layers=parallel.pp * parallel.virtual_stages)
     return _with_microbatches(dataclasses.replace(config, model=model, parallel=parallel), _enough(config)[0])
@@ -181,7 +185,7 @@ def _run(config: Config, mesh: DeviceMesh) -> RankReport:
 
 
 def run_step(step: TrainStep, parts: Iterable[Transformer], batch: StepBatch, ledger: Ledger) -> None:
-    """One step under the ledger, on real or fake tensors, with parameters stale as every step but a run's first finds them."""
+    """One step under the ledger, on real or fake tensors. Parameters are stale, as all steps but the first find them."""
     optimizer, engine = step.optimizer, step.engine
     _claim(optimizer, parts, ledger)
     _mark(engine, optimizer, parts, ledger)
@@ -226,10 +230,12 @@ def fake_batch(config: Config) -> StepBatch:
     """One data rank's share of a step."""
     training, data = config.training, config.data
     shape = (num_microbatches(config), training.micro_batch_size, config.model.seq_length)
-    tokens, extra = torch.zeros(shape, dtype=torch.int64), lambda wanted: torch.zeros(shape, dtype=torch.int64) if wanted else None
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    targets = torch.zeros_like(tokens)
+    documents = torch.zeros_like(tokens) if data.document_attention else None
+    positions = torch.zeros_like(tokens) if data.document_positions else None
     size = training.global_batch_size
-    documents, positions = extra(data.document_attention), extra(data.document_positions)
-    return StepBatch(tokens, torch.zeros_like(tokens), tokens[:, :, 0], size, 0, tokens.numel(), documents, positions)
+    return StepBatch(tokens, targets, tokens[:, :, 0], size, 0, tokens.numel(), documents, positions)
 
 
 def axes_of(mesh: DeviceMesh) -> dict[str, str]:
@@ -271,8 +277,8 @@ def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
 
 
 def _fake_tensors() -> FakeTensorMode:
-    """A mode in which tensors have no content. It forgets which real tensor a fake one stands for: what it would remember
-    weakly cannot be swapped into a parameter."""
+    """A mode in which tensors have no content. It forgets which real tensor a fake one stands for: what it would
+    remember weakly cannot be swapped into a parameter."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     mode.fake_tensor_converter.set_tensor_memo = lambda tensor, fake: None
     return mode

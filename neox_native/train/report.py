@@ -3,6 +3,7 @@ for the device, and on logged steps alone."""
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from neox_native.metrics.health import slowest_ranks
 from neox_native.metrics.throughput import Throughput, device_name, peak_flops_per_second, peak_memory_bytes
 from neox_native.metrics.writers import StepRecord, Writers
 from neox_native.model.flops import model_flops_per_token
-from neox_native.parallel.timeline import timeline
 from neox_native.parallel.timing import Timing
+from neox_native.plan import costs
 from neox_native.train.step import Losses, StepResult
 
 
@@ -34,10 +35,17 @@ class Report:
     """
 
     def __init__(
-        self, config: Config, mesh: DeviceMesh, device: torch.device, ranks: Ranks, losses: Losses, timing: Timing, resumed_step: int
+        self,
+        config: Config,
+        mesh: DeviceMesh,
+        device: torch.device,
+        ranks: Ranks,
+        losses: Losses,
+        timing: Timing,
+        resumed_step: int,
     ):
         self.mesh, self.device, self.ranks, self.losses, self.timing = mesh, device, ranks, losses, timing
-        training, parallel = config.training, config.parallel
+        training = config.training
         self.writers: Writers | None = None
         if ranks.rank == 0:
             folder, board = Path(config.run.dir), config.logging.tensorboard
@@ -48,11 +56,10 @@ class Report:
             devices=ranks.size,
             peak=peak_flops_per_second(device_name(device), training.precision),
         )
-        self.predicted_bubble: float | None = None
-        if parallel.pp > 1:
-            microbatches = training.global_batch_size // (training.micro_batch_size * parallel.dp)
-            drawn = timeline(parallel.pipeline_schedule, parallel.pp, parallel.virtual_stages, microbatches)
-            self.predicted_bubble = drawn.bubble_fraction
+        self.predicted = costs.predict(config)
+        self.event(
+            "prediction", resumed_step, f"step {resumed_step}: {self.predicted}", **dataclasses.asdict(self.predicted)
+        )
         self.steps_since_stragglers = 0
         self.compute_seconds = 0.0
 
@@ -63,7 +70,7 @@ class Report:
         dist.all_reduce(batch_hash, group=self.mesh.get_group("dp"))
         peak = torch.tensor(peak_memory_bytes(self.device), device=self.device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        extra = extra | self._bubble()
+        extra = extra | self._beside_predicted()
         speed = self.throughput.speed()
         record = StepRecord(
             step=step,
@@ -82,14 +89,16 @@ class Report:
             self.writers.step(record, extra)
         return speed.step_seconds
 
-    def _bubble(self) -> dict[str, float]:
-        """The pipeline's idle time over its compute time since the last call, measured beside predicted."""
+    def _beside_predicted(self) -> dict[str, float]:
+        """Of memory, which is measured elsewhere, what was predicted; of the pipeline's idle time over its compute
+        time since the last call both. A CPU's memory is the whole process's, which nobody predicts."""
         compute, whole = self.timing.compute.read(), self.timing.whole.read()
         self.compute_seconds += compute
-        if self.predicted_bubble is None:
-            return {}
+        predicted = {"predicted GB": self.predicted.peak_bytes / 1e9} if self.device.type == "cuda" else {}
+        if self.mesh["pp"].size() == 1:
+            return predicted
         seconds = self.losses.total(torch.tensor([compute, whole], device=self.device)).tolist()
-        return {"bubble": seconds[1] / seconds[0] - 1, "predicted bubble": self.predicted_bubble}
+        return predicted | {"bubble": seconds[1] / seconds[0] - 1, "predicted bubble": self.predicted.bubble_fraction}
 
     def step_done(self) -> None:
         """Count one more step."""
@@ -101,7 +110,9 @@ class Report:
         self.compute_seconds += self.timing.compute.read()
         seconds_per_step = self.compute_seconds / self.steps_since_stragglers
         self.compute_seconds, self.steps_since_stragglers = 0.0, 0
-        lines = slowest_ranks(self.ranks.gather((self.mesh.get_local_rank("pp"), socket.gethostname(), seconds_per_step)))
+        lines = slowest_ranks(
+            self.ranks.gather((self.mesh.get_local_rank("pp"), socket.gethostname(), seconds_per_step))
+        )
         self.event("stragglers", step, f"step {step}: " + "; ".join(lines))
 
     def event(self, kind: str, step: int, message: str, **values: Any) -> None:

@@ -6,84 +6,78 @@ import pytest
 
 from neox_native.config.check import require
 from neox_native.config.load import load
-from neox_native.config.schema import Parallel
+from neox_native.config.schema import Config, Model, Parallel, Training
+from neox_native.model.flops import model_flops_per_token
 from neox_native.parallel.timeline import timeline
 from neox_native.plan import costs
-from neox_native.plan.memory import in_flight, memory
+from neox_native.plan.flight import in_flight
+from neox_native.plan.memory import memory
 from neox_native.plan.shares import elements_of
 from neox_native.train.dryrun import dry_run
 
-NO_RECOMPUTATION = "--training.activation_checkpointing none"
-LOOPED = "--parallel.virtual_stages 2 --parallel.pipeline_schedule"
-# Config, ranks, rank, overrides.
-FEW = [
-    ("70m", 4, 0, "--training.micro_batch_size 4 --training.global_batch_size 48 --parallel.zero_stage 3"),
-    ("70m", 4, 0, "--training.micro_batch_size 4 --training.global_batch_size 24 --parallel.tp 2 --parallel.sequence_parallel true"),
-    ("70m", 4, 2, "--training.micro_batch_size 4 --training.global_batch_size 32 --parallel.pp 2 --model.tie_embeddings true"),
+# Config, ranks, rank, microbatch, microbatches per step, settings of [parallel], [training] and [model].
+Case = tuple[str, int, int, int, int, str]
+NO_RECOMPUTATION = "activation_checkpointing=none"
+LOOPED = "virtual_stages=2 pipeline_schedule"
+FEW: list[Case] = [
+    ("70m", 4, 0, 4, 3, "zero_stage=3"),
+    ("70m", 4, 0, 4, 3, "tp=2 sequence_parallel=true"),
+    ("70m", 4, 2, 4, 4, "pp=2 tie_embeddings=true"),
 ]
-MANY = [
-    ("160m", 1, 0, f"--training.micro_batch_size 4 --training.global_batch_size 12 {NO_RECOMPUTATION}"),
-    ("160m", 2, 0, "--training.micro_batch_size 4 --training.global_batch_size 24 --parallel.zero_stage 0"),
-    ("160m", 4, 0, f"--training.micro_batch_size 4 --training.global_batch_size 48 --model.parallel_residual false {NO_RECOMPUTATION}"),
-    ("160m", 4, 0, "--training.micro_batch_size 8 --training.global_batch_size 96 --parallel.zero_stage 2"),
-    ("160m", 4, 0, "--training.micro_batch_size 8 --training.global_batch_size 48 --parallel.tp 2 --model.parallel_residual false"),
-    (
-        "160m",
-        4,
-        0,
-        "--training.micro_batch_size 8 --training.global_batch_size 48 --parallel.tp 2 --parallel.sequence_parallel true "
-        f"--model.pos_emb learned {NO_RECOMPUTATION}",
-    ),
-    (
-        "160m",
-        4,
-        0,
-        "--training.micro_batch_size 8 --training.global_batch_size 48 --parallel.tp 2 --parallel.sequence_parallel true "
-        "--model.parallel_residual false",
-    ),
-    (
-        "160m",
-        4,
-        0,
-        "--training.micro_batch_size 8 --training.global_batch_size 128 --parallel.pp 4 --parallel.virtual_stages 3 "
-        f"--parallel.pipeline_schedule interleaved_1f1b {NO_RECOMPUTATION}",
-    ),
-    ("160m", 4, 0, f"--training.micro_batch_size 8 --training.global_batch_size 128 --parallel.pp 4 {LOOPED} zbv {NO_RECOMPUTATION}"),
-    (
-        "160m",
-        4,
-        0,
-        f"--training.micro_batch_size 8 --training.global_batch_size 128 --parallel.pp 4 {LOOPED} interleaved_zero_bubble {NO_RECOMPUTATION}",
-    ),
-    (
-        "160m",
-        4,
-        1,
-        "--training.micro_batch_size 8 --training.global_batch_size 64 --parallel.pp 4 --parallel.pipeline_schedule gpipe "
-        + NO_RECOMPUTATION,
-    ),
-    ("1b", 8, 0, "--training.micro_batch_size 1 --training.global_batch_size 32 --parallel.zero_stage 3 --training.precision fp32"),
-    (
-        "1b",
-        8,
-        0,
-        "--training.micro_batch_size 4 --training.global_batch_size 8 --parallel.tp 8 --parallel.sequence_parallel true "
-        f"--model.norm rmsnorm --model.activation swiglu {NO_RECOMPUTATION}",
-    ),
-    (
-        "1b",
-        8,
-        0,
-        f"--training.micro_batch_size 2 --training.global_batch_size 32 --parallel.tp 2 --parallel.pp 4 {LOOPED} looped_bfs "
-        "--model.pos_emb none --training.precision fp32",
-    ),
-    ("1b", 8, 2, f"--training.micro_batch_size 1 --training.global_batch_size 32 --parallel.pp 4 --parallel.zero_stage 3 {NO_RECOMPUTATION}"),
+MANY: list[Case] = [
+    ("160m", 1, 0, 4, 3, NO_RECOMPUTATION),
+    ("160m", 2, 0, 4, 3, "zero_stage=0"),
+    ("160m", 4, 0, 4, 3, f"parallel_residual=false {NO_RECOMPUTATION}"),
+    ("160m", 4, 0, 8, 3, "zero_stage=2"),
+    ("160m", 4, 0, 1, 3, "zero_stage=2 tie_embeddings=true"),
+    ("160m", 4, 0, 8, 3, "tp=2 parallel_residual=false"),
+    ("160m", 4, 0, 8, 3, f"tp=2 sequence_parallel=true pos_emb=learned {NO_RECOMPUTATION}"),
+    ("160m", 4, 0, 8, 3, "tp=2 sequence_parallel=true parallel_residual=false"),
+    ("1b", 8, 0, 1, 4, "zero_stage=3 precision=fp32"),
+    ("1b", 8, 0, 4, 2, f"tp=8 sequence_parallel=true norm=rmsnorm activation=swiglu {NO_RECOMPUTATION}"),
+    # One stage per rank: the first, a middle and the last, where a schedule without warmup keeps the logits of all
+    # microbatches.
+    ("160m", 4, 1, 8, 8, f"pp=4 pipeline_schedule=gpipe {NO_RECOMPUTATION}"),
+    ("410m", 4, 2, 4, 16, "pp=2 pipeline_schedule=gpipe precision=fp32"),
+    ("70m", 8, 2, 2, 4, "pp=4 zero_stage=2 pipeline_schedule=gpipe"),
+    ("1b", 8, 2, 1, 16, f"pp=4 zero_stage=3 {NO_RECOMPUTATION}"),
+    ("410m", 16, 4, 4, 8, "pp=4 tp=2 zero_stage=2 norm=rmsnorm activation=swiglu"),
+    # Several: stages differ in layers, and each leaves a matrix of gradients behind.
+    ("160m", 4, 0, 8, 32, f"pp=4 virtual_stages=3 pipeline_schedule=interleaved_1f1b {NO_RECOMPUTATION}"),
+    ("410m", 8, 6, 4, 4, f"pp=4 tp=2 {LOOPED}=interleaved_1f1b {NO_RECOMPUTATION}"),
+    ("160m", 8, 2, 2, 4, "pp=4 zero_stage=3 virtual_stages=3 pipeline_schedule=interleaved_1f1b"),
+    ("410m", 4, 0, 1, 8, "pp=2 zero_stage=2 virtual_stages=2 pipeline_schedule=interleaved_1f1b pos_emb=learned"),
+    ("1b", 8, 0, 2, 16, f"tp=2 pp=4 {LOOPED}=looped_bfs pos_emb=none precision=fp32"),
+    ("70m", 4, 0, 2, 16, f"pp=2 zero_stage=2 {LOOPED}=looped_bfs parallel_residual=false"),
+    ("410m", 8, 4, 2, 4, f"pp=2 tp=2 zero_stage=2 {LOOPED}=looped_bfs"),
+    ("160m", 8, 7, 1, 4, f"pp=4 zero_stage=3 {LOOPED}=looped_bfs {NO_RECOMPUTATION}"),
+    # Backward passes in two halves.
+    ("160m", 4, 0, 8, 32, f"pp=4 {LOOPED}=zbv {NO_RECOMPUTATION}"),
+    ("160m", 8, 0, 8, 8, f"pp=4 tp=2 {LOOPED}=zbv parallel_residual=false precision=fp32 {NO_RECOMPUTATION}"),
+    ("160m", 4, 3, 2, 8, f"pp=4 {LOOPED}=zbv {NO_RECOMPUTATION}"),
+    ("160m", 4, 0, 8, 32, f"pp=4 {LOOPED}=interleaved_zero_bubble {NO_RECOMPUTATION}"),
+    ("70m", 4, 2, 4, 16, f"pp=2 {LOOPED}=interleaved_zero_bubble {NO_RECOMPUTATION}"),
+    ("1b", 8, 0, 8, 2, f"pp=2 tp=4 sequence_parallel=true {LOOPED}=interleaved_zero_bubble {NO_RECOMPUTATION}"),
 ]
 
 
-def hold(name: str, ranks: int, rank: int, overrides: str) -> None:
+def resolved(name: str, ranks: int, micro: int, microbatches: int, settings: str) -> Config:
+    """The config of a case."""
+    sections = {"parallel": Parallel, "training": Training, "model": Model}
+    overrides = [f"--training.micro_batch_size={micro}"]
+    split = 1
+    for setting in settings.split():
+        field, value = setting.split("=")
+        (section,) = (name for name, kind in sections.items() if field in kind.__dataclass_fields__)
+        overrides.append(f"--{section}.{setting}")
+        split *= int(value) if field in ("pp", "tp") else 1
+    overrides.append(f"--training.global_batch_size={micro * microbatches * ranks // split}")
+    return require(load(f"configs/pythia/{name}.toml", overrides), ranks)
+
+
+def hold(name: str, ranks: int, rank: int, micro: int, microbatches: int, settings: str) -> None:
     """Assert that the closed forms of a layout are what the dry run counts."""
-    config = require(load(f"configs/pythia/{name}.toml", overrides.split()), ranks)
+    config = resolved(name, ranks, micro, microbatches, settings)
     report = dry_run(config, rank, ranks)
     stage = report.coordinates["pp"]
     assert elements_of(config, stage).parameters == report.parameters
@@ -94,23 +88,26 @@ def hold(name: str, ranks: int, rank: int, overrides: str) -> None:
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_closed_forms_are_what_the_code_does(case: tuple[str, int, int, str]) -> None:
+def test_closed_forms_are_what_the_code_does(case: Case) -> None:
     hold(*case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MANY, ids=str)
-def test_closed_forms_are_what_the_code_does_on_a_wide_grid(case: tuple[str, int, int, str]) -> None:
+def test_closed_forms_are_what_the_code_does_on_a_wide_grid(case: Case) -> None:
     hold(*case)
 
 
 @pytest.mark.parametrize("schedule, virtual", [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 3), ("looped_bfs", 2)])
 @pytest.mark.parametrize("pp, microbatches", [(2, 8), (4, 8), (4, 16)])
-def test_bubble_and_microbatches_in_flight_are_those_of_the_schedule(schedule: str, virtual: int, pp: int, microbatches: int) -> None:
+def test_bubble_and_microbatches_in_flight_are_those_of_the_schedule(
+    schedule: str, virtual: int, pp: int, microbatches: int
+) -> None:
     parallel = Parallel(pp=pp, dp=1, pipeline_schedule=schedule, virtual_stages=virtual)
     drawn = timeline(schedule, pp, virtual, microbatches)
     assert costs.bubble_fraction(parallel, microbatches) == pytest.approx(drawn.bubble_fraction)
-    assert [in_flight(parallel, microbatches, rank) for rank in range(pp)] == [drawn.peak_in_flight(rank) for rank in range(pp)]
+    peaks = [drawn.peak_in_flight(rank) for rank in range(pp)]
+    assert [in_flight(parallel, microbatches, rank) for rank in range(pp)] == peaks
 
 
 @pytest.mark.parametrize("schedule", ["interleaved_zero_bubble", "zbv"])
@@ -122,11 +119,11 @@ def test_split_backward_passes_leave_a_third_of_the_bubble(schedule: str) -> Non
 
 
 def test_flops_are_those_of_the_model_without_recomputation() -> None:
-    config = require(load("configs/pythia/70m.toml", ["--training.global_batch_size", "64", "--training.micro_batch_size", "4"]), 1)
+    config = require(
+        load("configs/pythia/70m.toml", ["--training.global_batch_size", "64", "--training.micro_batch_size", "4"]), 1
+    )
     parts = [costs.model_flops_of_rank(require(load("configs/20b.toml"), 64), stage) for stage in range(4)]
     tokens = 64 * config.model.seq_length
-    from neox_native.model.flops import model_flops_per_token
-
     assert costs.model_flops_of_rank(config, 0) == tokens * model_flops_per_token(config.model)
     whole = load("configs/20b.toml")
     assert sum(parts) * 8 * 2 == pytest.approx(1536 * 2048 * model_flops_per_token(whole.model), rel=1e-6)

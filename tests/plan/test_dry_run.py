@@ -40,20 +40,33 @@ SMALL = Config(
 
 
 def test_twenty_billion_parameters_on_a_laptop() -> None:
-    command = ["tools/plan.py", "dry-run", "--config", "configs/20b.toml", "--world-size", "64", "--rank", "0", "--json"]
+    command = [
+        "tools/plan.py",
+        "dry-run",
+        "--config",
+        "configs/20b.toml",
+        "--world-size",
+        "64",
+        "--rank",
+        "0",
+        "--json",
+    ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    printed = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=True
+    ).stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     report = json.loads(printed)
     assert set(report) == KEYS and report["coordinates"] == {"pp": 0, "dp": 0, "tp": 0}
-    # By hand, at tp 2: half the embedding; 11 layers of half the matrices and their biases, whole norms and output biases.
+    # By hand, at tp 2: half the embedding; 11 layers of half the matrices and their biases, whole norms and output
+    # biases.
     h, vocabulary = 6144, 50432
     layer = 12 * h * h // 2 + (3 * h + 4 * h) // 2 + 2 * h + 4 * h
     assert report["parameters"] == vocabulary * h // 2 + 11 * layer
     config = require(load("configs/20b.toml"), 64)
-    # 48 microbatches [4, 2048, 6144] in bf16; 11 layers of a gather and a reduce-scatter each way and a gather again, and
-    # the embedding's two; once a step, fp32 gradients of norms and output biases, an eighth of each.
+    # 48 microbatches [4, 2048, 6144] in bf16; 11 layers of a gather and a reduce-scatter each way and a gather again,
+    # and the embedding's two; once a step, fp32 gradients of norms and output biases, an eighth of each.
     activation = 4 * 2048 * h * 2
     assert report["communication"]["tp"]["bytes"] == 48 * 57 * activation // 2 + 11 * 6 * h // 8 * 4
     assert {axis: sent["bytes"] for axis, sent in report["communication"].items()} == costs.traffic(config, 0)

@@ -28,13 +28,11 @@ class Handle(Protocol):
 
 
 def all_gather(matrix: Tensor, row: Tensor, group: dist.ProcessGroup) -> Handle:
-    """Fill `matrix` [W * S] with the row [S] of every rank; `row` may be this rank's part of `matrix`."""
+    """Fill `matrix` [W * S] with the row [S] of every other rank; `row` may be this rank's part of `matrix`, and on
+    gloo that part stays as it is."""
     if dist.get_backend(group) != "gloo":
         return _ALL_GATHER(matrix, row, group=group, async_op=True)
     rows_WS = matrix.view(dist.get_world_size(group), -1)
-    mine = rows_WS[dist.get_rank(group)]
-    if mine.data_ptr() != row.data_ptr():
-        mine.copy_(row)
     return _Exchange([row] * len(rows_WS), rows_WS, group)
 
 

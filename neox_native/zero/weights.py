@@ -12,6 +12,7 @@ chunks. The storage has a version counter apart from the parameter's: to autogra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,16 @@ from neox_native.zero.unit import ParameterSpec, local
 
 Draw = Callable[[ParameterSpec], Tensor]
 """Initial value of a parameter's tp-local shard, in fp32."""
+
+
+class Gathering(NamedTuple):
+    """An all-gather under way."""
+
+    work: collectives.Handle
+    matrix: Tensor
+    row: Tensor
+    """Mine, which may be part of the matrix."""
+    layout: Layout
 
 
 class UnitWeights:
@@ -54,7 +65,7 @@ class UnitWeights:
         """Flat storage of each parameter; no elements while a stage-3 unit is released."""
         self.shards: list[Tensor] = []
         """fp32 master shard of each parameter."""
-        self.gathering: tuple[dist.Work, Tensor, Layout] | None = None
+        self.gathering: Gathering | None = None
 
     @torch.no_grad()
     def materialize(self, draw: Draw) -> None:
@@ -106,30 +117,31 @@ class UnitWeights:
         else:
             views = [local_view(row, slot, self.rank) for slot in layout.slots]
             torch._foreach_copy_(views, self.shards[: len(views)])
-        self.gathering = (collectives.all_gather(matrix, row, self.group), matrix, layout)
+        self.gathering = Gathering(collectives.all_gather(matrix, row, self.group), matrix, row, layout)
 
     @torch.no_grad()
     def finish_gathering(self) -> None:
         """Make the compute stream wait for the rows and copy them into the parameters."""
         if self.gathering is None:
             return
-        work, flat, layout = self.gathering
+        work, flat, row, layout = self.gathering
         self.gathering = None
         work.wait()
         matrix = flat.view(layout.world, layout.size)
-        # A master that is a view is my chunk already.
-        news = [slice(self.rank), slice(self.rank + 1, None)] if self.master is None else [slice(None)]
         for slot, storage in zip(layout.slots, self.storages):
             if self.shards_parameters:
                 storage.untyped_storage().resize_(storage.numel() * storage.element_size())
-            chunks, rows = storage.view(layout.world, slot.width), matrix[:, slot.offset : slot.offset + slot.width]
-            for ranks in news:
-                chunks[ranks].copy_(rows[ranks])
+            place = slice(slot.offset, slot.offset + slot.width)
+            chunks, rows = storage.view(layout.world, slot.width), matrix[:, place]
+            chunks[: self.rank].copy_(rows[: self.rank])
+            chunks[self.rank + 1 :].copy_(rows[self.rank + 1 :])
+            if self.master is not None:  # otherwise my master is a view of my chunk
+                chunks[self.rank].copy_(row[place])
 
     def abandon_gathering(self) -> None:
         """Let a gather end whose result nobody wants: copied late, it would overwrite newer masters that are views."""
         if self.gathering is not None:
-            self.gathering[0].wait()
+            self.gathering.work.wait()
             self.gathering = None
 
     def release(self, position: int | None = None) -> None:

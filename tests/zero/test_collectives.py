@@ -31,7 +31,9 @@ def both(in_place: bool, dtype: torch.dtype) -> None:
         buffer = gathered.view(world, SIZE)[place] if in_place else torch.empty(SIZE, dtype=dtype)
         buffer.copy_(row)
         collectives.all_gather(gathered, buffer, group).wait()
-        assert torch.equal(gathered, total)
+        others = [other for other in range(world) if other != place]
+        assert torch.equal(buffer, total.view(world, SIZE)[place])
+        assert torch.equal(gathered.view(world, SIZE)[others], total.view(world, SIZE)[others])
 
 
 @pytest.mark.parametrize("in_place", [False, True])

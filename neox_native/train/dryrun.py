@@ -185,7 +185,7 @@ def _run(config: Config, mesh: DeviceMesh) -> RankReport:
 
 
 def run_step(step: TrainStep, parts: Iterable[Transformer], batch: StepBatch, ledger: Ledger) -> None:
-    """One step under the ledger, on real or fake tensors. Parameters are stale, as all steps but the first find them."""
+    """One step under the ledger, real or fake; parameters are stale, as all steps but a run's first find them."""
     optimizer, engine = step.optimizer, step.engine
     _claim(optimizer, parts, ledger)
     _mark(engine, optimizer, parts, ledger)

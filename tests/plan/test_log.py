@@ -1,0 +1,34 @@
+"""Training's own log says what was predicted, beside what it measures."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from neox_native.config.check import require
+from neox_native.parallel.timeline import timeline
+from neox_native.plan import costs
+from tests.checkpoint.small_runs import events, run, settings, write_corpus
+
+
+def test_a_run_begins_with_what_it_will_need_and_send(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    changes = ["--training.steps=2", "--parallel.pp=2", "--parallel.dp=1", "--parallel.tp=1"]
+    config = require(settings(write_corpus(tmp_path), tmp_path / "run", *changes), 2)
+    run(config)
+    (event,) = events(tmp_path / "run", "prediction")
+    predicted = costs.predict(config)
+    assert event.items() >= dataclasses.asdict(predicted).items() and str(predicted) in event["message"]
+    assert predicted.bubble_fraction == pytest.approx(timeline("1f1b", 2, 1, 8).bubble_fraction)
+    line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("step 2/2"))
+    assert "  bubble " in line and f"predicted bubble {predicted.bubble_fraction:.4g}" in line
+
+
+def test_a_prediction_is_of_the_busiest_rank() -> None:
+    config = require(settings("corpus", Path("run"), "--parallel.pp=2", "--parallel.dp=2", "--parallel.tp=1"), 4)
+    predicted = costs.predict(config)
+    assert predicted.bytes_by_axis == {
+        axis: max(costs.traffic(config, rank)[axis] for rank in range(2)) for axis in ("pp", "dp", "tp", "world")
+    }
+    assert "GB of memory; sent in a step: dp " in str(predicted) and "tp" not in str(predicted)

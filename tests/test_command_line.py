@@ -37,13 +37,11 @@ def command(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--model.num_heads=7"], "model.num_heads"),
         (["--modle.num_heads=8"], "modle"),
-        (["--training.micro_batch_size=3"], "training.global_batch_size = 4"),
         (["--parallel.tp=2"], "torchrun"),
         (["--data.train=nowhere/corpus"], "nowhere/corpus"),
     ],
-    ids=["heads", "unknown section", "batch", "world size", "missing data"],
+    ids=["unknown section", "world size", "missing data"],
 )
 def test_a_mistake_gets_a_sentence_and_status_1(tmp_path, arguments, sentence):
     done = command(f"--run.dir={tmp_path / 'run'}", *arguments)

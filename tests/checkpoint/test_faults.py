@@ -19,9 +19,10 @@ from neox_native.config.load import dump
 from tests.checkpoint.small_runs import curve, run, settings, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
-WORLD_SIZE, STEPS, KILLS = 4, 30, 3
+WORLD_SIZE, STEPS, KILLS = 4, 21, 3
 CHANGES = [
-    f"--training.steps={STEPS}", "--parallel.dp=2", "--parallel.tp=2", "--parallel.zero_stage=1",
+    f"--training.steps={STEPS}", "--training.micro_batch_size=2", "--parallel.dp=2", "--parallel.tp=2",
+    "--parallel.zero_stage=1",
     "--checkpoint.save_every=3", "--checkpoint.keep_last=2", "--evaluation.every=4", "--evaluation.batches=4",
     "--data.split=80,20,0",
 ]  # fmt: skip
@@ -124,7 +125,7 @@ def survives(folder: Path, corpus: str, expected: list[tuple], seed: int, in_bac
     # No partial checkpoint has a final name, so none was skipped, and those that are left are whole.
     assert "Skipping" not in output
     checkpoints = files.finished(folder / "checkpoints")
-    assert [files.step_of(path) for path in checkpoints] == [30, 27]
+    assert [files.step_of(path) for path in checkpoints] == [21, 18]
     assert all(store.find_damage(path, Ranks()) == [] for path in checkpoints)
 
 

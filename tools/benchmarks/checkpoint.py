@@ -25,7 +25,7 @@ from neox_native.config.schema import Checkpoint
 COLUMNS = 1024
 
 
-def run(ranks: int = 2, megabytes: int = 768, rounds: int = 3, folder: str | None = None) -> str:
+def run(ranks: int = 2, megabytes: int = 768, rounds: int = 9, folder: str | None = None) -> str:
     """Measure in one run, alternating; returns a markdown table of medians over `rounds`.
 
     Args:

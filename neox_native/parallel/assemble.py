@@ -1,4 +1,4 @@
-"""The one order in which a model is taken apart: split, shard, recompute, compile. Materialising comes last and is
+"""The one order in which a model is taken apart: split, shard, compile, recompute. Materialising comes last and is
 the optimizer's, which knows what this rank keeps."""
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ def assemble(
         if parallel.tp > 1:
             tensor.apply(part, mesh["tp"], parallel.sequence_parallel)
         for block in part.layers.values():
-            if training.activation_checkpointing == "full":
-                recompute(block, has_dropout=model.hidden_dropout > 0 or model.attention_dropout > 0)
             if compilation.enabled:
                 # The bound method, not the module: names stay, and hooks on the block run outside the graph.
                 block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+            # Outside of the graph: inside, what it keeps of DTensors for backward includes their meshes, which torch refuses.
+            if training.activation_checkpointing == "full":
+                recompute(block, has_dropout=model.hidden_dropout > 0 or model.attention_dropout > 0)
         parts[number] = part
     if model.tie_embeddings and 0 in parts and num_stages - 1 in parts:
         parts[num_stages - 1].embed_out.weight = parts[0].embed_in.weight

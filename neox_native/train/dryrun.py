@@ -118,7 +118,7 @@ def text(reports: list[RankReport]) -> str:
     for report in reports:
         place = " ".join(f"{axis} {number}" for axis, number in report.coordinates.items())
         lines = [f"rank {report.rank} ({place}): {report.parameters:,} parameters"]
-        lines.append(f"  peak memory         {report.peak_bytes / GIB:.2f} GiB, at the {report.peak_at}")
+        lines.append(f"  peak memory         {report.peak_bytes / GIB:.2f} GiB, {report.peak_at}")
         lines += [f"    {kind:17} {size / GIB:.2f} GiB" for kind, size in report.bytes_by_kind.items()]
         for axis, sent in report.communication.items():
             lines.append(

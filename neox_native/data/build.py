@@ -24,8 +24,7 @@ MAX_SOURCES = 255
 
 @dataclass(frozen=True)
 class Datasets:
-    """Training, validation and test data; each index is computed when first asked for, in memory, and never cached
-    on disk."""
+    """Training, validation and test data; each index is computed when first asked for."""
 
     build: Callable[[str], Dataset]
 
@@ -143,15 +142,9 @@ def build_data(
 
     def build(part: str) -> Dataset:
         reading = Reading(
-            part,
-            seq_length,
-            vocab_size,
-            seed,
-            config.order,
-            config.packing,
-            config.document_attention,
-            config.document_positions,
-        )
+            part, seq_length, vocab_size, seed, config.order, config.packing, config.document_attention,
+            config.document_positions, kept_orders=str(Path(config.cache_dir).expanduser() / "orders"),
+        )  # fmt: skip
         entries = sources[settings[part]]
         num_samples = samples_needed(part, steps, global_batch_size, eval_every, eval_batches)
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from neox_native.data.blend import Blend
 from neox_native.data.indexed import IGNORED, IndexedDataset
-from neox_native.data.order import ENDLESS, Corpus, EpochOrder, NeoxOrder, Order, StoredOrder
+from neox_native.data.kept import kept
+from neox_native.data.order import ENDLESS, Arrays, Corpus, Draw, EpochOrder, Facts, NeoxOrder, Order, StoredOrder
 from neox_native.data.packing import Packing, Segment
 from neox_native.errors import UserError
 
@@ -49,6 +50,8 @@ class Reading(NamedTuple):
     """Whether batches say which document each token belongs to."""
     document_positions: bool = False
     """Whether batches count positions from the start of each document."""
+    kept_orders: str = ""
+    """Folder that keeps long orders; empty keeps none."""
 
 
 class Dataset(Protocol):
@@ -142,7 +145,7 @@ class TokenDataset:
 
     def _arrange(self, num_samples: int) -> Order:
         if self.reading.order == "neox":
-            return NeoxOrder(self.corpus, num_samples, self.reading.seed)
+            return NeoxOrder(self.corpus, num_samples, self.reading.seed, self._keep)
         if self.reading.order == "epoch":
             return EpochOrder(self.corpus, self.reading.seed)
         sizes = self.files.sizes[self.corpus.documents.start : self.corpus.documents.stop]
@@ -154,6 +157,11 @@ class TokenDataset:
                 f'in {self.files.prefix}, with data.packing = "packed", but {found}; set the two to match the file.'
             )
         return StoredOrder(self.corpus)
+
+    def _keep(self, facts: Facts, draw: Draw) -> Arrays:
+        if not self.reading.kept_orders:
+            return draw()
+        return kept(Path(self.reading.kept_orders), facts | {"idx_sha256": _sha256(self.files.idx_path)}, draw)
 
     def read(self, index: int) -> Row:
         """See `Dataset.read`."""

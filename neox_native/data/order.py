@@ -12,16 +12,33 @@ order.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
 from typing import Protocol
 
 import numpy as np
 
-from neox_native.data.packing import PackedStream, Packing, Segment, Stream, WholeDocuments, starts_of_samples
+from neox_native.data.packing import (
+    PackedStream,
+    Packing,
+    Segment,
+    Stream,
+    WholeDocuments,
+    ends_in_stream,
+    starts_of_samples,
+)
 
 ENDLESS = 2**62
 """Number of samples of an order that never ends."""
+LONG = 10**7
+"""Documents of all epochs [count] from which on an order is kept: one of this length takes a second."""
+
+Facts = dict[str, object]
+Arrays = dict[str, np.ndarray]
+Draw = Callable[[], Arrays]
+Keep = Callable[[Facts, Draw], Arrays]
+"""(what the arrays follow from, how to compute them) -> the arrays, from where they were kept if they were."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,7 @@ class Corpus:
     def stream(self, document_order: np.ndarray) -> Stream:
         """The documents in this order, cut into samples; unusable ones are left out."""
         if self.packing == "packed":
-            return PackedStream(document_order, self.sizes, self.seq_length)
+            return PackedStream(document_order, ends_in_stream(document_order, self.sizes), self.seq_length)
         kept = document_order[self.usable[document_order]]
         starts = starts_of_samples(self.sizes[kept], self.seq_length, self.packing)
         return WholeDocuments(kept, self.sizes, self.seq_length, starts)
@@ -96,23 +113,40 @@ def _numbers(documents: range) -> np.ndarray:
     return np.arange(documents.start, documents.stop, dtype=np.int32)
 
 
+def draw_at_once(_facts: Facts, draw: Draw) -> Arrays:
+    """Keeps nothing."""
+    return draw()
+
+
 class NeoxOrder:
     """GPT-NeoX's order; `num_samples` is what the run needs and decides the number of epochs.
 
     Packed samples are shuffled after the documents; the other packings draw the order of the samples first, then
     shuffle the documents once an epoch ("pack_until_overflow") or leave them in the order of the file ("unpacked").
     There a row ends with its last document, where GPT-NeoX lets the first token of the next one in.
+
+    Args:
+        keep: where long orders of packed samples are kept, for shuffling 1e8 numbers takes many seconds.
     """
 
-    def __init__(self, corpus: Corpus, num_samples: int, seed: int) -> None:
+    def __init__(self, corpus: Corpus, num_samples: int, seed: int, keep: Keep = draw_at_once) -> None:
         rng = np.random.RandomState(seed)
         self.packing = corpus.packing
         if corpus.packing == "packed":
             self.epochs = epochs_needed(corpus.num_tokens, corpus.seq_length, num_samples)
-            document_order = np.tile(_numbers(corpus.documents), self.epochs)
-            rng.shuffle(document_order)
-            self.stream = corpus.stream(document_order)
-            self.shuffle = shuffled_samples(self.stream.num_samples, rng)
+
+            def draw() -> Arrays:
+                documents = np.tile(_numbers(corpus.documents), self.epochs)
+                rng.shuffle(documents)
+                ends = ends_in_stream(documents, corpus.sizes)
+                num_samples = PackedStream(documents, ends, corpus.seq_length).num_samples
+                return {"documents": documents, "ends": ends, "samples": shuffled_samples(num_samples, rng)}
+
+            span = corpus.documents.start, corpus.documents.stop
+            facts = {"seed": seed, "documents": span, "epochs": self.epochs, "seq_length": corpus.seq_length}
+            arrays = (keep if self.epochs * len(corpus.documents) >= LONG else draw_at_once)(facts, draw)
+            self.stream = PackedStream(arrays["documents"], arrays["ends"], corpus.seq_length)
+            self.shuffle = arrays["samples"]
         else:
             self.shuffle = shuffled_samples(num_samples, rng)
             self._lay_out_whole_documents(corpus, rng)

@@ -18,6 +18,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+PIECE = 2**17
+"""Elements."""
 Packing = Literal["packed", "pack_until_overflow", "unpacked"]
 
 
@@ -45,12 +47,14 @@ class PackedStream:
     """A stream cut every S tokens.
 
     No sample index is stored: a binary search in the running total costs no more than reading the sample.
+
+    Args:
+        document_order: documents as they follow one another.
+        ends: stream position just behind each of them [tokens], see `ends_in_stream`.
     """
 
-    def __init__(self, document_order: np.ndarray, sizes: np.ndarray, seq_length: int) -> None:
-        self.document_order, self.seq_length = document_order, seq_length
-        self._end = np.cumsum(sizes[document_order], dtype=np.int64)
-        """Stream position just behind each document [tokens]."""
+    def __init__(self, document_order: np.ndarray, ends: np.ndarray, seq_length: int) -> None:
+        self.document_order, self._end, self.seq_length = document_order, ends, seq_length
         self.num_samples = max(0, int(self._end[-1]) - 1) // seq_length if len(self._end) else 0
 
     def start(self, sample: int) -> tuple[int, int]:
@@ -83,6 +87,17 @@ class PackedStream:
                 first, last = (start - 1) // self.seq_length, (stop - 1) // self.seq_length
                 found.append(np.arange(max(first, 0), min(last + 1, self.num_samples)))
         return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
+
+
+def ends_in_stream(document_order: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Running total of the documents' sizes [tokens], int64, computed by pieces that stay in the processor's cache."""
+    ends, total = np.empty(len(document_order), np.int64), 0
+    for start in range(0, len(ends), PIECE):
+        piece = ends[start : start + PIECE]
+        np.cumsum(sizes[document_order[start : start + PIECE]], out=piece)
+        piece += total
+        total = int(piece[-1])
+    return ends
 
 
 class WholeDocuments:

@@ -72,7 +72,10 @@ class _ExchangeAndSum(_Exchange):
     def __init__(self, row: Tensor, rows_WS: Tensor, group: dist.ProcessGroup):
         rank = dist.get_rank(group)
         self.row, self.mine = row, rows_WS[rank]
-        self.received = {other: torch.empty_like(row) for other in range(len(rows_WS)) if other != rank}
+        first, *rest = (other for other in range(len(rows_WS)) if other != rank)
+        # A row apart from the matrix is free until the sum goes there.
+        self.received = {first: torch.empty_like(row) if row.data_ptr() == self.mine.data_ptr() else row}
+        self.received |= {other: torch.empty_like(row) for other in rest}
         super().__init__(rows_WS, self.received, group)
 
     def wait(self) -> None:
@@ -80,4 +83,4 @@ class _ExchangeAndSum(_Exchange):
         first, *rest = self.received.values()
         for version in rest:
             first.add_(version)
-        torch.add(self.mine, first, out=self.row)  # last, for the row may be mine
+        torch.add(self.mine, first, out=self.row)  # last, for the row may be mine, or hold the first version

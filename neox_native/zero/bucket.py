@@ -145,7 +145,7 @@ class Reducer:
         """A gradient has arrived: reduce what is complete and next."""
         if self.reducing and not self.watching:
             self.watching = True
-            _at_end_of_backward(self._end)
+            at_end_of_backward(self._end)
         while self.reducing and self.next < len(self.order) and self.order[self.next].complete:
             self._reduce_next()
 
@@ -182,7 +182,7 @@ class Reducer:
         self.next += 1
 
 
-def _at_end_of_backward(function: Callable[[], None]) -> None:
+def at_end_of_backward(function: Callable[[], None]) -> None:
     """Call `function` when the current backward pass is over."""
     torch.autograd.Variable._execution_engine.queue_callback(function)
 

@@ -3,7 +3,10 @@
 [Note: gather] In stages 1 and 2 all parameters are stale after an update, and each unit waits for its own gather in the
 next forward pass, while the gather of the unit after it is under way. Stage 3 does the same in every forward pass,
 releases the unit after its forward, gathers it again when the gradient of its output is there (and the unit before it,
-which comes next in backward), and releases it when its own gradients have left.
+which comes next in backward), and releases it when its own gradients have left. A unit with frozen parameters cannot
+tell that it is through, nor can one that lacks a gradient: it is released when the unit before it begins, or at the end.
+Gathers and reductions share a group, so in stage 3 all data-parallel ranks must run the same units and give gradients
+to the same parameters; which ones may change from step to step.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from neox_native.zero.bucket import at_end_of_backward
 from neox_native.zero.weights import UnitWeights
 
 
@@ -38,6 +42,8 @@ class Gatherer:
         self.presence = [Presence.STALE if releases else Presence.PRESENT] * len(units)
         self.all_stale = releases
         """Whether frozen parameters are stale, too."""
+        self.watching = False
+        """Whether the end of the current backward pass will be noticed."""
 
     def install(self, index: int, modules: Sequence[nn.Module]) -> None:
         """Hook the modules that read unit `index`, which run in this order."""
@@ -80,7 +86,7 @@ class Gatherer:
         releases it, before the gradient asks for memory. With `everything`, it was the unit's last."""
         if self.releases:
             self.units[index].release(position)
-            if everything:
+            if everything and not self.units[index].has_frozen:
                 self.drop(index)
 
     def _prefetch(self, index: int) -> None:
@@ -102,12 +108,18 @@ class Gatherer:
         self.drop(index)
 
     def _before_backward(self, index: int) -> None:
+        if not self.watching:
+            self.watching = True
+            at_end_of_backward(self._after_backward)
         self.need(index)
         self._prefetch(index - 1)
-        if index + 1 < len(
-            self.units
-        ):  # the unit after it is through, which it cannot tell if it has frozen parameters
+        if index + 1 < len(self.units):
             self.drop(index + 1)
+
+    def _after_backward(self) -> None:
+        self.watching = False
+        for index in range(len(self.units)):
+            self.drop(index)
 
 
 def inside_backward() -> bool:

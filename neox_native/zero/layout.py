@@ -37,7 +37,8 @@ class ZeroStage(IntEnum):
     OPTIMIZER = 1
     """bf16 and fp16: 2 + 4 + 12/d. fp32: 4 + 4 + 8/d."""
     GRADIENTS = 2
-    """bf16 and fp16: 2 + 4/d + 12/d. fp32: 4 + 4/d + 8/d. Beside it, during backward, two matrices of gradients."""
+    """bf16 and fp16: 2 + 4/d + 12/d. fp32: 4 + 4/d + 8/d. Beside it, during backward, two matrices of gradients;
+    the one reduced last stays until the next backward pass."""
     PARAMETERS = 3
     """bf16 and fp16: 2/d + 4/d + 12/d = 18/d. fp32: 16/d. Beside it, the units that are in use and one ahead."""
 

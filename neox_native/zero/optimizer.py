@@ -320,7 +320,7 @@ class ShardedOptimizer:
             self.optimizer.grad_scale, self.optimizer.found_inf = divisor, found_inf
             self.optimizer.step()
         elif not found_inf.item():  # waits for the device
-            if divisor is not None:
+            if divisor is not None and self.trained:
                 torch._foreach_div_([trained.gradient for trained in self.trained], divisor)
             self.optimizer.step()
 

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 
@@ -32,11 +31,6 @@ class ParameterSpec:
     def local_shape(self) -> tuple[int, ...]:
         """Shape of the tp-local shard."""
         return tuple(local(self.parameter).shape)
-
-    @property
-    def tp_mesh(self) -> DeviceMesh | None:
-        """The 1-D mesh that a DTensor lies on."""
-        return self.parameter.device_mesh if isinstance(self.parameter, DTensor) else None
 
     @property
     def placement(self) -> Placement:

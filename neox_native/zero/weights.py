@@ -54,6 +54,7 @@ class UnitWeights:
         self.rank, world = (dist.get_rank(group), dist.get_world_size(group)) if stage else (0, 1)
         trained = [spec for spec in specs if spec.parameter.requires_grad]
         self.specs = trained + [spec for spec in specs if not spec.parameter.requires_grad]
+        self.has_frozen = len(trained) < len(self.specs)
         self.layout = lay_out([spec.local_shape for spec in self.specs], world)
         self.trained_layout = lay_out([spec.local_shape for spec in trained], world)
         self.shards_parameters = stage == ZeroStage.PARAMETERS

@@ -28,6 +28,9 @@ CASES = {
     "tied recomputation": Case(tied=True, recompute=True),
     "unused": Case(unused=True),
     "frozen": Case(frozen=("embed.weight", "blocks.1.up.weight", *FROZEN_BLOCK)),
+    "frozen before trained": Case(
+        frozen=tuple(f"blocks.1.{name}" for name in ("norm.weight", "norm.bias", "up.weight", "up.bias"))
+    ),
     "frozen tied": Case(tied=True, frozen=("embed.weight", "blocks.0.up.bias")),
 }
 

@@ -41,6 +41,8 @@ class Toy(nn.Module):
     def __init__(self, tied: bool = False, unused: bool = False):
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
+        if unused:
+            self.embed.unused = nn.Parameter(torch.ones(3))
         self.blocks = nn.ModuleList(Block(unused and index == 1) for index in range(BLOCKS))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCAB, bias=False)
         if tied:

@@ -18,7 +18,7 @@ import os
 import struct
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -222,8 +222,9 @@ class IndexedWriter:
 
     def discard_document(self) -> None:
         """Takes back what was added to the open document."""
-        self._bin.seek(-self._open_size * self.dtype.itemsize, os.SEEK_CUR)
-        self._bin.truncate()
+        with disk_errors_named(self.prefix + ".bin"):
+            self._bin.seek(-self._open_size * self.dtype.itemsize, os.SEEK_CUR)
+            self._bin.truncate()
         self.num_tokens -= self._open_size
         self._open_size = 0
 
@@ -252,7 +253,8 @@ class IndexedWriter:
                 with disk_errors_named(self.prefix):
                     self._finish()
         finally:
-            self._bin.close()
+            with suppress(OSError):  # closing writes again what a full disk has refused
+                self._bin.close()
             for path in self._temporary.values():
                 path.unlink(missing_ok=True)
 

@@ -177,9 +177,12 @@ def prepare_part(pieces: list[Piece], recipe: Recipe, prefix: Path) -> Report:
 def write_json(path: Path, content: object) -> None:
     """Complete or absent, like all files here."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with disk_errors_named(str(path)), temporary.open("wb") as file:
-        file.write(json.dumps(content).encode())
-        sync_and_rename(file, temporary, path)
+    try:
+        with disk_errors_named(str(path)), temporary.open("wb") as file:
+            file.write(json.dumps(content).encode())
+            sync_and_rename(file, temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_report(path: Path) -> Report:

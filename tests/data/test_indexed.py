@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +76,32 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"text could not be written: No space left on device; free space"):
         write(tmp_path / "text", [[1, 2]])
+    assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """The system refuses to make any file larger, as a full disk would."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1000, 40_000, 79_999])
+def test_a_disk_that_fills_at_any_write_is_a_sentence_and_leaves_nothing(tmp_path: Path, num_bytes: int) -> None:
+    with pytest.raises(UserError, match="text.* could not be written: File too large"), largest_file(num_bytes):
+        write(tmp_path / "text", [[1] * 1000] * 40)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_while_a_document_is_taken_back_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="text.bin could not be written: File too large"), largest_file(100):
+        with IndexedWriter(tmp_path / "text", np.uint16) as writer:
+            writer.add(np.array([1] * 1000, np.uint16))
+            writer.discard_document()
     assert not list(tmp_path.iterdir())
 
 

@@ -16,12 +16,13 @@ import pytest
 from neox_native.data import documents
 from neox_native.data import prepare as module
 from neox_native.data.indexed import IndexedDataset
-from neox_native.data.part import PieceReport, Recipe, Report
+from neox_native.data.part import PieceReport, Recipe, Report, write_json
 from neox_native.data.prepare import join, prepare
 from neox_native.errors import UserError
 from tests.data.corpora import file_bytes, random_documents, write_files
 from tests.data.loading import datasets, steps_of
 from tests.data.test_documents import write_packed
+from tests.data.test_indexed import largest_file
 from tools import prepare_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -218,6 +219,12 @@ def test_a_full_disk_in_a_worker_is_a_sentence(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", sync)
     quietly([tmp_path / "a.jsonl"], tmp_path / "out", workers=2)
     assert files_of(tmp_path / "out") == file_bytes([list(text.encode()) for text in texts(1, 60)])
+
+
+def test_a_disk_that_fills_at_the_report_leaves_no_temporary_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="report.json could not be written: File too large"), largest_file(10):
+        write_json(tmp_path / "report.json", list(range(100)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_worker_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,10 +106,9 @@ def _changed(
 
 
 def peak_bytes(config: Config) -> int:
-    """Most memory on any rank: the first has most microbatches in flight, the second no embedding, the last the
-    logits."""
-    last = config.parallel.pp - 1
-    return max(sum(memory(config, rank).values()) for rank in {0, min(1, last), last})
+    """Most memory on any rank. All are looked at: the first has most microbatches in flight and the last the logits,
+    but with uneven stages or split backward passes one in the middle may need more."""
+    return max(sum(memory(config, rank).values()) for rank in range(config.parallel.pp))
 
 
 def search(config: Config, gpus: int, machine: Machine) -> list[Candidate]:

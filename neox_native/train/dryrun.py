@@ -29,6 +29,7 @@ from neox_native.parallel.pipeline import Pipeline
 from neox_native.parallel.timeline import timeline
 from neox_native.plan import costs
 from neox_native.plan.ledger import GRADIENTS, OPTIMIZER, PARAMETERS, Ledger, Totals, Traffic
+from neox_native.plan.memory import memory
 from neox_native.plan.shares import num_microbatches
 from neox_native.train.build import build_engine, build_optimizer, build_step, units_of
 from neox_native.train.engine import Engine
@@ -100,9 +101,12 @@ def dry_run(config: Config, rank: int, world_size: int, exact: bool = False) -> 
 
 
 def distinct_ranks(config: Config, world_size: int) -> list[int]:
-    """One rank of the first pipeline stage, of the second, which of those in the middle holds most, and of the last."""
-    parallel = require(config, world_size).parallel
-    return [stage * parallel.dp * parallel.tp for stage in sorted({0, min(1, parallel.pp - 1), parallel.pp - 1})]
+    """One rank of the first pipeline stage, of the second, of the last, and of the one that needs most memory by the
+    closed form."""
+    config = require(config, world_size)
+    parallel, stages = config.parallel, range(config.parallel.pp)
+    most = max(stages, key=lambda stage: sum(memory(config, stage).values()))
+    return [stage * parallel.dp * parallel.tp for stage in sorted({0, min(1, stages[-1]), most, stages[-1]})]
 
 
 def report_of(config: Config, started: int) -> str:

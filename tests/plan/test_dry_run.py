@@ -17,6 +17,7 @@ from neox_native.config.schema import Config, Model, Parallel, Training
 from neox_native.errors import UserError
 from neox_native.plan import costs
 from neox_native.plan.memory import memory
+from neox_native.plan.search import peak_bytes
 from neox_native.train.dryrun import distinct_ranks, dry_run, report_of, text
 
 KEYS = {
@@ -106,6 +107,17 @@ def test_the_distinct_ranks_are_reported_and_the_worst_named() -> None:
     assert distinct_ranks(config, 4) == [0, 1, 3]
     shown = report_of(replace(config, training=replace(config.training, global_batch_size=4)), 1)
     assert all(f"rank {rank} " in shown for rank in (0, 1, 3)) and "worst: rank" in shown
+
+
+def test_a_rank_in_the_middle_that_needs_most_is_among_the_distinct() -> None:
+    overrides = "pp=8 dp=4 zero_stage=0 virtual_stages=2 pipeline_schedule=zbv".split()
+    config = load("configs/20b.toml", [f"--parallel.{each}" for each in overrides])
+    config = require(replace(config, training=replace(config.training, activation_checkpointing="none")), 64)
+    needs = [sum(memory(config, stage).values()) for stage in range(8)]
+    most = needs.index(max(needs))
+    assert most not in (0, 1, 7)
+    assert distinct_ranks(config, 64) == [0, 8, 8 * most, 56]
+    assert peak_bytes(config) == costs.predict(config).peak_bytes == needs[most]
 
 
 def test_the_report_is_plain_data() -> None:

@@ -14,6 +14,7 @@ import re
 import shutil
 import string
 import subprocess
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,9 +60,7 @@ def find_files(inputs: list[str]) -> list[str]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            paths = sorted(
-                p for p in path.rglob("*") if p.is_file() and not p.relative_to(path).as_posix().startswith(".")
-            )
+            paths = sorted(p for p in path.rglob("*") if p.is_file())
             files = [str(p) for p in paths if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         else:
             files = (
@@ -114,7 +113,7 @@ def unpacked(path: str) -> Iterator[BinaryIO]:
         else:
             with open(path, "rb") as file:
                 yield file
-    except (gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise UserError(f"{path} cannot be unpacked ({error}); it is damaged or truncated, fetch it again.") from error
 
 

@@ -59,6 +59,19 @@ def test_a_damaged_packed_file_is_named(tmp_path: Path, suffix: str, damage: obj
         list(documents.lines_of(Piece(str(path), 0, 0)))
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("eighth", range(1, 8))
+def test_a_packed_file_damaged_in_the_middle_is_named(tmp_path: Path, suffix: str, eighth: int) -> None:
+    draw = random.Random(0)
+    path = Path(write_packed(tmp_path / f"some.txt{suffix}", bytes(draw.choice(b"ab\n ") for _ in range(20_000))))
+    packed = bytearray(path.read_bytes())
+    for place in range(eighth * len(packed) // 8, eighth * len(packed) // 8 + 5):
+        packed[place] ^= 0xFF
+    path.write_bytes(packed)
+    with pytest.raises(UserError, match=f"some.txt{suffix} cannot be unpacked .* fetch it again"):
+        list(documents.texts_of(str(path)))
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
 def test_a_file_in_chunks_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(documents, "CHUNK_BYTES", chunk)

@@ -56,7 +56,7 @@ def finished(directory: Path) -> list[Path]:
 
 
 class ChecksumStream(io.BufferedWriter):
-    """A file opened for writing that knows its crc32 and its size [bytes].
+    """A file opened for writing that knows its crc32 and its size [bytes], and that is on the disk when it is closed.
 
     Of large pieces the checksum is computed in a second thread while they are written: neither holds Python's lock.
     """
@@ -81,8 +81,14 @@ class ChecksumStream(io.BufferedWriter):
         return written
 
     def close(self) -> None:
+        if self.closed:
+            return
         self._helper.shutdown()
-        super().close()
+        try:
+            self.flush()  # fsync writes what the kernel has, not what waits in this buffer
+            os.fsync(self.fileno())
+        finally:
+            super().close()
 
     @property
     def record(self) -> Record:
@@ -94,8 +100,6 @@ def write_json(path: Path, value: Any) -> Record:
     """Write `value` as JSON, flushed to the disk; returns the file's record."""
     with ChecksumStream(path) as stream:
         stream.write(json.dumps(value, indent=1, sort_keys=True).encode())
-        stream.flush()
-        os.fsync(stream.fileno())
     return stream.record
 
 

@@ -60,7 +60,8 @@ class _Writer(dcp.FileSystemWriter):
     def __init__(self, path: Path, from_host: bool, file_per_tensor: bool) -> None:
         # Copying ahead from a GPU needs a stream of it; a background thread with host copies shall not touch the GPU.
         ahead = {"per_thread_copy_ahead": 0} if from_host else {}
-        super().__init__(path, single_file_per_rank=not file_per_tensor, **ahead)
+        # The files of `_RecordingFileSystem` flush themselves to the disk; DCP would sync before they are flushed.
+        super().__init__(path, single_file_per_rank=not file_per_tensor, sync_files=False, **ahead)
         self.fs = _RecordingFileSystem()
 
     def storage_meta(self) -> StorageMeta:

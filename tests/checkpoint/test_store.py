@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -183,6 +184,21 @@ def test_failing_write_of_the_kernel_is_one_sentence_too(tmp_path: Path) -> None
     first, second = run_ranks(2, rank)
     assert first == second and "rank 1" in first and "too large" in first
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_file_is_whole_when_it_is_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: dict[str, int] = {}
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        flushed[Path(os.readlink(f"/proc/self/fd/{descriptor}")).name] = os.fstat(descriptor).st_size
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    path = store.save(tmp_path, 1, {"a": torch.ones(3), "b": torch.ones(1 << 19)}, {"step": 1}, Ranks())
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    sizes[".metadata.tmp"] = sizes.pop(".metadata")  # DCP renames its index
+    assert {name: flushed.get(name) for name in sizes} == sizes
 
 
 def test_plain_dcp_reads_the_format(saved: Path) -> None:

@@ -1,7 +1,8 @@
 """Long orders on disk: drawn once, mapped into memory by every rank and every later run.
 
-A folder for each order, named by the hash of what the order follows from, so that none is ever stale, with one `.npy`
-file for each of its arrays. It appears complete or not at all.
+A folder for each order, named by the hash of what the order follows from, so that none is ever stale. It has one
+`.npy` file for each array and a list of their names, and it appears complete or not at all. One that was damaged since
+is drawn and written anew.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from pathlib import Path
 
 import numpy as np
 
 from neox_native.data.indexed import sync_and_rename
 from neox_native.data.order import Arrays, Draw, Facts
+
+NAMES = "names.json"
 
 
 def kept(folder: Path, facts: Facts, draw: Draw) -> Arrays:
@@ -28,25 +31,47 @@ def kept(folder: Path, facts: Facts, draw: Draw) -> Arrays:
     """
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     place = folder / f"neox-{name}"
+    if found := _read(place):
+        return found
+    drawn: Arrays = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"neox-{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when this process ends, however it ends
-            if not place.exists():
-                _write(place, draw())
-        # As plain arrays: indexing a memmap object is slow.
-        return {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in place.glob("*.npy")}
+            if found := _read(place):
+                return found
+            drawn = draw()
+            _write(place, drawn)
     except OSError:
-        return draw()
+        return drawn or draw()
+    return _read(place) or drawn
+
+
+def _read(place: Path) -> Arrays:
+    """The arrays of a folder; none where it is missing or damaged."""
+    try:
+        names = json.loads((place / NAMES).read_text())
+        # As plain arrays: indexing a memmap object is slow.
+        return {name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r")) for name in names}
+    except (OSError, ValueError, EOFError):
+        return {}
 
 
 def _write(place: Path, arrays: Arrays) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=f"{place.name}.tmp", dir=place.parent))
+    """Puts the folder there, the lock being held; sweeps what a killed writer of this order or damage has left."""
+    for leftover in place.parent.glob(f"{place.name}.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = place.with_name(f"{place.name}.tmp-{uuid.uuid4().hex}")
+    temporary.mkdir()
     try:
         for name, array in arrays.items():
             with (temporary / f"{name}.part").open("wb") as file:
                 np.save(file, array)
                 sync_and_rename(file, temporary / f"{name}.part", temporary / f"{name}.npy")
+        with (temporary / "names.part").open("wb") as file:
+            file.write(json.dumps(list(arrays)).encode())
+            sync_and_rename(file, temporary / "names.part", temporary / NAMES)
+        shutil.rmtree(place, ignore_errors=True)
         os.rename(temporary, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -32,7 +32,7 @@ from neox_native.data.packing import (
 ENDLESS = 2**62
 """Number of samples of an order that never ends."""
 LONG = 10**7
-"""Documents of all epochs [count] from which on an order is kept: one of this length takes a second."""
+"""Documents of all epochs, or samples, from which on an order is kept [count]: to shuffle as many takes a second."""
 
 Facts = dict[str, object]
 Arrays = dict[str, np.ndarray]
@@ -50,8 +50,8 @@ class Corpus:
     """Tokens of every document of the file, i32."""
     seq_length: int
     packing: Packing
-    usable: np.ndarray
-    """Whether a document may be read, bool, for every document of the file; "packed" takes them all."""
+    usable: np.ndarray | None
+    """Whether a document may be read, bool, for every document of the file; None for "packed", which takes them all."""
 
     @property
     def num_tokens(self) -> int:
@@ -62,6 +62,7 @@ class Corpus:
         """The documents in this order, cut into samples; unusable ones are left out."""
         if self.packing == "packed":
             return PackedStream(document_order, ends_in_stream(document_order, self.sizes), self.seq_length)
+        assert self.usable is not None, self.packing
         kept = document_order[self.usable[document_order]]
         starts = starts_of_samples(self.sizes[kept], self.seq_length, self.packing)
         return WholeDocuments(kept, self.sizes, self.seq_length, starts)
@@ -130,27 +131,32 @@ class NeoxOrder:
     """
 
     def __init__(self, corpus: Corpus, num_samples: int, seed: int, keep: Keep = draw_at_once) -> None:
-        rng = np.random.RandomState(seed)
         self.packing = corpus.packing
         if corpus.packing == "packed":
             self.epochs = epochs_needed(corpus.num_tokens, corpus.seq_length, num_samples)
-
-            def draw() -> Arrays:
-                documents = np.tile(_numbers(corpus.documents), self.epochs)
-                rng.shuffle(documents)
-                ends = ends_in_stream(documents, corpus.sizes)
-                num_samples = PackedStream(documents, ends, corpus.seq_length).num_samples
-                return {"documents": documents, "ends": ends, "samples": shuffled_samples(num_samples, rng)}
-
-            span = corpus.documents.start, corpus.documents.stop
-            facts = {"seed": seed, "documents": span, "epochs": self.epochs, "seq_length": corpus.seq_length}
-            arrays = (keep if self.epochs * len(corpus.documents) >= LONG else draw_at_once)(facts, draw)
-            self.stream = PackedStream(arrays["documents"], arrays["ends"], corpus.seq_length)
-            self.shuffle = arrays["samples"]
+            self._lay_out_packed(corpus, seed, keep)
         else:
+            rng = np.random.RandomState(seed)
             self.shuffle = shuffled_samples(num_samples, rng)
             self._lay_out_whole_documents(corpus, rng)
         self.num_samples = len(self.shuffle)
+
+    def _lay_out_packed(self, corpus: Corpus, seed: int, keep: Keep) -> None:
+        num_samples = (self.epochs * corpus.num_tokens - 1) // corpus.seq_length
+
+        def draw() -> Arrays:
+            rng = np.random.RandomState(seed)
+            documents = np.tile(_numbers(corpus.documents), self.epochs)
+            rng.shuffle(documents)
+            ends = ends_in_stream(documents, corpus.sizes)
+            return {"documents": documents, "ends": ends, "samples": shuffled_samples(num_samples, rng)}
+
+        span = corpus.documents.start, corpus.documents.stop
+        facts = {"seed": seed, "documents": span, "epochs": self.epochs, "seq_length": corpus.seq_length}
+        is_long = max(self.epochs * len(corpus.documents), num_samples) >= LONG
+        arrays = (keep if is_long else draw_at_once)(facts, draw)
+        self.stream = PackedStream(arrays["documents"], arrays["ends"], corpus.seq_length)
+        self.shuffle = arrays["samples"]
 
     def _lay_out_whole_documents(self, corpus: Corpus, rng: np.random.RandomState) -> None:
         epoch, parts = _numbers(corpus.documents), []
@@ -180,7 +186,11 @@ class NeoxOrder:
 
 
 class EpochOrder:
-    """Epoch after epoch without end, each shuffled on its own. An epoch is computed when it is first read."""
+    """Epoch after epoch without end, each shuffled on its own. An epoch is computed when it is first read.
+
+    Under "pack_until_overflow" epochs differ in length, so that the first read computes every epoch before it too: a
+    run that resumes in its hundredth epoch waits for a hundred shuffles.
+    """
 
     def __init__(self, corpus: Corpus, seed: int) -> None:
         self.corpus, self.seed, self.num_samples = corpus, seed, ENDLESS

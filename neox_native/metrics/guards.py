@@ -38,7 +38,8 @@ class BadSteps:
 
     def __init__(self, training: Training) -> None:
         self.limit = training.max_bad_steps
-        self.in_a_row = 0
+        self.in_a_row = self.longest = 0
+        """Bad steps up to the last one collected, and the most in a row that the last call to `collect` saw."""
         self._pending: list[tuple[int, tuple[int, ...], torch.Tensor]] = []
 
     def record(self, step: int, sample_ids: tuple[int, ...], bad: torch.Tensor) -> None:
@@ -50,22 +51,23 @@ class BadSteps:
         if not self._pending:
             return []
         flags = torch.stack([flag.to(torch.float32) for _, _, flag in self._pending]).tolist()
-        found = []
+        found, self.longest = [], 0
         for (step, sample_ids, _), flag in zip(self._pending, flags, strict=True):
             self.in_a_row = self.in_a_row + 1 if flag else 0
+            self.longest = max(self.longest, self.in_a_row)
             if flag:
                 found.append(BadStep(step, sample_ids, self.in_a_row))
         self._pending.clear()
         return found
 
     def verdict(self) -> UserError | None:
-        """What ends the run, after its state is saved, or None: no update has been taken for more than `limit`
-        steps.
+        """What ends the run, after its state is saved, or None: there was a time without an update for more than
+        `limit` steps, even if the last ones collected were good.
         """
-        if self.limit <= 0 or self.in_a_row <= self.limit:
+        if self.limit <= 0 or self.longest <= self.limit:
             return None
         return UserError(
-            f"{self.in_a_row} steps in a row had a loss or gradient norm that is not finite, or a spike; "
+            f"{self.longest} steps in a row had a loss or gradient norm that is not finite, or a spike; "
             f"training.max_bad_steps = {self.limit}. Their updates were skipped and the state is saved; look at the "
             "sample ids in events.jsonl, lower optimizer.lr, or resume from an older checkpoint."
         )

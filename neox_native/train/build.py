@@ -26,7 +26,9 @@ from neox_native.zero.optimizer import ShardedOptimizer
 from neox_native.zero.unit import ParameterSpec, Unit
 
 
-def build_model(config: Config, mesh: DeviceMesh, device: torch.device) -> tuple[dict[int, Transformer], ShardedOptimizer]:
+def build_model(
+    config: Config, mesh: DeviceMesh, device: torch.device
+) -> tuple[dict[int, Transformer], ShardedOptimizer]:
     """This rank's parts of the model, materialised, and the optimizer that owns their parameters."""
     parts = assemble(config.model, config.parallel, config.training, config.compile, mesh)
     units = units_of(parts, config.parallel, mesh)
@@ -120,19 +122,22 @@ def build_engine(
     """What runs a step's microbatches: a loop, or the pipeline's schedule."""
     parallel, training, model = config.parallel, config.training, config.model
     if parallel.pp == 1:
-        return SingleStage(parts[0], optimizer, device)
-    return Pipeline(
-        parts,
-        num_stages=parallel.pp * parallel.virtual_stages,
-        schedule=parallel.pipeline_schedule,
-        num_microbatches=training.global_batch_size // (training.micro_batch_size * parallel.dp),
-        microbatch_shape=(training.micro_batch_size, model.seq_length),
-        hidden_length=model.seq_length // (parallel.tp if parallel.sequence_parallel else 1),
-        dtype=DTYPES[training.precision],
-        device=device,
-        pp_group=mesh.get_group("pp"),
-        sink=optimizer,
-    )
+        engine: Engine = SingleStage(parts[0], optimizer, device)
+    else:
+        engine = Pipeline(
+            parts,
+            num_stages=parallel.pp * parallel.virtual_stages,
+            schedule=parallel.pipeline_schedule,
+            num_microbatches=training.global_batch_size // (training.micro_batch_size * parallel.dp),
+            microbatch_shape=(training.micro_batch_size, model.seq_length),
+            hidden_length=model.seq_length // (parallel.tp if parallel.sequence_parallel else 1),
+            dtype=DTYPES[training.precision],
+            device=device,
+            pp_group=mesh.get_group("pp"),
+            sink=optimizer,
+        )
+    optimizer.time_waits(engine.timing.compute.paused)
+    return engine
 
 
 def build_step(

@@ -80,9 +80,7 @@ class Trainer:
         if self.config.checkpoint.export_hf_every:
             describe(self.config.model, torch.float32, self.config.data.tokenizer)  # refuses what could not be written later
         self.resume()
-        if self.config.checkpoint.resume == "none":
-            self.folder.set_aside()
-        self.folder.begin()
+        self.folder.begin(self.config.checkpoint.resume, self.step)
         self.report = Report(
             self.config, self.mesh, self.device, self.ranks, self.losses, self.engine.timing, resumed_step=self.step
         )
@@ -117,6 +115,7 @@ class Trainer:
                 self.export_if_due()
                 self.report_saves()
             if signal:
+                self.log_bad_steps()
                 self.report.event("signal", self.step, f"step {self.step}: leaving after {signal}; the state is saved")
                 break
         self.saver.wait()
@@ -149,8 +148,7 @@ class Trainer:
         if self.step == self.config.training.steps or self.step % logging.every == 0:
             extra = {"loss scale": self.loss_scale.scale.item()} if self.loss_scale else {}
             self.watchdog.measured(self.report.step(self.step, batch, result, rate, extra))
-            for bad in self.bad_steps.collect():
-                self.report.event("bad step", bad.step, str(bad), sample_ids=list(bad.sample_ids))
+            self.log_bad_steps()
             if verdict := self.bad_steps.verdict():
                 self.save()
                 self.saver.wait()
@@ -162,6 +160,11 @@ class Trainer:
             copies = run_states.copies(self.config, self.mesh, self.optimizer)
             if found := check_replicas(copies, self.ranks.gather):
                 raise UserError(f"step {self.step}: {found}; resume from the last checkpoint before it.")
+
+    def log_bad_steps(self) -> None:
+        """Name the samples of the updates that were skipped since the last call."""
+        for bad in self.bad_steps.collect():
+            self.report.event("bad step", bad.step, str(bad), sample_ids=list(bad.sample_ids))
 
     def evaluate_if_due(self) -> None:
         """Loss on the validation data, into the log."""

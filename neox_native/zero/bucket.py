@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,7 @@ class GradientBucket:
         self.arrived: set[int] = set()
         """Parameters whose gradient the current backward pass has delivered."""
         self.work: collectives.Handle | None = None
+        self.waiting: collectives.Waiting = nullcontext
         self.num_reductions = 0
         """Reductions in this step."""
 
@@ -87,7 +89,8 @@ class GradientBucket:
     def finish_reduction(self) -> None:
         """Make the result visible to the compute stream; in stages 2 and 3 add it to the row and free the matrix."""
         if self.work is not None:
-            self.work.wait()
+            with self.waiting():
+                self.work.wait()
             self.work = None
         if not self.keeps_matrix:
             assert self.matrix is not None

@@ -10,6 +10,8 @@ of the CPU time, measured on 2 ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,10 @@ from torch import Tensor
 
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+Waiting = Callable[[], AbstractContextManager[None]]
+"""Makes a block around the wait for a collective, for whoever times it."""
 
 
 class Handle(Protocol):

@@ -172,6 +172,12 @@ class ShardedOptimizer:
                 if isinstance(value, Tensor):
                     value.zero_()
 
+    def time_waits(self, waiting: collectives.Waiting) -> None:
+        """Put every wait for a collective in forward and backward passes inside a block of `waiting`."""
+        for stage_units in self.stages.values():
+            for waits in (*stage_units.weights, *stage_units.buckets):
+                waits.waiting = waiting
+
     def microbatch(self, stage_index: int, last: bool) -> None:
         """A backward pass of pipeline stage `stage_index` begins; `last` if no other of this step follows. A caller
         that cannot tell says False: `step` reduces then, without overlap."""

@@ -12,6 +12,7 @@ chunks. The storage has a version counter apart from the parameter's: to autogra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,7 @@ class UnitWeights:
         self.shards: list[Tensor] = []
         """fp32 master shard of each parameter."""
         self.gathering: Gathering | None = None
+        self.waiting: collectives.Waiting = nullcontext
 
     @torch.no_grad()
     def materialize(self, draw: Draw) -> None:
@@ -127,7 +129,8 @@ class UnitWeights:
             return
         work, flat, row, layout = self.gathering
         self.gathering = None
-        work.wait()
+        with self.waiting():
+            work.wait()
         matrix = flat.view(layout.world, layout.size)
         for slot, storage in zip(layout.slots, self.storages):
             if self.shards_parameters:

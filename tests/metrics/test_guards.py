@@ -41,6 +41,13 @@ def test_more_than_the_limit_in_a_row_ends_the_run_across_logged_steps() -> None
     assert counter.verdict() is None
 
 
+def test_too_many_in_a_row_end_the_run_though_a_good_step_followed_before_the_log() -> None:
+    counter = BadSteps(Training(max_bad_steps=2))
+    for step, bad in enumerate((True, True, True, False)):
+        counter.record(step, (), torch.tensor(bad))
+    assert len(counter.collect()) == 3 and "3 steps in a row" in str(counter.verdict())
+
+
 def test_zero_limit_never_ends_the_run() -> None:
     counter = BadSteps(Training(max_bad_steps=0))
     for step in range(50):

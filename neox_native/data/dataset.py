@@ -91,8 +91,9 @@ class Dataset(Protocol):
 class TokenDataset:
     """Some documents of one token file in an order, with labels if a parallel file of the same sizes holds them.
 
-    `num_samples` is what the run needs. Raises `UserError` where the documents do not make one sample, where stored
-    rows have another length or are too few, and where labels and tokens do not fit together.
+    `num_samples` is what the run needs; the order "stored" offers its rows, be they fewer. Raises `UserError` where the
+    documents do not make one sample, where stored rows have another length, and where labels and tokens do not fit
+    together.
     """
 
     def __init__(
@@ -227,7 +228,8 @@ class TokenDataset:
 class Mixture:
     """Several datasets blended by weight, as GPT-NeoX blends them; see `Blend`.
 
-    `make(number, num_samples)` builds dataset `number` so that it offers at least `num_samples` samples.
+    `make(number, num_samples)` builds dataset `number` so that it offers at least `num_samples` samples. Raises
+    `UserError` where stored rows are fewer than the run reads of them.
     """
 
     def __init__(self, make: Callable[[int, int], TokenDataset], weights: list[float], num_samples: int) -> None:
@@ -238,6 +240,13 @@ class Mixture:
         ]
         self.datasets = [make(number, count) for number, count in enumerate(wanted)]
         self.reading = self.datasets[0].reading
+        for dataset, count in zip(self.datasets, self.blend.counts()):
+            if dataset.num_samples < count:
+                raise UserError(
+                    f"data: the {self.reading.part} part of {dataset.files.prefix} has {dataset.num_samples:,} samples, "
+                    f"the mixture needs {count:,} of them; lower its weight, training.steps or "
+                    "training.global_batch_size, or give more rows."
+                )
         self.seq_length, self.vocab_size = self.reading.seq_length, self.reading.vocab_size
 
     def read(self, index: int) -> Row:

@@ -184,6 +184,19 @@ def test_stored_rows_are_read_in_the_order_of_the_file(tmp_path: Path) -> None:
         steps_of(data, steps=7)
 
 
+def test_a_mixture_of_too_few_stored_rows_is_refused(tmp_path: Path) -> None:
+    few, many = (
+        write_files(tmp_path / name, [[number] * (SEQ_LENGTH + 1) for number in range(count)])
+        for name, count in [("few", 10), ("many", 54)]
+    )
+    mixture = [{"path": few, "weight": 1.0}, {"path": many, "weight": 3.0}]
+    with pytest.raises(UserError, match="train part of .*few has 10 samples, the mixture needs 18 of them; lower its"):
+        datasets(mixture, order="stored", split="1")  # type: ignore[arg-type]
+    mixture[0]["weight"] = 3 * 10 / 50
+    data = datasets(mixture, order="stored", split="1", batch=10)  # type: ignore[arg-type]
+    assert len(steps_of(data, batch=10, micro=10)) == 6
+
+
 def test_stored_rows_of_another_length_are_refused(tmp_path: Path) -> None:
     rows = write_files(tmp_path / "rows", [[1] * 9, [1] * 10])
     with pytest.raises(UserError, match="rows of model.seq_length \\+ 1 = 9 tokens .* but row 1 has 10"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,14 +69,31 @@ class Traffic:
     collectives: int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
+class Mark:
+    """A place in a step."""
+
+    what: str
+    """Such as "forward"."""
+    microbatch: int | None = None
+    """Of which microbatch, if of one."""
+
+    def __str__(self) -> str:
+        return self.what if self.microbatch is None else f"{self.what} of microbatch {self.microbatch}"
+
+
+@dataclass(frozen=True)
 class Peak:
     """The moment at which most memory was in use."""
 
-    num_bytes: int
     by_kind: dict[str, int]
-    at: str
+    at: Mark
     """The last mark before it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all kinds."""
+        return sum(self.by_kind.values())
 
 
 @dataclass
@@ -102,7 +119,7 @@ class Ledger(TorchDispatchMode):
         self.axes, self.totals = axes, Totals()
         self.known: dict[int, tuple[weakref.ref, Storage]] = {}
         self.tape: list[tuple[Storage, int]] = []
-        self.marks: list[tuple[int, str]] = []
+        self.marks: list[tuple[int, Mark]] = [(0, Mark("before the first microbatch"))]
         self.watched: list[tuple[torch.UntypedStorage, Storage]] = []
 
     def claim(self, tensors: Iterable[Tensor], kind: str, resizable: bool = False) -> None:
@@ -118,22 +135,31 @@ class Ledger(TorchDispatchMode):
             if resizable:
                 self.watched.append((_local(tensor).untyped_storage(), storage))
 
-    def mark(self, label: str) -> None:
+    def mark(self, mark: Mark) -> None:
         """Name what happens from here on."""
-        self.marks.append((len(self.tape), label))
+        self.marks.append((len(self.tape), mark))
 
     def peak(self) -> Peak:
         """The largest sum of all storages, and what it consisted of."""
-        live = largest = position = 0
-        for index, (_, change) in enumerate(self.tape):
-            live += change
-            if live > largest:
-                largest, position = live, index
-        by_kind: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
-        for storage, change in self.tape[: position + 1]:
-            by_kind[storage.kind] += change
-        at = [label for start, label in self.marks if start <= position]
-        return Peak(largest, dict(by_kind), at[-1] if at else "")
+        return max(self.peaks().values(), key=lambda peak: peak.num_bytes)
+
+    def peaks(self) -> dict[Hashable, Peak]:
+        """The peak of each kind of work: of what has the same name and came as the same time of the microbatch's, which
+        it does in each of a pipeline rank's stages."""
+        peaks: dict[Hashable, Peak] = {}
+        times: Counter[Mark] = Counter()
+        live, total = dict.fromkeys(KINDS, 0), 0
+        ends = [start for start, _ in self.marks[1:]] + [len(self.tape)]
+        for (start, mark), end in zip(self.marks, ends):
+            work = mark.what, times[mark]
+            times[mark] += 1
+            largest = peaks[work].num_bytes if work in peaks else -1
+            for storage, change in self.tape[start:end]:
+                live[storage.kind] += change
+                total += change
+                if total > largest:
+                    largest, peaks[work] = total, Peak(dict(live), mark)
+        return peaks
 
     def __torch_dispatch__(self, function: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and note it."""

@@ -8,7 +8,7 @@ process group whose collectives return at once, and tensors that have a shape bu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.config.check import require
+from neox_native.config.layout_rules import IN_ROUNDS
 from neox_native.config.schema import Config
 from neox_native.data.loader import StepBatch
 from neox_native.mesh import AXES, build_mesh
@@ -28,7 +29,7 @@ from neox_native.parallel.assemble import assemble
 from neox_native.parallel.pipeline import Pipeline
 from neox_native.parallel.timeline import timeline
 from neox_native.plan import costs
-from neox_native.plan.ledger import GRADIENTS, OPTIMIZER, PARAMETERS, Ledger, Totals, Traffic
+from neox_native.plan.ledger import GRADIENTS, OPTIMIZER, PARAMETERS, Ledger, Mark, Peak, Totals, Traffic
 from neox_native.plan.memory import memory
 from neox_native.plan.shares import num_microbatches
 from neox_native.train.build import build_engine, build_optimizer, build_step, units_of
@@ -39,7 +40,6 @@ from neox_native.zero.unit import local
 
 GIB = 2**30
 CPU = torch.device("cpu")
-IN_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble", "looped_bfs", "zbv")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def dry_run(config: Config, rank: int, world_size: int, exact: bool = False) -> 
     """The report of rank `rank` of `world_size`.
 
     After the warmup of the pipeline one microbatch is like the next. So with many microbatches two short steps run, and
-    bytes and FLOPs are continued to the whole step: each is a constant plus so much per microbatch.
+    what they counted is continued to the whole step: sums, and the memory that each kind of work needs at most, are a
+    constant plus so much per microbatch. The peak is the largest of these, and need not be that of a short step:
+    looped_bfs holds more with every microbatch in a forward pass, and not at all in the update.
 
     Args:
         exact: run all microbatches whatever their number.
@@ -94,10 +96,9 @@ def dry_run(config: Config, rank: int, world_size: int, exact: bool = False) -> 
         mesh = build_mesh(config.parallel, CPU)
         _run(_shallow(config), mesh)
         if exact or total <= more:
-            return _run(config, mesh)
-        first, second = (_run(_with_microbatches(config, count), mesh) for count in (fewer, more))
-    longer = _continued(dataclasses.asdict(first), dataclasses.asdict(second), (total - fewer) / (more - fewer))
-    return RankReport(**longer | {"bubble_fraction": _bubble(config), "peak_at": second.peak_at})
+            return _report(config, mesh, _run(config, mesh))
+        short = [_run(_with_microbatches(config, count), mesh) for count in (fewer, more)]
+        return _report(config, mesh, _continued(*short, total - fewer, more - fewer))
 
 
 def distinct_ranks(config: Config, world_size: int) -> list[int]:
@@ -139,10 +140,14 @@ def text(reports: list[RankReport]) -> str:
 
 
 def _enough(config: Config) -> tuple[int, int]:
-    """Two numbers of microbatches beyond the warmup, on the way to the whole step's."""
-    pp = config.parallel.pp
+    """Two numbers of microbatches beyond the warmup, on the way to the whole step's. Rounds are the whole step's; see
+    [Note: turns] in `plan/flight.py`."""
+    pp, total = config.parallel.pp, num_microbatches(config)
     if pp > 1 and config.parallel.pipeline_schedule in IN_ROUNDS:
-        return 2 * pp, 3 * pp
+        of_a_round = total // max(1, total // pp)
+        return 2 * of_a_round, 3 * of_a_round
+    if pp > 1 and config.parallel.pipeline_schedule == "zbv":
+        return 2 * pp, 2 * pp + 1
     return pp + 1, pp + 2
 
 
@@ -152,11 +157,14 @@ def _with_microbatches(config: Config, count: int) -> Config:
     return dataclasses.replace(config, training=dataclasses.replace(training, global_batch_size=size))
 
 
-def _continued(first: Any, second: Any, factor: float) -> Any:
-    """The line through two values, `factor` times as far; dicts entry by entry."""
+def _continued(first: Any, second: Any, distance: int, step: int) -> Any:
+    """The line through two values that lie `step` apart, at `distance` from the first; of what has parts, part by
+    part."""
     if isinstance(second, dict):
-        return {name: _continued(first.get(name, 0), value, factor) for name, value in second.items()}
-    return first + round((second - first) * factor) if isinstance(second, int) else second
+        return {name: _continued(first[name], value, distance, step) for name, value in second.items() if name in first}
+    if dataclasses.is_dataclass(second):
+        return type(second)(**_continued(vars(first), vars(second), distance, step))
+    return first + (second - first) * distance // step if isinstance(second, int) else second
 
 
 def _shallow(config: Config) -> Config:
@@ -164,7 +172,8 @@ def _shallow(config: Config) -> Config:
     tensors of the full size, which look like ours; a step of this asks all there is to ask."""
     parallel = dataclasses.replace(config.parallel, stage_layers=[])
     model = dataclasses.replace(config.model, num_layers=parallel.pp * parallel.virtual_stages)
-    return _with_microbatches(dataclasses.replace(config, model=model, parallel=parallel), _enough(config)[0])
+    count = min(num_microbatches(config), _enough(config)[0])
+    return _with_microbatches(dataclasses.replace(config, model=model, parallel=parallel), count)
 
 
 def _bubble(config: Config) -> float:
@@ -173,7 +182,16 @@ def _bubble(config: Config) -> float:
     return timeline(parallel.pipeline_schedule, parallel.pp, parallel.virtual_stages, count).bubble_fraction
 
 
-def _run(config: Config, mesh: DeviceMesh) -> RankReport:
+@dataclass(frozen=True)
+class _Counted:
+    """What the ledger noted of a step."""
+
+    parameters: int
+    peaks: dict[Hashable, Peak]
+    totals: Totals
+
+
+def _run(config: Config, mesh: DeviceMesh) -> _Counted:
     """One step of all the microbatches that the config asks for."""
     parts = assemble(config.model, config.parallel, config.training, config.compile, mesh)
     units = units_of(parts, config.parallel, mesh)
@@ -185,7 +203,7 @@ def _run(config: Config, mesh: DeviceMesh) -> RankReport:
             _skip_the_vote(engine)
         run_step(build_step(config, mesh, CPU, engine, optimizer), parts.values(), fake_batch(config), ledger)
     parameters = sum(local(spec.parameter).numel() for stage in units.values() for unit in stage for spec in unit.specs)
-    return _report(config, mesh, parameters, ledger)
+    return _Counted(parameters, ledger.peaks(), ledger.totals)
 
 
 def run_step(step: TrainStep, parts: Iterable[Transformer], batch: StepBatch, ledger: Ledger) -> None:
@@ -220,14 +238,14 @@ def _mark(engine: Engine, optimizer: ShardedOptimizer, parts: Iterable[Transform
     def at(index: int) -> None:
         nonlocal now
         now = index
-        ledger.mark(f"backward of microbatch {now}")  # unless a forward follows
+        ledger.mark(Mark("backward", now))  # unless a forward follows
 
     engine.timing.on_microbatch = at
-    after = "after the forward of" if isinstance(engine, Pipeline) else "loss and backward of"
+    after = "after the forward" if isinstance(engine, Pipeline) else "loss and backward"
     for part in parts:
-        part.register_forward_pre_hook(lambda _module, _inputs: ledger.mark(f"forward of microbatch {now}"))
-        part.register_forward_hook(lambda _module, _inputs, _output: ledger.mark(f"{after} microbatch {now}"))
-    optimizer.optimizer.register_step_pre_hook(lambda *_: ledger.mark("update"))
+        part.register_forward_pre_hook(lambda _module, _inputs: ledger.mark(Mark("forward", now)))
+        part.register_forward_hook(lambda _module, _inputs, _output: ledger.mark(Mark(after, now)))
+    optimizer.optimizer.register_step_pre_hook(lambda *_: ledger.mark(Mark("update")))
 
 
 def fake_batch(config: Config) -> StepBatch:
@@ -247,17 +265,17 @@ def axes_of(mesh: DeviceMesh) -> dict[str, str]:
     return {dist.group.WORLD.group_name: "world"} | {mesh.get_group(axis).group_name: axis for axis in AXES}
 
 
-def _report(config: Config, mesh: DeviceMesh, parameters: int, ledger: Ledger) -> RankReport:
-    peak, totals = ledger.peak(), ledger.totals
+def _report(config: Config, mesh: DeviceMesh, counted: _Counted) -> RankReport:
+    peak, totals = max(counted.peaks.values(), key=lambda peak: peak.num_bytes), counted.totals
     place = {axis: mesh.get_local_rank(axis) for axis in AXES}
     axes = dict.fromkeys((*AXES, "world"), Traffic()) | totals.traffic
     return RankReport(
         rank=dist.get_rank(),
         coordinates=place,
-        parameters=parameters,
+        parameters=counted.parameters,
         bytes_by_kind=peak.by_kind,
         peak_bytes=peak.num_bytes,
-        peak_at=peak.at,
+        peak_at=str(peak.at),
         communication={axis: dataclasses.asdict(traffic) for axis, traffic in axes.items()},
         point_to_point_bytes=totals.sent_bytes,
         model_flops=costs.model_flops_of_rank(config, place["pp"]),

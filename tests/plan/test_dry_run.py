@@ -87,19 +87,28 @@ def test_pythia_still_assembles_and_steps(size: str, ranks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "parallel",
+    "parallel, rank, microbatches, recompute",
     [
-        Parallel(pp=2, dp=1),
-        Parallel(pp=2, dp=1, pipeline_schedule="interleaved_zero_bubble", virtual_stages=2),
-        Parallel(dp=2, zero_stage=2),
+        (Parallel(pp=2, dp=1), 1, 16, "none"),
+        (Parallel(pp=2, dp=1, pipeline_schedule="interleaved_zero_bubble", virtual_stages=2), 1, 16, "none"),
+        (Parallel(pp=2, dp=1, pipeline_schedule="zbv", virtual_stages=2), 0, 16, "none"),
+        (Parallel(dp=2, zero_stage=2), 1, 8, "none"),
+        # Rounds of 5 microbatches.
+        (Parallel(pp=4, dp=1, pipeline_schedule="interleaved_1f1b", virtual_stages=2), 0, 15, "none"),
+        # Another kind of work needs most than in a short step.
+        (Parallel(pp=2, dp=2, zero_stage=2, pipeline_schedule="looped_bfs", virtual_stages=2), 0, 24, "full"),
     ],
     ids=str,
 )
-def test_a_few_microbatches_tell_of_many(parallel: Parallel) -> None:
-    config = replace(SMALL, parallel=parallel)
-    ranks = parallel.pp * parallel.dp
-    continued, whole = (dry_run(config, ranks - 1, ranks, exact=exact) for exact in (False, True))
-    assert replace(continued, peak_at="") == replace(whole, peak_at="")
+def test_a_few_microbatches_tell_of_many(parallel: Parallel, rank: int, microbatches: int, recompute: str) -> None:
+    training = replace(
+        SMALL.training, global_batch_size=microbatches * parallel.dp, activation_checkpointing=recompute
+    )
+    layers = max(SMALL.model.num_layers, parallel.pp * parallel.virtual_stages)
+    model = replace(SMALL.model, num_layers=layers)
+    config = replace(SMALL, model=model, training=training, parallel=parallel)
+    continued, whole = (dry_run(config, rank, parallel.pp * parallel.dp, exact=exact) for exact in (False, True))
+    assert continued == whole
 
 
 def test_the_distinct_ranks_are_reported_and_the_worst_named() -> None:

@@ -26,7 +26,9 @@ class Launch:
     local_rank: int
     world_size: int
     restarts: int = 0
-    """How often torchrun has restarted this process."""
+    """How often torchrun has restarted this process, or Slurm its job. Nodes count for themselves: the numbers may differ."""
+    job: str = ""
+    """The launcher's name of this job, which restarts do not change; "" or "none" where it has none."""
 
     @classmethod
     def from_environment(cls) -> Launch:
@@ -35,7 +37,8 @@ class Launch:
             rank=int(os.environ.get("RANK", 0)),
             local_rank=int(os.environ.get("LOCAL_RANK", 0)),
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
-            restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            restarts=sum(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")),
+            job=os.environ.get("TORCHELASTIC_RUN_ID", ""),
         )
 
 
@@ -74,27 +77,38 @@ def start_process_group(device: torch.device, launch: Launch) -> None:
     )
 
 
-def fresh_store(store: dist.Store, launch: Launch, timeout: timedelta = timedelta(minutes=10)) -> dist.Store:
+def fresh_store(store: dist.Store, launch: Launch, timeout: timedelta = timedelta(minutes=3)) -> dist.Store:
     """A part of the launcher's key-value store that no earlier attempt of this job has written to.
 
     torchrun keeps its store when it restarts the ranks, with the addresses of the dead ones in it, and its restart counts
     differ between nodes. So rank 0 names each attempt anew, and a rank joins the name that answers to the rank itself.
+
+    Raises:
+        UserError: a rank does not come within `timeout`; rank 0 names it.
     """
     deadline = time.monotonic() + timeout.total_seconds()
     own = secrets.token_hex(8)
     if launch.rank == 0:
         store.set("attempt", own)
         joined = [f"{own}/{rank}" for rank in range(1, launch.world_size)]
-        store.wait(joined, timeout)
+        try:
+            store.wait(joined, timeout)
+        except dist.DistError:
+            missing = [str(rank) for rank, key in enumerate(joined, start=1) if not store.check([key])]
+            raise UserError(
+                f"Rank {', '.join(missing)} of {launch.world_size} did not start within {timeout.total_seconds():.0f} "
+                f"seconds; look at {'its node' if len(missing) == 1 else 'their nodes'}."
+            ) from None
         store.set(f"{own}/all", " ".join(store.get(key).decode() for key in joined))
         return dist.PrefixStore(own, store)
     while time.monotonic() < deadline:
-        attempt = store.get("attempt").decode()
-        store.set(f"{attempt}/{launch.rank}", own)
-        if store.check([f"{attempt}/all"]) and own in store.get(f"{attempt}/all").decode().split():
-            return dist.PrefixStore(attempt, store)
+        if store.check(["attempt"]):
+            attempt = store.get("attempt").decode()
+            store.set(f"{attempt}/{launch.rank}", own)
+            if store.check([f"{attempt}/all"]) and own in store.get(f"{attempt}/all").decode().split():
+                return dist.PrefixStore(attempt, store)
         time.sleep(0.01)
-    raise TimeoutError(f"rank 0 did not answer rank {launch.rank} within {timeout.total_seconds():.0f} seconds")
+    raise UserError(f"Rank 0 did not answer rank {launch.rank} within {timeout.total_seconds():.0f} seconds; look at its node.")
 
 
 def build_mesh(parallel: Parallel, device: torch.device) -> DeviceMesh:

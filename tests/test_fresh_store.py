@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from neox_native.errors import UserError
 from neox_native.mesh import Launch, fresh_store
 
 
@@ -32,8 +33,16 @@ def test_each_attempt_has_a_part_of_the_store_of_its_own(world_size: int) -> Non
     assert len(set(first)) == len(set(second)) == 1 and first[0] != second[0]
 
 
-def test_rank_without_its_first_rank_gives_up() -> None:
+@pytest.mark.parametrize("left_behind", [True, False])
+def test_ranks_without_their_first_rank_give_up(left_behind: bool) -> None:
     store = dist.HashStore()
-    store.set("attempt", "of dead ranks")
-    with pytest.raises(TimeoutError, match="rank 0 did not answer rank 1"):
+    if left_behind:
+        store.set("attempt", "of dead ranks")
+    with pytest.raises(UserError, match="Rank 0 did not answer rank 1"):
         fresh_store(store, Launch(1, 1, 2), timedelta(seconds=0.05))
+
+
+def test_first_rank_names_those_that_do_not_come() -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(UserError, match="Rank 1, 2 of 3 did not start within 0 seconds; look at their nodes"):
+        fresh_store(store, Launch(0, 0, 3), timedelta(seconds=0.05))

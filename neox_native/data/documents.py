@@ -2,10 +2,20 @@
 
 A line of a `.jsonl` file is a document; any other file is one document as a whole. `.gz`, `.xz` and `.zst` files are
 unpacked on the fly, `.zst` by the program `zstd`.
+
+A line is held in memory as a whole, another file in chunks. A file that has no place to cut it in 64 MiB is left out,
+with that reason.
+
+[Note: exact cuts] A text is cut where the word patterns of GPT-2, GPT-NeoX-20B, GPT-4, GPT-4o and Llama 3 begin a
+piece whatever follows: before a space or tab that stands after anything else, and before a line's end, comma or full
+stop after a letter (a line's end after a sign may belong to the sign's piece). White space stays in one chunk with what
+follows it, which decides how the patterns split it. Nothing on the right of a cut composes with what is on its left,
+so that NFC does not cross it either. A special token that holds white space could be cut; none of these models has one.
 """
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import json
@@ -25,9 +35,15 @@ from neox_native.errors import UserError
 PACKED_SUFFIXES = (".gz", ".xz", ".zst")
 SMALLEST_PART_BYTES, LARGEST_PART_BYTES, PARTS_WANTED = 4 << 20, 256 << 20, 256
 CHUNK_BYTES = 1 << 20
-WORD_AFTER_NEWLINE = re.compile(rb"\n(?=[0-9A-Za-z])")
-"""Where text may be cut: every word pattern ends a piece at a newline before a letter or digit, and NFC does not
-cross it."""
+LONGEST_CHUNKS = 64
+"""Held at once of a text that cannot be cut."""
+LETTERS = (
+    r"0-9A-Za-z\u0410-\u044f\u0621-\u063a\u0641-\u064a\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+)
+"""ASCII's letters and digits, and the most frequent of Cyrillic, Arabic, Japanese, Chinese and Korean: letters in
+every version of Unicode."""
+LAST_CUT = re.compile(rf"(?s:.*)(?:(?<=\S)(?=[ \t])|(?<=[{LETTERS}])(?=[\r\n、。，]))")
+"""Where text may be cut, see [Note: exact cuts]; matches up to the last such place."""
 
 
 class Piece(NamedTuple):
@@ -133,18 +149,30 @@ def lines_of(piece: Piece) -> Iterator[bytes]:
 
 
 def texts_of(path: str) -> Iterator[str]:
-    """A whole file in chunks that are encoded to the same tokens as the whole. Raises `BadLine` where it is not
-    UTF-8."""
-    rest = b""
+    """A whole file in chunks that are encoded to the same tokens as the whole, see [Note: exact cuts].
+
+    Raises `BadLine` where it is not UTF-8, or has nowhere to be cut in `LONGEST_CHUNKS` chunks.
+    """
+    pending: list[str] = []
     with unpacked(path) as file:
+        for text in _decoded(file):
+            if cut := LAST_CUT.match(text):
+                yield "".join([*pending, text[: cut.end()]])
+                pending, text = [], text[cut.end() :]
+            pending.append(text)
+            if len(pending) > LONGEST_CHUNKS:
+                raise BadLine(f"more than {LONGEST_CHUNKS * CHUNK_BYTES:,} bytes without white space between words")
+    yield "".join(pending)
+
+
+def _decoded(file: BinaryIO) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
         while block := file.read(CHUNK_BYTES):
-            searched = max(0, len(rest) - 1)
-            rest += block
-            cuts = [match.end() for match in WORD_AFTER_NEWLINE.finditer(rest, searched)]
-            if cuts:
-                yield _utf8(rest[: cuts[-1]])
-                rest = rest[cuts[-1] :]
-    yield _utf8(rest)
+            yield decoder.decode(block)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise BadLine("not UTF-8") from error
 
 
 def _utf8(text: bytes) -> str:

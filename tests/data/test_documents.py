@@ -8,9 +8,12 @@ import lzma
 import random
 import shutil
 import subprocess
+import unicodedata
+from functools import partial
 from pathlib import Path
 
 import pytest
+import regex
 
 from neox_native.data import documents
 from neox_native.data.documents import BadLine, Piece
@@ -72,20 +75,74 @@ def test_a_packed_file_damaged_in_the_middle_is_named(tmp_path: Path, suffix: st
         list(documents.texts_of(str(path)))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
-def test_a_file_in_chunks_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(documents, "CHUNK_BYTES", chunk)
-    text = "eins\nzwei\n\n  drei\n/vier\ncafé\u0301\nende"
-    path = write_packed(tmp_path / "some.txt", text.encode())
-    parts = list(documents.texts_of(path))
-    assert "".join(parts) == text
-    assert all(part.endswith("\n") for part in parts[:-1])
-    assert all(part[0].isascii() and part[0].isalnum() for part in parts[1:])
+GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORD_PATTERNS = {
+    "gpt2": rf"{GPT2_WORDS}|\s+(?!\S)|\s+",
+    "20b": rf"{GPT2_WORDS}| {{2,24}}|(?:[^\S ]| (?! ))+(?!\S)|(?:[^\S ]| (?! ))+",
+    "llama3": rf"{ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt4o": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    rf"{ENDINGS}?|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*"
+    rf"{ENDINGS}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+AWKWARD = ["a", "B", "7", " ", "  ", " " * 26, "\n", "\n\n", "\r\n", "\t", "\u3000", "\xa0", "\x1c", "\u2028", "'s"]
+AWKWARD += ["don't", "/", ".", "...", "-", "é", "e\u0301", "\u0301", "привет", "مرحبا", "次", "다", "か\u3099", "。"]
+AWKWARD += ["、", "，", "ー", "😀", "½", "₂"]
 
 
-def test_a_file_that_is_not_utf8_has_no_document(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pattern", WORD_PATTERNS)
+def test_a_file_in_chunks_has_the_pieces_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    words, draw, cuts = regex.compile(WORD_PATTERNS[pattern]), random.Random(0), 0
+    normalise = partial(unicodedata.normalize, "NFC")
+    monkeypatch.setattr(documents, "LONGEST_CHUNKS", 10_000)
+    for _ in range(500):
+        monkeypatch.setattr(documents, "CHUNK_BYTES", draw.randrange(1, 25))
+        text = "".join(draw.choices(AWKWARD, k=draw.randrange(60)))
+        chunks = list(documents.texts_of(write_packed(tmp_path / "some.txt", text.encode())))
+        assert "".join(chunks) == text
+        pieces = [piece for chunk in chunks for piece in words.findall(normalise(chunk))]
+        assert pieces == words.findall(normalise(text)), chunks
+        cuts += len(chunks) - 1
+    assert cuts > 500
+
+
+LANGUAGES = {
+    "russian": "Все счастливые семьи похожи друг на друга.\n",
+    "arabic": "مرحبا بالعالم\n\n",
+    "chinese": "道可道，非常道。\n\u3000\u3000名可名，非常名。\n",
+    "japanese": "吾輩は猫である。名前はまだ無い。\n\n",
+    "paragraphs": "A paragraph.\n\nAnother paragraph.\n\n",
+    "windows": "A line.\r\n\r\nAnother line.\r\n",
+    "one line": "word ",
+    "a word a line": "word\n",
+    "a letter a line": "다\nя\nو\n字\nぁ\n",
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_text_of_any_language_is_read_in_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str
+) -> None:
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 1000)
+    path = write_packed(tmp_path / "some.txt", (LANGUAGES[language] * 400).encode())
+    assert max(len(chunk.encode()) for chunk in documents.texts_of(path)) < 1200
+
+
+def test_a_text_that_cannot_be_cut_is_held_whole_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 10)
+    path = write_packed(tmp_path / "some.txt", b"x" * 640)
+    assert list(documents.texts_of(path)) == ["x" * 640]
+    with pytest.raises(BadLine, match="more than 640 bytes without white space between words"):
+        list(documents.texts_of(write_packed(tmp_path / "some.txt", b"x" * 641)))
+
+
+@pytest.mark.parametrize("content", [b"fine\n\xff", b"\xc3 word", b"cut off \xc3"])
+def test_a_file_that_is_not_utf8_has_no_document(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(BadLine, match="not UTF-8"):
-        list(documents.texts_of(write_packed(tmp_path / "some.txt", b"fine\n\xff")))
+        list(documents.texts_of(write_packed(tmp_path / "some.txt", content)))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiktoken
 
+from neox_native.data import documents
 from neox_native.data.bpe_file import BYTE_OF_CHARACTER, nfc
 from neox_native.data.tokenizers import END_OF_DOCUMENT, Tokenizer, encode_batch, load_tokenizer
 from neox_native.errors import UserError
@@ -74,6 +75,21 @@ def test_the_20b_tokenizer_equals_the_original_on_the_standard_library(neox_20b:
     for path in sorted(root.glob("*.py"))[::6]:
         text = path.read_text(encoding="utf-8", errors="replace")
         assert neox_20b.encode(text, allow_special=True).tolist() == original.encode(text).ids, path
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\r\n", "\r\n\r\n", "\n  \n\t", " "])
+@pytest.mark.parametrize(
+    "sentence", ["Word upon word.", "def f(x):", "e\u0301t\u0323\u0301 \u0301e", "слово за словом", "字。字，字。"]
+)
+def test_a_file_in_chunks_has_the_tokens_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, neox_20b: Tokenizer, sentence: str, end: str
+) -> None:
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 101)
+    text = "".join(f"{sentence}{end}" for _ in range(150)) + f"No{end}mixed{end}  text\x85 \xa0 1{end}2"
+    (tmp_path / "some.txt").write_bytes(text.encode())
+    chunks = list(documents.texts_of(str(tmp_path / "some.txt")))
+    tokens = [token for chunk in chunks for token in neox_20b.encode(chunk).tolist()]
+    assert tokens == neox_20b.encode(text).tolist() and len(chunks) > 10
 
 
 def test_the_20b_tokenizer_keeps_documents_from_ending_early(neox_20b: Tokenizer) -> None:

@@ -134,8 +134,8 @@ class Data:
     document_positions: bool = False
     """Positions restart at 0 with each document."""
     cache_dir: str = "~/.cache/neox_native"
-    """Folder of built-in corpora, prepared once per machine, and of long orders (about 2 GB for 1e8 samples), which
-    nothing removes: it may be deleted while no run starts."""
+    """Folder of built-in corpora, prepared once per machine, and of orders of 1e7 samples or documents and more (4 bytes
+    a sample, 12 a document and epoch), which nothing removes: it may be deleted between runs, and is made again."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ ABOVE_ZERO = {
 UP_TO_ONE = {"model.rotary_pct", "lr_schedule.warmup_fraction", "lr_schedule.cooldown_fraction"}
 BELOW_ONE = {"model.hidden_dropout", "model.attention_dropout", "optimizer.betas", "optimizer.momentum"}
 HIGHEST = {"parallel.zero_stage": 3}
+DATASET_KEYS = ("path", "weight", "labels")
+"""Of an entry of a mixture."""
+MAX_DATASETS = 255
+"""A blend numbers its datasets in one byte."""
 
 
 def _range_broken(dotted: str, number: float) -> str:
@@ -111,18 +115,31 @@ def positions(config: Config) -> Iterator[str]:
 
 
 def datasets(config: Config) -> Iterator[str]:
-    """Training data is named, and each part of a mixture has a path and a weight above 0."""
-    if not config.data.train:
-        yield 'data.train is empty: give the prefix of .idx/.bin files, or "builtin:python-stdlib".'
+    """Training data is named, and mixtures are well formed."""
     for name in ("train", "valid", "test"):
-        parts = getattr(config.data, name)
-        for number, part in enumerate(parts if isinstance(parts, list) else []):
-            path, weight = part.get("path"), part.get("weight")
-            if not isinstance(path, str) or not path or not _is_positive(weight):
-                yield (
-                    f"data.{name}[{number}] = {to_toml(part)} must have a path and a weight above 0, "
-                    'such as {path = "data/pile", weight = 1.0}.'
-                )
+        value = getattr(config.data, name)
+        if value or name == "train":
+            yield from wrong_datasets(value, f"data.{name}")
+
+
+def wrong_datasets(value: str | list[dict], setting: str) -> Iterator[str]:
+    """One prefix, or entries that each have a path and a weight above 0, perhaps labels, and nothing else."""
+    if not value:
+        yield f'{setting} is empty: give the prefix of .idx/.bin files, or "builtin:python-stdlib".'
+    entries = value if isinstance(value, list) else []
+    if len(entries) > MAX_DATASETS:
+        yield f"{setting} names {len(entries)} datasets, it takes 1 to {MAX_DATASETS}."
+    for number, entry in enumerate(entries):
+        shown = f"{setting}[{number}] = {to_toml(entry)}"
+        unknown = sorted(set(entry) - set(DATASET_KEYS))
+        paths = [entry.get("path"), entry.get("labels", "")]
+        if unknown:
+            yield f"{shown} has a key {unknown[0]!r}; its keys are {', '.join(DATASET_KEYS)}."
+        elif not all(isinstance(path, str) for path in paths) or not paths[0] or not _is_positive(entry.get("weight")):
+            yield (
+                f"{shown} must have a path and a weight above 0, "
+                'such as {path = "data/pile", weight = 1.0}; its labels, if it has any, are a path too.'
+            )
 
 
 def _is_positive(number: Any) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from neox_native.config.rules import wrong_datasets
 from neox_native.config.schema import Data
 from neox_native.data.builtin import PYTHON_STDLIB, prepare_python_stdlib
 from neox_native.data.dataset import Dataset, Mixture, Reading, TokenDataset
@@ -18,8 +18,6 @@ from neox_native.data.tokenizers import load_tokenizer
 from neox_native.errors import UserError
 
 PARTS = ("train", "valid", "test")
-MAX_SOURCES = 255
-"""A blend numbers its datasets in one byte."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +75,11 @@ class Source(NamedTuple):
 
 
 def parse_sources(value: str | list[dict], setting: str) -> list[Source]:
-    """The files that a setting names. Raises `UserError` for an unknown key and for files that do not exist."""
-    sources = []
-    for number, entry in enumerate([{"path": value, "weight": 1.0}] if isinstance(value, str) else value):
-        wrong = sorted(set(entry) - set(Source._fields)) or [key for key in ("path", "weight") if key not in entry]
-        if wrong:
-            has = "has a" if wrong[0] in entry else "lacks the"
-            raise UserError(
-                f"data.{setting}[{number}] {has} key {wrong[0]!r}; its keys are {', '.join(Source._fields)}."
-            )
-        source = Source(**entry)
-        if not 0 < source.weight < math.inf:
-            raise UserError(
-                f"data.{setting}[{number}].weight = {source.weight} ({source.path}) must be above 0; leave "
-                "the entry out to read nothing of it."
-            )
-        sources.append(source)
-    if not 1 <= len(sources) <= MAX_SOURCES:
-        raise UserError(f"data.{setting} names {len(sources)} datasets, it takes 1 to {MAX_SOURCES}.")
+    """The files that a setting names. Raises `UserError` for a malformed mixture and for files that do not exist."""
+    if wrong := list(wrong_datasets(value, f"data.{setting}")):
+        raise UserError("\n".join(wrong))
+    entries = [{"path": value, "weight": 1.0}] if isinstance(value, str) else value
+    sources = [Source(**entry) for entry in entries]
     missing = [
         prefix
         for source in sources

@@ -32,9 +32,9 @@ def find_start(
     fine-tuning run that is restarted goes on with its own checkpoints. Raises `UserError` where a named checkpoint,
     or each one in `directory`, is damaged: starting anew would end by overwriting what may be mended.
     """
-    with ranks.together(f"Tidying {directory}"):
+    with ranks.together(f"Opening {directory}"):
         if ranks.rank == 0:
-            tidy(directory)
+            put_back(directory, "step_*")
     if config.resume == "auto":
         newest = store.newest(directory, ranks, report)
         if newest is not None:
@@ -67,11 +67,17 @@ def _named(setting: str, path: str, ranks: Ranks) -> Path:
     return Path(path)
 
 
-def tidy(directory: Path) -> None:
-    """Remove what killed saves and deletions left behind; put back a checkpoint whose replacement never came."""
-    for path in sorted(Path(directory).glob(f"step_*{files.TEMPORARY}*")):
+def put_back(directory: Path, names: str) -> None:
+    """Give a checkpoint that made way its name again, where its replacement never came; `names` is a pattern."""
+    for path in sorted(Path(directory).glob(names + files.TEMPORARY + store.REPLACED)):
         final = path.with_name(path.name.split(files.TEMPORARY)[0])
-        if path.name.endswith(files.TEMPORARY + store.REPLACED) and not final.exists():
+        if not final.exists():
             path.rename(final)
-        else:
+
+
+def tidy(run: Path) -> None:
+    """Remove from a run's folder what killed saves, exports and deletions left behind."""
+    for directory, names in (run / "checkpoints", "step_*"), (run, "weights"), (run / "hugging_face", "step_*"):
+        put_back(directory, names)
+        for path in directory.glob(names + files.TEMPORARY + "*"):
             shutil.rmtree(path, ignore_errors=True)

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import socket
 from dataclasses import replace
 from pathlib import Path
 
+from neox_native.checkpoint import files
 from neox_native.checkpoint.agree import Ranks
+from neox_native.checkpoint.resume import tidy
 from neox_native.config.load import dump
 from neox_native.config.schema import Config
 from neox_native.errors import UserError
+from neox_native.mesh import Launch
 
 OF_A_RUN = ("checkpoints", "metrics.jsonl", "events.jsonl", "tensorboard")
+BEGUN = ".begun"
+"""Which job began where: what tells a restart of it that the run was set on its way."""
 
 
 class RunFolder:
     """`run.dir`, held by this job alone until its processes end. Making one is a collective over all ranks.
 
-    Nothing in an existing folder changes before `begin`, so that a command that is refused leaves no trace.
+    Until `begin`, nothing of an existing run changes but the owner's name in `.lock`, so that a command that is refused
+    leaves no trace.
 
     Raises:
         UserError: on all ranks, where the folder cannot be made or another job is writing to it.
@@ -38,34 +45,82 @@ class RunFolder:
         self.lock = open(self.path / ".lock", "a+")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.lock.seek(0)
             owner = self.lock.read().strip() or "another process"
             raise UserError(f"run.dir = {str(self.path)!r} is in use by {owner}; choose another run.dir.") from None
+        except OSError as error:
+            print(f"run.dir = {str(self.path)!r} cannot be locked ({error.strerror}): start one run at a time in it", flush=True)
         self.lock.truncate(0)
         self.lock.write(f"process {os.getpid()} on host {socket.gethostname()}")
         self.lock.flush()
 
-    def set_aside(self) -> None:
-        """For `checkpoint.resume = "none"`: move what an earlier run left to `before-N`, so that the two do not mix."""
-        with self.ranks.together(f"Setting the earlier run in {self.path} aside"):
-            if self.ranks.rank == 0 and any((self.path / name).exists() for name in OF_A_RUN):
-                numbers = [int(found[1]) for path in self.path.iterdir() if (found := re.fullmatch(r"before-(\d+)", path.name))]
-                aside = self.path / f"before-{max(numbers, default=0) + 1}"
-                aside.mkdir()
-                for name in OF_A_RUN:
-                    if (self.path / name).exists():
-                        (self.path / name).rename(aside / name)
+    def begin(self, resume: str, step: int) -> None:
+        """The run is possible and starts at `step`: set aside what it must not mix with, clear away what killed processes
+        left, and write the resolved settings, which go on with it where it stands.
 
-    def begin(self) -> None:
-        """The run is possible: write the resolved settings, which go on with it where it stands."""
-        goes_on = replace(self.config, checkpoint=replace(self.config.checkpoint, resume="auto"))
-        settings = self.path / "config.toml"
-        with self.ranks.together(f"Writing {settings}"):
+        Args:
+            resume: `checkpoint.resume` as it holds for this start.
+        """
+        with self.ranks.together(f"Setting the earlier run in {self.path} aside"):
             if self.ranks.rank == 0:
-                temporary = settings.with_suffix(".tmp")
-                with open(temporary, "w") as file:
-                    file.write(dump(goes_on))
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.rename(settings)
+                self._set_aside(self._abandoned(resume, step))
+        goes_on = replace(self.config, checkpoint=replace(self.config.checkpoint, resume="auto"))
+        with self.ranks.together(f"Writing to run.dir = {str(self.path)!r}"):
+            if self.ranks.rank == 0:
+                tidy(self.path)
+                _replace(self.path / "config.toml", dump(goes_on))
+                _replace(self.path / BEGUN, _name_of_start(self.config))
+
+    def _abandoned(self, resume: str, step: int) -> list[Path]:
+        """What an earlier run left that this start turns away from.
+
+        With "none", all of it. With the path of a checkpoint, the checkpoints after it, and all where it is not one of this
+        folder's: a restart goes on at the newest, which must be of this run.
+        """
+        if resume == "auto":
+            return []
+        if resume == "none":
+            return [self.path / name for name in OF_A_RUN if (self.path / name).exists()]
+        checkpoints = self.path / "checkpoints"
+        kept = step if Path(resume).resolve().parent == checkpoints.resolve() else -1
+        return [path for path in files.finished(checkpoints) if (files.step_of(path) or 0) > kept]
+
+    def _set_aside(self, abandoned: list[Path]) -> None:
+        """Move what is abandoned to `before-N`."""
+        if not abandoned:
+            return
+        numbers = [int(found[1]) for path in self.path.iterdir() if (found := re.fullmatch(r"before-(\d+)", path.name))]
+        aside = self.path / f"before-{max(numbers, default=0) + 1}"
+        for path in abandoned:
+            moved = aside / path.relative_to(self.path)
+            moved.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(moved)
+        print(f"set aside in {aside}: {', '.join(path.name for path in abandoned)}", flush=True)
+
+
+def has_begun(config: Config) -> bool:
+    """Whether this job, restarted since, has begun its run: whether the folder's newest state is its own.
+
+    One that named a checkpoint and has none of its own yet has nothing to go on with.
+    """
+    folder = Path(config.run.dir)
+    try:
+        begun = (folder / BEGUN).read_text() == _name_of_start(config)
+    except OSError:
+        return False
+    return begun and (config.checkpoint.resume == "none" or bool(files.finished(folder / "checkpoints")))
+
+
+def _name_of_start(config: Config) -> str:
+    return json.dumps({"job": Launch.from_environment().job, "resume": config.checkpoint.resume}) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one, whenever the power goes."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)

@@ -17,7 +17,7 @@ from neox_native.data.build import Datasets, build_data
 from neox_native.mesh import Launch, build_mesh
 from neox_native.metrics.health import job_store
 from neox_native.metrics.startup import check_agreement, check_axes, code_version, describe_mesh
-from neox_native.train.folder import RunFolder
+from neox_native.train.folder import RunFolder, has_begun
 
 
 def lay_out_ranks(config: Config, device: torch.device) -> tuple[DeviceMesh, Ranks, RunFolder]:
@@ -39,8 +39,10 @@ def lay_out_ranks(config: Config, device: torch.device) -> tuple[DeviceMesh, Ran
 
 
 def after_restart(config: Config, ranks: Ranks) -> Config:
-    """The settings of a job that torchrun has restarted: it goes on where it stood, whatever `checkpoint.resume` was."""
-    if ranks.from_first(Launch.from_environment().restarts) == 0:
+    """The settings of a job that its launcher has restarted: once begun, it goes on where it stood, whatever
+    `checkpoint.resume` was. A named checkpoint stays the start until the run has saved one of its own."""
+    restarted = max(ranks.gather(Launch.from_environment().restarts)) > 0
+    if not restarted or not ranks.from_first(has_begun(config)):
         return config
     return replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
 

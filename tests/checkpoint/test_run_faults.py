@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ import torch.distributed as dist
 import train as entry
 from neox_native.checkpoint import files
 from neox_native.config.check import require
-from neox_native.config.schema import Run
+from neox_native.config.schema import Config, Run
 from neox_native.train.step import TrainStep
 from tests.checkpoint.small_runs import curve, events, run, saved, settings, write_corpus
 from tests.ranks import RankError, run_ranks
@@ -60,6 +62,65 @@ def test_sigterm_on_one_rank_saves_on_all_and_the_run_goes_on_later(corpus, undi
     assert event["step"] == 6 and "SIGTERM" in event["message"]
     run(config)
     assert curve(tmp_path) == undisturbed
+
+
+def die(_: TrainStep) -> None:
+    raise AssertionError("killed here")
+
+
+def restarted(on_rank: int) -> Callable[[], None]:
+    """Let one rank's launcher say that it has restarted it: nodes count for themselves."""
+
+    def arrange() -> None:
+        if dist.get_rank() == on_rank:
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+
+    return arrange
+
+
+def test_run_rewound_to_an_older_checkpoint_stays_on_the_new_branch_through_a_restart(corpus, undisturbed, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(settings(corpus, whole, TWO_RANKS))
+    shutil.copytree(whole, broken)
+
+    def rewound(folder: Path) -> Config:
+        return settings(corpus, folder, TWO_RANKS, "--optimizer.lr=5e-3", f"--checkpoint.resume={folder}/checkpoints/step_000000004")
+
+    run(rewound(whole))
+    with pytest.raises(RankError, match="killed here"):
+        run(rewound(broken), at_step(2, 1, die))
+    assert saved(broken) == ["step_000000004"]
+    assert saved(broken / "before-1") == ["step_000000008", "step_000000012"]
+    run(rewound(broken), restarted(on_rank=1))
+    assert curve(broken) == curve(whole) != undisturbed and len(curve(broken)) == 12
+    assert saved(broken) == ["step_000000004", "step_000000008", "step_000000012"]
+    assert not (broken / "before-2").exists()
+
+
+def test_checkpoint_of_another_folder_stays_the_start_until_the_run_has_saved(corpus, tmp_path):
+    run(settings(corpus, tmp_path / "first", TWO_RANKS, "--training.steps=4"))
+    run(settings(corpus, tmp_path / "second", TWO_RANKS, "--training.steps=8", "--run.seed=7"))
+    named = f"--checkpoint.resume={tmp_path}/first/checkpoints/step_000000004"
+    config = settings(corpus, tmp_path / "second", TWO_RANKS, named)
+    for arrange in at_step(2, 1, die), at_step(6, 1, die):
+        with pytest.raises(RankError, match="killed here"):
+            run(config, lambda arrange=arrange: (restarted(on_rank=1)(), arrange()))
+    assert saved(tmp_path / "second") == ["step_000000008"]  # of the second start
+    run(config, restarted(on_rank=1))
+    assert saved(tmp_path / "second") == ["step_000000008", "step_000000012"]
+    assert saved(tmp_path / "second" / "before-1") == ["step_000000004", "step_000000008"]
+    run(settings(corpus, tmp_path / "first", TWO_RANKS))
+    assert curve(tmp_path / "second")[-8:] == curve(tmp_path / "first")[-8:]
+
+
+def test_new_start_is_made_once_and_then_goes_on_through_restarts(corpus, undisturbed, tmp_path):
+    run(settings(corpus, tmp_path, TWO_RANKS, "--run.seed=7"))
+    config = settings(corpus, tmp_path, TWO_RANKS, "--checkpoint.resume=none")
+    with pytest.raises(RankError, match="killed here"):  # restarted before it had begun: it starts anew
+        run(config, lambda: (restarted(on_rank=1)(), at_step(6, 1, die)()))
+    assert saved(tmp_path) == ["step_000000004"]
+    run(config, restarted(on_rank=1))
+    assert curve(tmp_path) == undisturbed and not (tmp_path / "before-2").exists()
 
 
 def nan_loss(step: TrainStep) -> None:

@@ -209,10 +209,22 @@ def test_fine_tuning_takes_weights_once_and_then_goes_on_by_itself(tmp_path: Pat
         find_start(Checkpoint(initialize_from="nowhere"), tmp_path / "new", ranks)
 
 
-def test_leftovers_of_killed_saves_go_and_a_moved_checkpoint_returns(tmp_path: Path) -> None:
+def test_leftovers_of_killed_saves_and_exports_go_and_what_was_moved_returns(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    whole_one = store.save(directory, 1, one_tensor(1.0), {}, Ranks())
+    exported = store.write(tmp_path / "weights", "Exporting", one_tensor(2.0), {}, Ranks())
+    for path in whole_one, exported:
+        path.rename(path.with_name(path.name + ".tmp-replaced"))
+    for left in "checkpoints/step_000000002.tmp-01", "checkpoints/step_000000003.tmp-deleted", "weights.tmp-23":
+        (tmp_path / left).mkdir()
+    tidy(tmp_path)
+    assert steps(directory) == ["step_000000001"] and steps(tmp_path) == ["checkpoints", "weights"]
+    assert loaded(whole_one) == [1, 1, 1] and loaded(exported) == [2, 2, 2]
+
+
+def test_looking_for_a_start_finds_a_moved_checkpoint_and_deletes_nothing(tmp_path: Path) -> None:
     whole_one = store.save(tmp_path, 1, one_tensor(1.0), {}, Ranks())
     whole_one.rename(tmp_path / "step_000000001.tmp-replaced")
     (tmp_path / "step_000000002.tmp-0123").mkdir()
-    (tmp_path / "step_000000003.tmp-deleted").mkdir()
-    tidy(tmp_path)
-    assert steps(tmp_path) == ["step_000000001"] and loaded(whole_one) == [1, 1, 1]
+    assert find_start(Checkpoint(), tmp_path, Ranks()) == Start(whole_one, weights_only=False)
+    assert steps(tmp_path) == ["step_000000001", "step_000000002.tmp-0123"]

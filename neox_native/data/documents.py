@@ -37,9 +37,7 @@ SMALLEST_PART_BYTES, LARGEST_PART_BYTES, PARTS_WANTED = 4 << 20, 256 << 20, 256
 CHUNK_BYTES = 1 << 20
 LONGEST_CHUNKS = 64
 """Held at once of a text that cannot be cut."""
-LETTERS = (
-    r"0-9A-Za-z\u0410-\u044f\u0621-\u063a\u0641-\u064a\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
-)
+LETTERS = r"0-9A-Za-z\u0410-\u044f\u0621-\u063a\u0641-\u064a\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
 """ASCII's letters and digits, and the most frequent of Cyrillic, Arabic, Japanese, Chinese and Korean: letters in
 every version of Unicode."""
 LAST_CUT = re.compile(rf"(?s:.*)(?:(?<=\S)(?=[ \t])|(?<=[{LETTERS}])(?=[\r\n、。，]))")

@@ -96,7 +96,8 @@ def prepare(
         if total.bad_share() > max_bad_share:
             raise UserError(
                 f"{100 * total.bad_share():.3g}% of the lines are faulty, --max-bad allows {100 * max_bad_share:.3g}%: "
-                f"{'; '.join(total.dropped())}. Mend the input or raise --max-bad."
+                f"{'; '.join(total.dropped())}. Raise --max-bad and run again, which reuses what is done, or mend the "
+                f"input and remove {folder} first."
             )
         prefixes = [part_prefix(folder, number) for number in range(len(parts))]
         if recipe.prompt:

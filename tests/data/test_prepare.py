@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,16 @@ def test_too_many_faults_are_an_error_and_finished_parts_are_kept(tmp_path: Path
     assert messages[0] == f"{len(reports) - 2} of {len(reports) - 1} parts are there from an earlier run"
     assert files_of(tmp_path / "out") == file_bytes([list(text.encode()) for text in texts(1, 60)])
     assert not folder.exists()
+
+
+def test_mending_the_input_as_the_sentence_says_leads_on(tmp_path: Path) -> None:
+    write_packed(tmp_path / "a.jsonl", jsonl(["x"]) + b"{\n")
+    with pytest.raises(UserError, match=r"or mend the input and remove (.*) first\.") as error:
+        quietly([tmp_path / "a.jsonl"], tmp_path / "out")
+    write_packed(tmp_path / "a.jsonl", jsonl(["x", "y"]))
+    shutil.rmtree(str(error.value).rsplit(" remove ", 1)[1].removesuffix(" first."))
+    quietly([tmp_path / "a.jsonl"], tmp_path / "out")
+    assert files_of(tmp_path / "out") == file_bytes([[*b"x"], [*b"y"]])
 
 
 def test_a_file_that_is_not_utf8_is_dropped_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def dry_run(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def search_layouts(options: argparse.Namespace, overrides: list[str]) -> None:
     """Print the best layouts and why the others lost; write the best."""
+    if options.write:
+        require_writable(options.write)
     config = load(options.config, overrides)
     hardware = Path(options.hardware) if options.hardware else None
     software = COMPILED if config.compile.enabled else EAGER
@@ -68,6 +71,7 @@ def calibrate(options: argparse.Namespace, overrides: list[str]) -> None:
     from neox_native.plan.calibrate import calibrate as measure
     from neox_native.plan.calibrate import to_toml
 
+    require_writable(options.write)
     config, launch = load(options.config, overrides), Launch.from_environment()
     device = pick_device(config.run.device, launch)
     if launch.world_size > 1:
@@ -78,6 +82,17 @@ def calibrate(options: argparse.Namespace, overrides: list[str]) -> None:
         print(f"{to_toml(gpu)}\nWrote {options.write}; use it with --hardware {options.write} --gpu {gpu.name!r}.")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def require_writable(file: str) -> None:
+    """Say now, and not after all the work, that --write names what cannot be written."""
+    path = Path(file)
+    if path.is_dir():
+        raise UserError(f"--write {file} is a folder; name a file, such as {path / 'best.toml'}.")
+    if not path.parent.is_dir():
+        raise UserError(f"--write {file} lies in no folder that exists; create {path.parent}, or name another file.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--write {file} may not be written by this user; name another file.")
 
 
 def validate(_options: argparse.Namespace, _overrides: list[str]) -> None:

@@ -95,6 +95,25 @@ def test_a_rank_that_does_not_exist_is_refused() -> None:
         tool.main(["dry-run", "--config", "configs/20b.toml", "--world-size", "64", "--rank", "64"])
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["search", "--config", "configs/20b.toml", "--gpus", "64", "--gpu", "H100"],
+        ["calibrate", "--config", "configs/20b.toml", "--like", "H100"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "missing" / "x.toml"
+    for target, words in ((missing, "lies in no folder that exists"), (tmp_path, "is a folder; name a file")):
+        started = time.process_time()
+        with pytest.raises(UserError, match=f"--write {target} {words}"):
+            tool.main([*command, "--write", str(target)])
+        assert time.process_time() - started < 1 and not capsys.readouterr().out
+
+
 def test_a_hardware_file_with_a_gap_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "machine.toml"
     file.write_text("[X1]\nmemory_bytes = 1e9\n")

@@ -17,18 +17,18 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-import numpy as np
-
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
 from neox_native.data.build import build_data
 from neox_native.data.dataset import Dataset
 from neox_native.data.loader import as_signed, format_hash, hash_row
 from neox_native.data.order import rows_of_rank
-from neox_native.data.tokenizers import load_tokenizer
+from neox_native.data.tokenizers import Tokenizer, load_tokenizer
 from neox_native.errors import UserError, report_user_errors
 
 SHOWN_CHARACTERS = 160
+QUESTION_OF = {"rank": "step", "consumed": "step", "dataset": "document"}
+"""The question that an option belongs to."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,6 +53,15 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the settings of the config. Raises `UserError` for an option of another question."""
+    options, rest = parser().parse_known_args(arguments)
+    for name, question in QUESTION_OF.items():
+        if getattr(options, name) is not None and getattr(options, question) is None:
+            raise UserError(f"--{name} belongs to --{question}, which was not asked; leave it out.")
+    return options, rest
+
+
 def training_data(config: Config) -> Dataset:
     """The training data, as training opens it."""
     training = config.training
@@ -71,9 +80,16 @@ def training_data(config: Config) -> Dataset:
     ).train
 
 
-def first_sample(config: Config, dataset: Dataset, step: int) -> int:
-    """The first sample of a step. Raises `UserError` for a step that the data does not reach."""
+def first_sample(config: Config, dataset: Dataset, step: int, consumed: int | None = None) -> int:
+    """The first sample of a step. Raises `UserError` for a step or a position that the data does not reach."""
     size = config.training.global_batch_size
+    if consumed is not None:
+        if step < 1 or not 0 <= consumed <= dataset.num_samples - size:
+            raise UserError(
+                f"step {step} with --consumed {consumed} is not there: steps count from 1, and a step of "
+                f"{size:,} samples starts between 0 and {dataset.num_samples - size:,} on this data."
+            )
+        return consumed
     if not 1 <= step <= dataset.num_samples // size:
         raise UserError(f"step {step} is not there: steps go from 1 to {dataset.num_samples // size:,} on this data.")
     return (step - 1) * size
@@ -98,7 +114,7 @@ def step_rows(
     config: Config, dataset: Dataset, step: int, rank: int | None, consumed: int | None
 ) -> Iterator[dict[str, object]]:
     """One object a row; document and offset are those of its first token."""
-    start = first_sample(config, dataset, step) if consumed is None else consumed
+    start = first_sample(config, dataset, step, consumed)
     for row in rows_of(config, rank):
         place = dataset.locate(start + row)
         document, offset, _ = place.segments[0]
@@ -115,11 +131,16 @@ def step_rows(
 
 def document_rows(config: Config, dataset: Dataset, document: int, prefix: str | None) -> Iterator[dict[str, object]]:
     """One object for each row of the run that holds a token of the document."""
-    prefixes = dataset.prefixes()
-    if prefix is None and len(prefixes) == 1:
-        prefix = prefixes[0]
-    if prefix not in prefixes:
-        raise UserError(f"--dataset {prefix!r} is none of the training data: {', '.join(prefixes)}.")
+    documents = dataset.documents()
+    if prefix is None:
+        if len(documents) > 1:
+            raise UserError(f"--document {document} is of which file? Say --dataset with one of {', '.join(documents)}.")
+        (prefix,) = documents
+    if prefix not in documents:
+        raise UserError(f"--dataset {prefix!r} is none of the training data: {', '.join(documents)}.")
+    first, stop = documents[prefix].start, documents[prefix].stop
+    if not first <= document < stop:
+        raise UserError(f"--document {document} is not read: the training data is {first} to {stop - 1} of {prefix}.")
     size = config.training.global_batch_size
     for sample in dataset.samples_of(prefix, document, config.training.steps * size).tolist():
         yield {"step": sample // size + 1, "row": sample % size, "sample": sample}
@@ -131,15 +152,28 @@ def step_hashes(config: Config, dataset: Dataset, steps: str) -> Iterator[dict[s
         first, last = (int(step) for step in steps.split(":"))
     except ValueError as error:
         raise UserError(f"--hash {steps!r} must be two steps such as 1:20.") from error
+    if first > last:
+        raise UserError(f"--hash {steps!r} ends before it starts; say {last}:{first}.")
     for step in range(first, last + 1):
         start = first_sample(config, dataset, step)
         total = sum(hash_row(row, start + row, dataset.sample(start + row)) for row in rows_of(config, None))
         yield {"step": step, "batch_hash": format_hash(as_signed(total))}
 
 
+def text_of(tokens: list[int], name: str, tokenizer: Tokenizer) -> str:
+    """What a row says. Raises `UserError` for ids that the tokenizer lacks, as where another one made the data."""
+    try:
+        return tokenizer.decode(tokens)
+    except (KeyError, IndexError) as error:
+        raise UserError(
+            f"data.tokenizer = {name!r} has no text for a row with token ids up to {max(tokens)}: name the "
+            "tokenizer that the data was prepared with, or see the ids alone with --json."
+        ) from error
+
+
 def main(arguments: list[str]) -> None:
     """Answers one question."""
-    options, rest = parser().parse_known_args(arguments)
+    options, rest = parse(arguments)
     config = from_command_line(rest)
     dataset = training_data(config)
     if options.step is not None:
@@ -156,7 +190,7 @@ def main(arguments: list[str]) -> None:
         tokens = answer.pop("tokens", None)
         print("  ".join(f"{name} {value}" for name, value in answer.items()))
         if tokenizer:
-            print(f"    {tokenizer.decode(np.array(tokens))[:SHOWN_CHARACTERS]!r}")
+            print(f"    {text_of(tokens, config.data.tokenizer, tokenizer)[:SHOWN_CHARACTERS]!r}")
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ class Dataset(Protocol):
     def locate(self, index: int) -> Place:
         """Where those tokens lie."""
 
-    def prefixes(self) -> list[str]:
-        """The token files that are read."""
+    def documents(self) -> dict[str, range]:
+        """The documents that are read, by the prefix of their file."""
 
     def samples_of(self, prefix: str, document: int, stop: int) -> np.ndarray:
         """Which of the samples below `stop` hold a token of a document of a file, ascending, int64."""
@@ -192,9 +192,9 @@ class TokenDataset:
         """See `Dataset.locate`."""
         return Place(self.files.prefix, self.order.segments(index))
 
-    def prefixes(self) -> list[str]:
-        """See `Dataset.prefixes`."""
-        return [self.files.prefix]
+    def documents(self) -> dict[str, range]:
+        """See `Dataset.documents`."""
+        return {self.files.prefix: self.corpus.documents}
 
     def samples_of(self, prefix: str, document: int, stop: int) -> np.ndarray:
         """See `Dataset.samples_of`."""
@@ -263,9 +263,9 @@ class Mixture:
         number, sample = self.blend.locate(index)
         return self.datasets[number].locate(sample)
 
-    def prefixes(self) -> list[str]:
-        """See `Dataset.prefixes`."""
-        return [dataset.files.prefix for dataset in self.datasets]
+    def documents(self) -> dict[str, range]:
+        """See `Dataset.documents`."""
+        return {prefix: documents for dataset in self.datasets for prefix, documents in dataset.documents().items()}
 
     def samples_of(self, prefix: str, document: int, stop: int) -> np.ndarray:
         """See `Dataset.samples_of`."""

@@ -123,7 +123,15 @@ def test_text_is_shown_for_people(capsys: pytest.CaptureFixture[str], tmp_path: 
         (["--step", "0"], "step 0 is not there: steps go from 1 to 7"),
         (["--step", "8"], "step 8 is not there: steps go from 1 to 7"),
         (["--hash", "7"], "--hash '7' must be two steps such as 1:20"),
-        (["--document", "3"], "--dataset None is none of the training data: .*a, .*b"),
+        (["--step", "4", "--consumed", "-5"], "--consumed -5 is not there: .* 12 samples starts between 0 and 72"),
+        (["--step", "4", "--consumed", "73"], "--consumed 73 is not there: .* 12 samples starts between 0 and 72"),
+        (["--step", "0", "--consumed", "5"], "step 0 with --consumed 5 is not there: steps count from 1"),
+        (["--hash", "3:1"], "--hash '3:1' ends before it starts; say 1:3"),
+        (["--hash", "1:2", "--rank", "0"], "--rank belongs to --step"),
+        (["--document", "1", "--rank", "0"], "--rank belongs to --step"),
+        (["--hash", "1:2", "--consumed", "0"], "--consumed belongs to --step"),
+        (["--step", "1", "--dataset", "a"], "--dataset belongs to --document"),
+        (["--document", "3"], "--document 3 is of which file.* --dataset with one of .*a, .*b"),
         (["--document", "3", "--dataset", "c"], "--dataset 'c' is none of the training data"),
         (["--step", "1", "--rank", "0"], "--rank 0 is not one of parallel.dp = -1 data ranks"),
         (["--step", "1", "--rank", "1", "--parallel.dp", "5"], "does not divide into .* times parallel.dp = 5"),
@@ -132,6 +140,27 @@ def test_text_is_shown_for_people(capsys: pytest.CaptureFixture[str], tmp_path: 
 def test_a_question_without_an_answer_is_refused(config: list[str], question: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         show_batch.main([*config, *question])
+
+
+@pytest.mark.parametrize("document", [-1, 39, 99999])
+def test_a_document_that_training_never_reads_is_refused(config: list[str], tmp_path: Path, document: int) -> None:
+    question = [f"--document={document}", "--dataset", str(tmp_path / "b")]
+    with pytest.raises(UserError, match=f"--document {document} is not read: the training data is 0 to 38 of .*b"):
+        show_batch.main([*config, *question])
+
+
+def test_a_malformed_mixture_is_refused_as_in_training(config: list[str]) -> None:
+    with pytest.raises(UserError, match=r"data\.train\[0\] = .* must have a path and a weight above 0"):
+        show_batch.main([*config, "--step", "1", '--data.train=[{path = "a", weight = "x"}]'])
+
+
+def test_ids_that_the_tokenizer_lacks_are_refused_as_text_and_shown_as_numbers(
+    config: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    largest = max(answers([*config, "--step", "1"], capsys)[0]["tokens"])
+    assert largest > 256
+    with pytest.raises(UserError, match=f"data.tokenizer = 'byte' has no text for .* ids up to {largest}: name the"):
+        show_batch.main([*config, "--step", "1"])
 
 
 def test_tokens_are_whole_samples(config: list[str], capsys: pytest.CaptureFixture[str]) -> None:

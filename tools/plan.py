@@ -24,6 +24,9 @@ from neox_native.plan.hardware import find_gpu
 from neox_native.plan.search import reasons, search, table
 from neox_native.plan.speed import COMPILED, EAGER, Machine
 
+COUNTS = ("world_size", "gpus", "gpus_per_node", "top")
+"""Options that must be at least 1."""
+
 
 def dry_run(options: argparse.Namespace, overrides: list[str]) -> None:
     """Run one rank, or the distinct ones, and print what they need."""
@@ -100,6 +103,14 @@ def validate(_options: argparse.Namespace, _overrides: list[str]) -> None:
     print(published.table(published.comparisons()))
 
 
+def require_counts(options: argparse.Namespace) -> None:
+    """Refuse numbers of things that are less than one."""
+    for name in COUNTS:
+        count = getattr(options, name, None)
+        if count is not None and count < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {count} but must be at least 1.")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> None:
     """Run the command."""
     options, overrides = parser().parse_known_args(arguments)
+    require_counts(options)
     options.run(options, overrides)
 
 

@@ -12,7 +12,7 @@ import pytest
 from neox_native.config.check import problems, require
 from neox_native.config.load import load
 from neox_native.config.schema import Config, Model, Parallel, Training
-from neox_native.errors import UserError
+from neox_native.errors import UserError, report_user_errors
 from neox_native.plan.calibrate import calibrate, to_toml
 from neox_native.plan.hardware import Gpu, find_gpu, load_gpus
 from neox_native.plan.published import comparisons, table
@@ -93,6 +93,24 @@ def test_where_nothing_divides_the_settings_are_named() -> None:
 def test_a_rank_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match="--rank 64 is none of the ranks 0 to 63"):
         tool.main(["dry-run", "--config", "configs/20b.toml", "--world-size", "64", "--rank", "64"])
+
+
+@pytest.mark.parametrize(
+    "option, count",
+    [("--top", -1), ("--top", 0), ("--gpus-per-node", 0), ("--gpus", 0), ("--world-size", 0), ("--world-size", -4)],
+)
+def test_a_number_of_things_is_at_least_one(
+    option: str, count: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(*_: object) -> None:
+        raise AssertionError("something ran")
+
+    monkeypatch.setattr(tool, "load", work)
+    needed = ["dry-run"] if option == "--world-size" else ["search", "--gpu", "H100", "--gpus", "64"]
+    with pytest.raises(SystemExit) as left, report_user_errors():
+        tool.main([*needed, "--config", "configs/20b.toml", option, str(count)])
+    assert left.value.code == 1
+    assert capsys.readouterr().err == f"error: {option} is {count} but must be at least 1.\n"
 
 
 @pytest.mark.parametrize(

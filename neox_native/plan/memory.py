@@ -33,6 +33,12 @@ MOMENTS = {"adamw": 2, "sgd": 1}
 def block_bytes(config: Config) -> int:
     """What the forward pass of one block keeps for its backward pass, eager, with flash attention.
 
+    The count, term by term, is that of Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
+    Models", §4.1, and what tensor and sequence parallelism divide is their §4.2. It differs where this code does: flash
+    attention keeps no scores, so that their 5 a s / h (a heads, s positions) is gone but for one fp32 number for each
+    head and position; masks of dropout are left out; queries and keys are kept also as rotary embedding turned them;
+    and with sequence parallelism what a projection reads stays whole, where theirs keeps a part and gathers it again.
+
     In activations [b, T, h]: its input; x̂ and the affine parts before each projection, whole even with sequence
     parallelism; divided by t: queries, keys and values, turned copies of the first two, the attention's output, and the
     feed-forward layer before and after its activation.

@@ -144,11 +144,13 @@ class Saver:
         """Write one checkpoint, then delete what retention lets go; without `stall_seconds` all of it was a stall."""
         path = store.save(self.directory, step, state, metadata, self._ranks, host_copies)
         deleted: list[int] = []
+        size = 0
         with self._ranks.together("Deleting old checkpoints"):
-            if self._ranks.rank == 0:
+            if self._ranks.rank == 0:  # alone: the others' view of a network disk may be older
+                size = sum(record["bytes"] for record in files.read_manifest(path).values())
                 deleted = delete_old(self.directory, step, self.config.keep_last, self.config.keep_every)
+        size, deleted = self._ranks.from_first((size, deleted))
         seconds = time.perf_counter() - start
-        size = sum(record["bytes"] for record in files.read_manifest(path).values())
         stall = seconds if stall_seconds is None else stall_seconds
         self._reports.append(Saved(step, path, size, stall, seconds, tuple(deleted)))
 

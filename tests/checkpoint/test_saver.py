@@ -123,6 +123,24 @@ def test_full_disk_in_the_background_is_raised_on_all_ranks_by_the_next_wait(
     assert steps(tmp_path) == []
 
 
+def test_rank_that_does_not_see_the_new_folder_yet_reports_what_the_first_one_saw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rank() -> tuple[int, tuple[int, ...]]:
+        import torch.distributed as dist
+
+        if dist.get_rank() == 1:
+            monkeypatch.setattr(files, "read_manifest", lambda path: (_ for _ in ()).throw(UserError("not there yet")))
+        keeper = saver.Saver(tmp_path, Checkpoint(keep_last=1))
+        for step in (1, 2):
+            keeper.save(step, state(1, 2, 1), {})
+        report = keeper.reports()[-1]
+        return report.size_bytes, report.deleted
+
+    first, second = run_ranks(2, rank)
+    assert first == second and first[0] > 0 and first[1] == (1,)
+
+
 @pytest.mark.parametrize("async_", [False, True])
 def test_old_checkpoints_make_way_after_the_new_one_is_complete(tmp_path: Path, async_: bool) -> None:
     keeper = saver.Saver(tmp_path, Checkpoint(async_=async_, keep_last=2, keep_every=20))

@@ -150,4 +150,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
     problem = damage(file, record)
     if problem is not None:
         raise UserError(problem + ".")
-    return json.loads(file.read_text())
+    try:
+        metadata = json.loads(file.read_text())
+    except ValueError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise UserError(f"{file} is refused: it is not a JSON object.")
+    return metadata

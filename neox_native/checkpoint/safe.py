@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
@@ -60,14 +69,60 @@ def read_index(path: Path) -> Metadata:
         raise UserError(f"{file} is missing: this is not a complete checkpoint.") from None
     except Exception as error:
         raise UserError(f"{file} is damaged: {type(error).__name__}: {error}.") from None
-    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
-        raise UserError(f"{file} is refused: it holds a {type(index).__name__}, not DCP's index.")
-    files = read_manifest(path)
-    for place in index.storage_data.values():
-        name = place.relative_path
-        if name not in files or Path(name).name != name:
-            raise UserError(f"{file} is refused: it points at {name}, which is no file of this checkpoint.")
+    problem = _problem(index, read_manifest(path))
+    if problem is not None:
+        raise UserError(f"{file} is refused: {problem}.")
     return index
+
+
+def _problem(index: Any, files: Mapping[str, Any]) -> str | None:
+    """What keeps an unpickled object from being DCP's index of these files, or None.
+
+    Pickle fills the admitted classes with whatever the file says, so no field has its type for granted.
+    """
+    if not isinstance(index, Metadata):
+        return f"it holds a {type(index).__name__}, not DCP's index"
+    entries, places = getattr(index, "state_dict_metadata", None), getattr(index, "storage_data", None)
+    if not isinstance(entries, dict) or not isinstance(places, dict):
+        return "it lists no tensors, or not where they lie"
+    for name, entry in entries.items():
+        if not isinstance(name, str) or not _is_entry(entry):
+            return f"what it says of {name!r} is no tensor's size and boxes"
+    for index_of, place in places.items():
+        if not isinstance(index_of, MetadataIndex) or not _is_place(place):
+            return "a place of a tensor is not a file, an offset and a length"
+        if place.relative_path not in files or Path(place.relative_path).name != place.relative_path:
+            return f"it points at {place.relative_path}, which is no file of this checkpoint"
+    boxes = [MetadataIndex(name, box.offsets) for name, entry in entries.items() for box in getattr(entry, "chunks", ())]
+    lost = next((box.fqn for box in boxes if box not in places), None)
+    return None if lost is None else f"it does not say where a part of {lost} lies"
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is what DCP notes of a tensor, of the types it has, or the mark of a pickled object."""
+    if isinstance(entry, BytesStorageMetadata):
+        return True
+    if not isinstance(entry, TensorStorageMetadata):
+        return False
+    fields, chunks = vars(entry), vars(entry).get("chunks")
+    known = isinstance(fields.get("properties"), TensorProperties) and _is_shape(fields.get("size"))
+    return known and isinstance(chunks, list) and all(
+        isinstance(chunk, ChunkStorageMetadata)
+        and _is_shape(vars(chunk).get("offsets"))
+        and _is_shape(vars(chunk).get("sizes"))
+        and len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
+        for chunk in chunks
+    )
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(size, int) and size >= 0 for size in value)
+
+
+def _is_place(place: Any) -> bool:
+    fields = vars(place) if isinstance(place, _StorageInfo) else {}
+    numbers = fields.get("offset"), fields.get("length")
+    return isinstance(fields.get("relative_path"), str) and _is_shape(numbers)
 
 
 class SafeReader(FileSystemReader):

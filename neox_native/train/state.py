@@ -111,6 +111,13 @@ def check_fits(saved: dict[str, Any], config: Config, fingerprint: dict[str, Any
 
     In bitwise mode a change of layout is refused too: sums are then taken in another order.
     """
+    kinds = {"step": int, "consumed_samples": int, "data": dict, "layout": dict}
+    lacking = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
+    if lacking:
+        raise UserError(
+            f"The checkpoint's metadata.json does not tell {', '.join(lacking)}, which a run needs to go on; take its weights "
+            "alone with checkpoint.initialize_from."
+        )
     if found := incompatible(config_of(saved), config):
         raise UserError(" ".join(found))
     check_fingerprint(saved["data"], fingerprint, "training")
@@ -123,10 +130,16 @@ def check_fits(saved: dict[str, Any], config: Config, fingerprint: dict[str, Any
 
 
 def config_of(saved: dict[str, Any]) -> Config:
-    """The settings that a checkpoint was trained with, as far as it tells; settings that it does not know have their defaults."""
-    told = saved.get("config", {"model": saved["model"]})
+    """The settings that a checkpoint was trained with, as far as it tells; settings that it does not know have their defaults.
+
+    Raises `UserError` where it tells none.
+    """
+    told = saved.get("config", {"model": saved.get("model")})
+    if not isinstance(told, dict) or not isinstance(told.get("model"), dict):
+        raise UserError("The checkpoint's metadata.json does not describe its model; it is not a checkpoint of this program.")
     sections = {}
     for name, section in SECTIONS.items():
         known = {setting.name for setting in SETTINGS.values() if setting.section == name}
-        sections[name] = section(**{key: value for key, value in told.get(name, {}).items() if key in known})
+        values = told.get(name) if isinstance(told.get(name), dict) else {}
+        sections[name] = section(**{key: value for key, value in values.items() if key in known})
     return Config(**sections)

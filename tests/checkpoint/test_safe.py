@@ -7,16 +7,19 @@ import json
 import os
 import pickle
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from neox_native.checkpoint import files, safe, store
 from neox_native.checkpoint.agree import Ranks
+from neox_native.config.schema import Config
 from neox_native.errors import UserError
+from neox_native.train import state
 
 
 class Hostile:
@@ -78,6 +81,69 @@ def test_index_may_not_point_outside_the_checkpoint(path: Path) -> None:
     rewrite(path / ".metadata", pickle.dumps(index))
     with pytest.raises(UserError, match=r"points at ../secret"):
         safe.read_index(path)
+
+
+def no_place(index: Metadata) -> None:
+    index.storage_data = dict.fromkeys(index.storage_data, "__0_0.distcp")
+
+
+def no_offset(index: Metadata) -> None:
+    for place in index.storage_data.values():
+        del place.offset
+
+
+def no_dict(index: Metadata) -> None:
+    index.state_dict_metadata = ["model.a"]
+
+
+def no_entry(index: Metadata) -> None:
+    index.state_dict_metadata["model.a"] = 3
+
+
+def no_size(index: Metadata) -> None:
+    index.state_dict_metadata["model.a"].size = "large"
+
+
+def no_box(index: Metadata) -> None:
+    index.state_dict_metadata["model.a"].chunks = [()]
+
+
+def lost_part(index: Metadata) -> None:
+    index.storage_data.clear()
+
+
+def no_fields(index: Metadata) -> None:
+    vars(index).clear()
+
+
+@pytest.mark.parametrize(
+    "change", [no_place, no_offset, no_dict, no_entry, no_size, no_box, lost_part, no_fields], ids=lambda f: f.__name__
+)
+def test_index_of_other_types_than_dcp_writes_is_refused_in_a_sentence(path: Path, change: Callable) -> None:
+    index = safe.read_index(path)
+    change(index)
+    rewrite(path / ".metadata", pickle.dumps(index))
+    with pytest.raises(UserError, match=r"\.metadata is refused"):
+        store.load(path, {"model.a": torch.zeros(3)}, Ranks())
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff"])
+def test_metadata_that_is_no_json_object_is_refused(path: Path, content: bytes) -> None:
+    rewrite(path / files.METADATA, content)
+    with pytest.raises(UserError, match="metadata.json is refused: it is not a JSON object"):
+        files.read_metadata(path)
+
+
+def test_metadata_without_what_a_run_needs_is_refused_by_name() -> None:
+    config = Config()
+    whole = state.metadata(config, 3, 24, {"order": "epoch"})
+    state.check_fits(whole, config, {"order": "epoch"})
+    for missing in "step", "consumed_samples", "data", "layout":
+        with pytest.raises(UserError, match=f"does not tell {missing}, which a run needs"):
+            state.check_fits({name: value for name, value in whole.items() if name != missing}, config, {"order": "epoch"})
+    for told in {}, {"config": 3}, {"config": {}}, {"model": None}:
+        with pytest.raises(UserError, match="does not describe its model"):
+            state.config_of(told)
 
 
 def test_tensor_with_a_missing_part_is_refused(path: Path) -> None:

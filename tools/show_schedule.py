@@ -45,10 +45,11 @@ def to_scale(config: Config, gpu: str, gpus_per_node: int, microbatches: int) ->
     parallel, software = config.parallel, COMPILED if config.compile.enabled else EAGER
     stages = stage_passes(config, Machine(find_gpu(gpu), gpus_per_node, software))
     order = order_of(parallel.pipeline_schedule, parallel.pp, parallel.virtual_stages, microbatches)
-    first = stages[0]
-    durations = {"F": first.forward, "B": first.backward, "I": first.backward / 2, "W": first.backward / 2}
-    costs = [(stage.forward + stage.backward) / (first.forward + first.backward) for stage in stages]
-    return lay_out(order, durations, costs), min(stage.forward for stage in stages)
+    durations = [
+        {"F": stage.forward, "B": stage.backward, "I": stage.backward / 2, "W": stage.backward / 2} for stage in stages
+    ]
+    drawn = lay_out(order, lambda action: durations[action.stage][action.kind])
+    return drawn, min(stage.forward for stage in stages)
 
 
 def svg(drawn: Timeline, caption: str, unit: str) -> str:

@@ -7,7 +7,7 @@ microbatch on one stage. Its start is the latest of: its rank is free; the neigh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -109,14 +109,11 @@ def needs(action: Action, num_stages: int) -> list[tuple[Action, ...]]:
     return required
 
 
-def lay_out(
-    order: Sequence[Sequence[Action]], durations: Mapping[str, float] = DURATIONS, stage_costs: Sequence[float] = ()
-) -> Timeline:
+def lay_out(order: Sequence[Sequence[Action]], duration: Callable[[Action], float]) -> Timeline:
     """Start every action as early as its rank and its needs allow.
 
     Args:
-        durations: time of each kind of action.
-        stage_costs: factor on the time of each stage; empty means all alike.
+        duration: time of an action.
     """
     num_stages = 1 + max(action.stage for rank in order for action in rank)
     ends: dict[Action, float] = {}
@@ -135,9 +132,8 @@ def lay_out(
                     break
                 free = ranks[rank][-1].end if ranks[rank] else 0.0
                 start = max([free, *ready])
-                cost = durations[action.kind] * (stage_costs[action.stage] if stage_costs else 1.0)
-                ends[action] = start + cost
-                ranks[rank].append(Span(action, start, start + cost))
+                ends[action] = start + duration(action)
+                ranks[rank].append(Span(action, start, ends[action]))
                 remaining -= 1
         assert remaining < before, "the schedule waits for itself"
     return Timeline(ranks)
@@ -154,4 +150,4 @@ def timeline(schedule: str, pp: int, virtual_stages: int, num_microbatches: int)
     """The schedule of a run in units of one stage's forward pass, which takes 1 / virtual_stages, because each of a rank's
     stages is that much smaller."""
     order = order_of(schedule, pp, virtual_stages, num_microbatches)
-    return lay_out(order, {kind: time / virtual_stages for kind, time in DURATIONS.items()})
+    return lay_out(order, lambda action: DURATIONS[action.kind] / virtual_stages)

@@ -193,6 +193,11 @@ def test_schedules_are_drawn_to_scale(capsys: pytest.CaptureFixture[str]) -> Non
     assert unit == min(stage.forward for stage in passes)
     assert drawn.busy(0) == pytest.approx(8 * (passes[0].forward + passes[0].backward))
     assert drawn.busy(3) == pytest.approx(8 * (passes[3].forward + passes[3].backward))
+    # The head, which is not recomputed, changes the last stage's ratio of the two.
+    assert passes[3].backward / passes[3].forward < 0.99 * passes[0].backward / passes[0].forward
+    for stage, spans in zip(passes, drawn.ranks):
+        times = {span.action.kind: span.end - span.start for span in spans}
+        assert times == pytest.approx({"F": stage.forward, "B": stage.backward})
     for form in ("text", "svg"):
         show_schedule.main([*arguments, "--format", form])
         assert "predicted on H100" in capsys.readouterr().out

@@ -6,10 +6,13 @@ import datetime
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from neox_native.errors import UserError
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -64,7 +67,19 @@ def cut_off(file: Path, step: int) -> None:
     if not file.is_file():
         return
     lines = file.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if _step_of(line) <= step]
+    _keep(file, lines, [line for line in lines if _step_of(line) <= step])
+
+
+def cut_off_torn_line(file: Path) -> None:
+    """Drop what follows the last newline, left by a kill or a full disk, so that the next line is not glued to it."""
+    if not file.is_file():
+        return
+    lines = file.read_text().splitlines(keepends=True)
+    _keep(file, lines, [line for line in lines if line.endswith("\n")])
+
+
+def _keep(file: Path, lines: list[str], kept: list[str]) -> None:
+    """Replace a file of `lines` by one of those that are kept."""
     if len(kept) == len(lines):
         return
     temporary = file.with_name(file.name + ".tmp")
@@ -93,6 +108,9 @@ class Writers:
         config_text: the resolved config, shown by TensorBoard as text.
         tensorboard: write TensorBoard files beside metrics.jsonl.
         show: takes the console's lines.
+
+    Raises:
+        UserError: from everything here, where the disk is full or the folder may not be written.
     """
 
     def __init__(
@@ -104,30 +122,46 @@ class Writers:
         tensorboard: bool,
         show: Callable[[str], None] = print,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        cut_off(folder / METRICS, resumed_step)
-        self._metrics: TextIO = open(folder / METRICS, "a", buffering=1)
-        self._events: TextIO = open(folder / EVENTS, "a", buffering=1)
-        self._total_steps, self._show = total_steps, show
+        self._folder, self._total_steps, self._show = folder, total_steps, show
         self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # half a second that other processes need not spend
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            cut_off(folder / METRICS, resumed_step)
+            cut_off_torn_line(folder / EVENTS)
+            self._metrics: TextIO = open(folder / METRICS, "a", buffering=1)
+            self._events: TextIO = open(folder / EVENTS, "a", buffering=1)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # half a second that other processes need not spend
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
-            self._board.add_text("config", "```toml\n" + config_text + "\n```", resumed_step)
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+                self._board.add_text("config", "```toml\n" + config_text + "\n```", resumed_step)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Run the body, whose trouble with the disk is the user's to mend."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"Writing the log in {self._folder} failed: {error.strerror or error}; mend that and start again, and the run "
+                "goes on at its newest checkpoint."
+            ) from None
 
     def step(self, record: StepRecord, extra: dict[str, Any] | None = None) -> None:
         """Write one logged step. `extra` (a loss scale, a step's stall) goes to the console and TensorBoard."""
-        self._metrics.write(strict_json(asdict(record)) + "\n")
-        self._show(console_line(record, self._total_steps, extra))
-        self._scalars({**asdict(record), **(extra or {})}, record.step, "train")
+        with self._writing():
+            self._metrics.write(strict_json(asdict(record)) + "\n")
+            self._show(console_line(record, self._total_steps, extra))
+            self._scalars({**asdict(record), **(extra or {})}, record.step, "train")
 
     def event(self, kind: str, step: int, message: str, **values: Any) -> None:
         """Write something that is no training step: an evaluation, a skipped update, a checkpoint, a straggler."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self._events.write(strict_json({"time": now, "kind": kind, "step": step, "message": message, **values}) + "\n")
-        self._show(message)
-        self._scalars(values, step, kind)
+        line = strict_json({"time": now, "kind": kind, "step": step, "message": message, **values})
+        with self._writing():
+            self._events.write(line + "\n")
+            self._show(message)
+            self._scalars(values, step, kind)
 
     def _scalars(self, values: dict[str, Any], step: int, prefix: str) -> None:
         if self._board is None:
@@ -138,7 +172,8 @@ class Writers:
 
     def close(self) -> None:
         """Flush and close all files."""
-        self._metrics.close()
-        self._events.close()
-        if self._board is not None:
-            self._board.close()
+        with self._writing(), ExitStack() as closing:  # one that fails keeps none of the others open
+            closing.callback(self._metrics.close)
+            closing.callback(self._events.close)
+            if self._board is not None:
+                closing.callback(self._board.close)

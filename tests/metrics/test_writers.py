@@ -7,6 +7,9 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from neox_native.errors import UserError
 from neox_native.metrics.writers import StepRecord, Writers, console_line, strict_json
 
 RECORD = StepRecord(
@@ -72,6 +75,26 @@ def test_events_are_kept_and_shown(tmp_path: Path) -> None:
     (event,) = lines(tmp_path, "events.jsonl")
     assert event["kind"] == "evaluation" and event["loss"] == 2.1 and shown == ["step 10: validation loss 2.1"]
     writer.close()
+
+
+def test_torn_event_makes_way_for_the_next_one(tmp_path: Path) -> None:
+    for step, torn in (1, '{"time": "20'), (2, ""), (3, ""):
+        writer, _ = writers(tmp_path)
+        writer.event("checkpoint", step, "saved")
+        writer.close()
+        with open(tmp_path / "events.jsonl", "a") as file:
+            file.write(torn)
+    assert [event["step"] for event in lines(tmp_path, "events.jsonl")] == [1, 2, 3]
+
+
+def test_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    for name in "metrics.jsonl", "events.jsonl":
+        (tmp_path / name).symlink_to("/dev/full")
+    writer, _ = writers(tmp_path)
+    attempts = lambda: writer.step(RECORD), lambda: writer.event("checkpoint", 10, "saved"), writer.close
+    for attempt in attempts:
+        with pytest.raises(UserError, match=f"Writing the log in {tmp_path} failed: No space left on device; mend that"):
+            attempt()
 
 
 def test_tensorboard_holds_scalars_and_the_config(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def document_rows(config: Config, dataset: Dataset, document: int, prefix: str |
     documents = dataset.documents()
     if prefix is None:
         if len(documents) > 1:
-            raise UserError(f"--document {document} is of which file? Say --dataset with one of {', '.join(documents)}.")
+            raise UserError(f"--document {document} is in which file? Say --dataset, one of {', '.join(documents)}.")
         (prefix,) = documents
     if prefix not in documents:
         raise UserError(f"--dataset {prefix!r} is none of the training data: {', '.join(documents)}.")

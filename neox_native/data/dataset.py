@@ -243,8 +243,8 @@ class Mixture:
         for dataset, count in zip(self.datasets, self.blend.counts()):
             if dataset.num_samples < count:
                 raise UserError(
-                    f"data: the {self.reading.part} part of {dataset.files.prefix} has {dataset.num_samples:,} samples, "
-                    f"the mixture needs {count:,} of them; lower its weight, training.steps or "
+                    f"data: the {self.reading.part} part of {dataset.files.prefix} has {dataset.num_samples:,} "
+                    f"samples, the mixture needs {count:,} of them; lower its weight, training.steps or "
                     "training.global_batch_size, or give more rows."
                 )
         self.seq_length, self.vocab_size = self.reading.seq_length, self.reading.vocab_size

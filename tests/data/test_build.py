@@ -212,7 +212,7 @@ def test_missing_files_of_a_mixture_are_all_named(prefix: str) -> None:
 
 
 def test_an_unknown_key_of_a_mixture_is_named(prefix: str) -> None:
-    with pytest.raises(UserError, match=r"data\.train\[0\] = {.*} has a key 'wieght'; its keys are path, weight, labels"):
+    with pytest.raises(UserError, match=r"data\.train\[0\] = {.*} has a key 'wieght'; its keys are path, weight"):
         datasets([{"path": prefix, "wieght": 1.0}])  # type: ignore[arg-type]
 
 
@@ -227,7 +227,9 @@ def test_a_weight_that_is_not_above_zero_is_refused(prefix: str, weight: float) 
         datasets([{"path": prefix, "weight": 1.0}, {"path": prefix, "weight": weight}])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("count, sentence", [(0, "data.train is empty"), (256, "names 256 datasets, it takes 1 to 255")])
+@pytest.mark.parametrize(
+    "count, sentence", [(0, "data.train is empty"), (256, "names 256 datasets, it takes 1 to 255")]
+)
 def test_a_mixture_of_no_or_too_many_sets_is_refused(prefix: str, count: int, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         datasets([{"path": prefix, "weight": 1.0}] * count, valid=prefix)  # type: ignore[arg-type]

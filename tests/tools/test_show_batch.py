@@ -131,7 +131,7 @@ def test_text_is_shown_for_people(capsys: pytest.CaptureFixture[str], tmp_path: 
         (["--document", "1", "--rank", "0"], "--rank belongs to --step"),
         (["--hash", "1:2", "--consumed", "0"], "--consumed belongs to --step"),
         (["--step", "1", "--dataset", "a"], "--dataset belongs to --document"),
-        (["--document", "3"], "--document 3 is of which file.* --dataset with one of .*a, .*b"),
+        (["--document", "3"], "--document 3 is in which file.* --dataset, one of .*a, .*b"),
         (["--document", "3", "--dataset", "c"], "--dataset 'c' is none of the training data"),
         (["--step", "1", "--rank", "0"], "--rank 0 is not one of parallel.dp = -1 data ranks"),
         (["--step", "1", "--rank", "1", "--parallel.dp", "5"], "does not divide into .* times parallel.dp = 5"),

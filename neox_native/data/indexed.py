@@ -196,15 +196,15 @@ class IndexedWriter:
 
     def add(self, tokens: np.ndarray) -> None:
         """Appends tokens to the open document."""
-        if self.dtype.itemsize < tokens.dtype.itemsize and len(tokens):
-            limits = np.iinfo(self.dtype)
-            worst = int(tokens.max()) if tokens.max() > limits.max else int(tokens.min())
-            if not limits.min <= worst <= limits.max:
-                raise UserError(
-                    f"{self.prefix}.bin stores {self.dtype} tokens up to {limits.max}, but a document holds id {worst}."
-                )
+        stored = tokens.astype(self.dtype, copy=False)
+        if self.dtype.itemsize < tokens.dtype.itemsize and (stored != tokens).any():
+            refused = tokens[stored != tokens][0]
+            raise UserError(
+                f"{self.prefix}.bin stores {self.dtype} tokens up to {np.iinfo(self.dtype).max}, but a document holds "
+                f"id {refused}."
+            )
         with disk_errors_named(self.prefix + ".bin"):
-            self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
+            self._bin.write(stored.tobytes())
         self._open_size += len(tokens)
         self.num_tokens += len(tokens)
 

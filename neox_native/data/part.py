@@ -14,7 +14,7 @@ import numpy as np
 from neox_native.data import documents
 from neox_native.data.documents import BadLine, Piece
 from neox_native.data.indexed import IGNORED, IndexedWriter, disk_errors_named, sync_and_rename, token_dtype
-from neox_native.data.tokenizers import load_tokenizer
+from neox_native.data.tokenizers import encode_batch, load_tokenizer
 
 EMPTY = "empty"
 """Reason for leaving out a document without text, the only one that is no fault."""
@@ -113,12 +113,15 @@ class PartWriter:
         self.end = np.array([self.tokenizer.eod_id] if recipe.append_eod else [], np.uint32)
         self.report = Report()
 
-    def _add(self, text: str, is_target: bool = True) -> None:
-        ids = self.tokenizer.encode(text, self.recipe.allow_special)
+    def _add(self, *texts: str) -> None:
+        """Texts of the open document; of several, only the last is to be predicted."""
+        ids, lengths = encode_batch(self.tokenizer, list(texts), self.recipe.allow_special)
         self.tokens.add(ids)
         if self.labels:
-            self.labels.add(ids if is_target else np.full(len(ids), IGNORED, np.int32))
-        self.report.text_bytes += len(text.encode())
+            labels = ids.astype(np.int32)
+            labels[: lengths[:-1].sum()] = IGNORED
+            self.labels.add(labels)
+        self.report.text_bytes += sum(len(text.encode()) for text in texts)
 
     def _end(self) -> None:
         for writer in (self.tokens, self.labels):
@@ -129,15 +132,14 @@ class PartWriter:
 
     def add_line(self, line: bytes) -> None:
         """The document of a .jsonl line. Raises `BadLine`."""
+        texts: tuple[str, ...]
         if self.recipe.prompt:
-            prompt, text = documents.prompt_and_response(line, self.recipe.prompt, self.recipe.response_key)
+            texts = documents.prompt_and_response(line, self.recipe.prompt, self.recipe.response_key)
         else:
-            prompt, text = "", documents.text_of_line(line, self.recipe.text_key)
-        if not text:
+            texts = (documents.text_of_line(line, self.recipe.text_key),)
+        if not texts[-1]:
             raise BadLine(EMPTY)
-        if prompt:
-            self._add(prompt, is_target=False)
-        self._add(text)
+        self._add(*texts)
         self._end()
 
     def add_file(self, path: str) -> None:

@@ -62,9 +62,17 @@ def test_a_failure_on_one_rank_ends_the_job_with_its_error_first(tmp_path):
     assert "token id 300" in first and "model.vocab_size = 257" in first
 
 
-def test_three_axes_from_the_command_line(tmp_path):
+@pytest.mark.parametrize(
+    "ranks, layout",
+    [
+        (8, ["--parallel.pp=2", "--parallel.dp=2", "--parallel.tp=2"]),
+        pytest.param(4, ["--parallel.tp=2", "--parallel.zero_stage=3"], marks=pytest.mark.slow),
+    ],
+    ids=["three axes", "ZeRO-3 and tp"],
+)
+def test_layouts_from_the_command_line_log_the_losses_of_one_process(tmp_path, ranks, layout):
     losses = []
-    for ranks, layout in (0, []), (8, ["--parallel.pp=2", "--parallel.dp=2", "--parallel.tp=2"]):
+    for ranks, layout in (0, []), (ranks, layout):
         folder = tmp_path / str(ranks)
         done = command(f"--run.dir={folder}", *layout, "--training.global_batch_size=8", ranks=ranks)
         assert done.returncode == 0, done.stderr

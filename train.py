@@ -13,7 +13,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from neox_native.config.check import notices, require
+from neox_native.config.check import notices, require, require_on
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
 from neox_native.errors import report_user_errors
@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> None:
         return print(report_of(from_command_line(settings), launch.world_size))
     config = require(from_command_line(arguments), launch.world_size)
     device = pick_device(config.run.device, launch)
+    require_on(device.type, config)
     if device.type == "cuda":
         enable_flight_recorder(flight_recorder_folder(config))
     start_process_group(device, launch)

@@ -70,6 +70,20 @@ def require(config: Config, world_size: int) -> Config:
     return dataclasses.replace(config, parallel=parallel)
 
 
+def require_on(device_type: str, config: Config) -> None:
+    """Refuse what the device cannot do; known only where training runs.
+
+    Raises:
+        UserError: compilation in low precision on a CPU.
+    """
+    precision = config.training.precision
+    if device_type == "cpu" and config.compile.enabled and precision != "fp32":
+        raise UserError(
+            f'compile.enabled = true with training.precision = "{precision}" needs a GPU: for a CPU, torch 2.11 to 2.13 '
+            'write C++ that does not compile; set compile.enabled = false or training.precision = "fp32".'
+        )
+
+
 def notices(config: Config, world_size: int, device_type: str) -> list[str]:
     """A sentence for each thing that works but is slow, with its number. The config must have passed `require`.
 

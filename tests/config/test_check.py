@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from neox_native.config.check import FIXED_ELSEWHERE, FREE_WITHIN, incompatible, notices, problems, require, resolve_dp
+from neox_native.config.check import (
+    FIXED_ELSEWHERE,
+    FREE_WITHIN,
+    incompatible,
+    notices,
+    problems,
+    require,
+    require_on,
+    resolve_dp,
+)
 from neox_native.config.load import CONFIGS_FOLDER, load
 from neox_native.config.schema import Parallel
 from neox_native.config.settings import SETTINGS
@@ -282,3 +291,11 @@ def test_a_resumed_run_may_change_its_layout_and_its_length() -> None:
         "--training.micro_batch_size=2",
     ]
     assert incompatible(load(QUICKSTART), load(QUICKSTART, free)) == []
+
+
+def test_low_precision_is_compiled_on_gpus_only() -> None:
+    config = load(None, ["--compile.enabled=true", "--training.precision=bf16"])
+    with pytest.raises(UserError, match='compile.enabled = true with training.precision = "bf16" needs a GPU'):
+        require_on("cpu", config)
+    require_on("cuda", config)
+    require_on("cpu", load(None, ["--compile.enabled=true", "--training.precision=fp32"]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +14,12 @@ import pytest
 import torch
 
 import train as entry
+from neox_native.checkpoint.agree import Ranks
 from neox_native.config.check import require
 from neox_native.config.load import load
 from neox_native.config.schema import Config
 from neox_native.data.indexed import IndexedWriter
+from neox_native.train.folder import RunFolder
 from neox_native.train.step import TrainStep
 from tests.ranks import RankError, run_ranks
 
@@ -145,6 +149,27 @@ def test_a_folder_has_one_run_at_a_time(corpus, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RankError, match="is in use by"):
             run(config)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_disk_without_locks_is_used_with_a_notice(corpus, tmp_path, monkeypatch, capsys, code):
+    def no_locks(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    RunFolder(settings(corpus, tmp_path), Ranks()).lock.close()
+    assert f"cannot be locked ({os.strerror(code)}): start one run at a time" in capsys.readouterr().out
+
+
+def test_a_refused_command_deletes_nothing_that_a_killed_save_left(corpus, tmp_path):
+    run(settings(corpus, tmp_path, "--parallel.dp=1", "--training.steps=2"))
+    left = tmp_path / "checkpoints" / "step_000000003.tmp-0123"
+    left.mkdir()
+    with pytest.raises(RankError, match="UserError"):
+        run(settings(corpus, tmp_path, "--parallel.dp=1", "--model.num_heads=2"))
+    assert left.is_dir()
+    run(settings(corpus, tmp_path, "--parallel.dp=1", "--training.steps=3"))
+    assert not left.exists()
 
 
 def test_the_resolved_config_reproduces_the_run(corpus, tmp_path):

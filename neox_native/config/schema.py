@@ -29,7 +29,8 @@ class Run:
     watchdog_startup_seconds: float = 1800.0
     """Limit of what has no step time: the first steps, which compile, evaluation and saving [seconds]."""
     check_replicas_every: int = 0
-    """Compare the weights and random states of replicas after every so many steps, by hash; 0 never does [steps]."""
+    """Compare the weights and random states of replicas after every so many steps, by hash; 0 never does [steps]. With
+    ZeRO, data-parallel ranks have no copies that could drift apart, but for frozen weights."""
 
 
 @dataclass(frozen=True)

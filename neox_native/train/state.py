@@ -80,11 +80,12 @@ def copies(
     config: Config, mesh: DeviceMesh, optimizer: ShardedOptimizer
 ) -> Iterator[tuple[str, dist.ProcessGroup, list[tuple[str, Tensor]]]]:
     """What several ranks hold alike, by mesh axis: replicated weights, and over tp the random state that drops the
-    same elements of the same residual stream."""
-    whole = [(trained.spec.name, trained.spec) for trained in optimizer.trained]
+    same elements of the same residual stream. Stages 1 and 2 copy trained weights anew from their one owner in every
+    step, so that over dp only frozen ones can drift apart; in stage 3 each has one owner."""
     if optimizer.stage != ZeroStage.PARAMETERS:
-        optimizer.gather_parameters()
-        yield "dp", mesh.get_group("dp"), [(name, local(spec.parameter)) for name, spec in whole]
+        parameters = {spec.name: spec.parameter for spec in optimizer.specs()}
+        kept = {name: p for name, p in parameters.items() if optimizer.stage == ZeroStage.NONE or not p.requires_grad}
+        yield "dp", mesh.get_group("dp"), [(name, local(parameter)) for name, parameter in kept.items()]
     replicated = [(t.spec.name, t.shard) for t in optimizer.trained if isinstance(t.spec.placement, Replicate)]
     if not config.parallel.sequence_parallel:
         replicated.append(("the random state", torch.get_rng_state()))

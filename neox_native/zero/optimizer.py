@@ -255,12 +255,9 @@ class ShardedOptimizer:
                     state[name].copy_(value)
         self._publish(frozen_too=True)
 
-    def gather_parameters(self) -> None:
-        """Bring all parameters up to date for a reader other than a forward pass. Stage 3 has no room for them."""
-        assert self.stage != ZeroStage.PARAMETERS
-        for stage_units in self.stages.values():
-            for index in range(len(stage_units.units)):
-                stage_units.gatherer.need(index)
+    def specs(self) -> list[ParameterSpec]:
+        """Every parameter, frozen ones too."""
+        return [spec for units in self.stages.values() for weights in units.weights for spec in weights.specs]
 
     def gradients(self) -> dict[str, Tensor]:
         """After a step and before the next forward pass: the gradient of each trainable parameter, reduced, clipped."""

@@ -72,23 +72,6 @@ def test_evaluation_may_come_at_any_time() -> None:
         assert losses == pytest.approx(results[0], rel=1e-6)
 
 
-def current_parameters(case: Case) -> list[Tensor]:
-    """The parameters themselves after a step, read outside a forward pass."""
-    model, optimizer = sharded(case, 2)
-    backward(model, optimizer, case, 0, 2)
-    optimizer.step(learning_rate(case), case.clip)
-    optimizer.gather_parameters()
-    return [parameter.detach().clone() for parameter in model.parameters()]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_parameters_can_be_read_outside_a_forward_pass(dtype: torch.dtype) -> None:
-    results = [run_ranks(2, current_parameters, Case(stage=stage, dtype=dtype)) for stage in (0, 1, 2)]
-    for (left, right), (expected, _) in zip(results, [results[0]] * 3):
-        assert all(torch.equal(mine, other) for mine, other in zip(left, right))
-        torch.testing.assert_close(left, expected, rtol=0, atol=2**-8 if dtype == torch.bfloat16 else 1e-6)
-
-
 def idle_steps(case: Case) -> dict[str, Tensor]:
     """Steps with nothing between them: zero gradients, so momentum and decay alone."""
     model, optimizer = sharded(case, 2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sysconfig
 import tempfile
 import time
@@ -24,6 +25,7 @@ from neox_native.data.part import Recipe
 from neox_native.data.prepare import prepare
 
 TEXT_BYTES = 50_000_000
+ROUNDS = 3
 NEOX_MB_PER_SECOND = {1: 2.42, 2: 4.40}
 """GPT-NeoX's preprocess_data.py on 50 MB of jsonl with the 20B tokenizer, two cores of this kind, by workers."""
 NUM_DOCUMENTS, TOKENS_PER_DOCUMENT = 1_000_000, 1000
@@ -91,14 +93,16 @@ def read(dataset: TokenDataset, sample: int, steps: int) -> object:
 def preparation(folder: Path, tokenizer: str) -> list[tuple[str, str]]:
     """Rows on preparing text."""
     write_text(folder / "text.jsonl")
+    recipe, source = Recipe(tokenizer=tokenizer, append_eod=True), [str(folder / "text.jsonl")]
+    times: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(ROUNDS):
+        for workers in times:
+            start = time.perf_counter()
+            report = prepare(source, folder / f"{workers}workers{number}", recipe, workers=workers, log=lambda _: None)
+            times[workers].append(time.perf_counter() - start)
     rows = []
-    for workers in (1, 2):
-        start = time.perf_counter()
-        recipe = Recipe(tokenizer=tokenizer, append_eod=True)
-        report = prepare(
-            [str(folder / "text.jsonl")], folder / f"out{workers}", recipe, workers=workers, log=lambda _: None
-        )
-        seconds = time.perf_counter() - start
+    for workers in times:
+        seconds = statistics.median(times[workers])
         speed, neox = TEXT_BYTES / 1e6 / seconds, NEOX_MB_PER_SECOND[workers]
         plural = "" if workers == 1 else "s"
         name = f"prepare {TEXT_BYTES / 1e6:.0f} MB of jsonl, {Path(tokenizer).stem}, {workers} worker{plural}"

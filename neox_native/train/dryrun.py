@@ -145,7 +145,7 @@ def _enough(config: Config) -> tuple[int, int]:
     pp, total = config.parallel.pp, num_microbatches(config)
     if pp > 1 and config.parallel.pipeline_schedule in IN_ROUNDS:
         of_a_round = total // max(1, total // pp)
-        return 2 * of_a_round, 3 * of_a_round
+        return 3 * of_a_round, 4 * of_a_round
     if pp > 1 and config.parallel.pipeline_schedule == "zbv":
         return 2 * pp, 2 * pp + 1
     return pp + 1, pp + 2

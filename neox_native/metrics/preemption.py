@@ -24,26 +24,35 @@ class LeaveRequest:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._signal = 0
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
-        self._flag = torch.zeros(1, dtype=torch.int32)
+        self.failed = False
+        """Whether a rank has told `after_step` of a failure; known one step later, on all ranks alike."""
+        self._told = torch.zeros(2, dtype=torch.int32)
         self._work: dist.Work | None = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
 
-    def after_step(self) -> str | None:
+    def after_step(self, failed: bool = False) -> str | None:
         """Name of the signal to leave for, or None; call once per step on every rank, which all get the same answer.
 
-        A signal is answered one step after the one during which it came.
+        A signal is answered one step after the one during which it came, and so is `failed`: something on this rank went
+        wrong beside the steps, and all ranks must hear of it (`self.failed`).
         """
+        told = torch.tensor([self._signal, failed], dtype=torch.int32)
         if self._group is None:
-            return signal.Signals(self._signal).name if self._signal else None
+            return self._answer(told)
         if self._work is not None:
             self._work.wait()
-            if int(self._flag.item()):
-                return signal.Signals(int(self._flag.item())).name
-        self._flag = torch.tensor([self._signal], dtype=torch.int32)
-        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+            if name := self._answer(self._told):
+                return name
+        self._told = told
+        self._work = dist.all_reduce(self._told, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return None
+
+    def _answer(self, told: torch.Tensor) -> str | None:
+        number, failed = told.tolist()
+        self.failed = bool(failed)
+        return signal.Signals(number).name if number else None
 
     def close(self) -> None:
         """Give the signals back to whom they belonged."""

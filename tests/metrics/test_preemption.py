@@ -36,3 +36,17 @@ def test_one_process_leaves_at_once_and_gives_the_signals_back() -> None:
     assert leave.after_step() == "SIGTERM"
     leave.close()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_all_ranks_hear_of_a_failure_after_the_same_step() -> None:
+    def rank() -> list[int]:
+        leave = LeaveRequest()
+        heard = []
+        for step in range(1, 8):
+            assert leave.after_step(failed=step == 3 and dist.get_rank() == 1) is None
+            if leave.failed:
+                heard.append(step)
+        leave.close()
+        return heard
+
+    assert run_ranks(3, rank) == [[4]] * 3

@@ -76,7 +76,6 @@ class Trainer:
 
     def run(self) -> None:
         """Train until `training.steps`, or until a signal asks to leave."""
-        run_states.seed_dropout(self.config, self.mesh)
         if self.config.checkpoint.export_hf_every:
             describe(self.config.model, torch.float32, self.config.data.tokenizer)  # refuses what could not be written later
         self.resume()
@@ -103,6 +102,7 @@ class Trainer:
         for batch in self.batches("train", self.consumed_samples, total_steps - self.step):
             rate = learning_rate(self.step + 1, settings.lr_schedule, settings.optimizer.lr, total_steps)
             self.watchdog.at(self.step + 1, self.phase)
+            run_states.seed_dropout(settings, self.mesh, self.step + 1)
             result = self.train_step(batch, rate)
             self.step, self.consumed_samples = self.step + 1, batch.consumed_samples
             self.report.step_done()
@@ -182,7 +182,7 @@ class Trainer:
 
     def state(self) -> store.State:
         """The tensors of a checkpoint; they alias what they show."""
-        return run_states.run_state(self.optimizer, self.loss_scale, self.spike_guard, self.mesh, self.device)
+        return run_states.run_state(self.optimizer, self.loss_scale, self.spike_guard)
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
@@ -225,9 +225,8 @@ class Trainer:
             self.optimizer.after_load()
             show(f"starts from the weights of {start.path}")
             return
-        saved = store.load(start.path, state, self.ranks, lenient=run_states.LAYOUT_DEPENDENT, verified=True)
+        saved = store.load(start.path, state, self.ranks, lenient=run_states.OPTIONAL, verified=True)
         run_states.check_fits(saved, self.config, self.fingerprint)
         self.optimizer.after_load()
-        run_states.restore_random_state(state, self.device)
         self.step, self.consumed_samples = saved["step"], saved["consumed_samples"]
         show(f"resumed {start.path} at step {self.step}")

@@ -26,49 +26,28 @@ from neox_native.zero.optimizer import ShardedOptimizer
 from neox_native.zero.unit import local
 
 
-def seed_dropout(config: Config, mesh: DeviceMesh) -> None:
-    """Seed this rank's random stream, which only dropout draws from.
+def seed_dropout(config: Config, mesh: DeviceMesh, step: int) -> None:
+    """Seed this rank's random stream, which only dropout draws from, for one step.
 
-    Ranks of one tp group hold the same residual stream, so they must drop the same elements; with sequence
-    parallelism they hold different tokens, so they must not.
+    The masks of a step depend on the seed, the step and the rank's place, not on the steps before: a resume has no random
+    state to restore, and ranks that drop alike still do so in another layout. Ranks of one tp group hold the same residual
+    stream, so they must drop the same elements; with sequence parallelism they hold different tokens, so they must not.
     """
     pp, dp, tp = (mesh.get_local_rank(axis) for axis in AXES)
     tp = tp if config.parallel.sequence_parallel else 0
-    torch.manual_seed(seed_of(config.run.seed, f"dropout.{pp}.{dp}.{tp}"))
+    torch.manual_seed(seed_of(config.run.seed, f"dropout.{step}.{pp}.{dp}.{tp}"))
 
 
-def random_state(mesh: DeviceMesh, device: torch.device) -> dict[str, Tensor]:
-    """The state of this rank's random generators, named by its place in the mesh."""
-    place = ".".join(f"{axis}{mesh.get_local_rank(axis)}" for axis in AXES)
-    state = {f"rng.cpu.{place}": torch.get_rng_state()}
-    if device.type == "cuda":
-        state[f"rng.cuda.{place}"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Undo `random_state`."""
-    for name, value in state.items():
-        if name.startswith("rng.cpu."):
-            torch.set_rng_state(value)
-        elif name.startswith("rng.cuda."):
-            torch.cuda.set_rng_state(value, device)
-
-
-LAYOUT_DEPENDENT = ("rng.", "loss_scale.", "spike_guard.")
-"""Names that another layout or other settings may lack; they then keep their first values."""
+OPTIONAL = ("loss_scale.", "spike_guard.", "rng.")
+"""Names that other settings may lack; they then keep their first values. Random states are left by earlier versions."""
 
 
 def run_state(
-    optimizer: ShardedOptimizer,
-    loss_scale: LossScale | None,
-    spike_guard: SpikeGuard | None,
-    mesh: DeviceMesh,
-    device: torch.device,
+    optimizer: ShardedOptimizer, loss_scale: LossScale | None, spike_guard: SpikeGuard | None
 ) -> dict[str, Tensor]:
     """Everything that changes while a run trains, under global names: weights, optimizer state, loss scale, the spike
-    guard's window, random state."""
-    state = dict(optimizer.state_dict()) | random_state(mesh, device)
+    guard's window."""
+    state = dict(optimizer.state_dict())
     if loss_scale:
         state |= {f"loss_scale.{name}": value for name, value in loss_scale.state_dict().items()}
     if spike_guard:

@@ -24,7 +24,7 @@ def first_step(config: Config, damage: float = 0.0, spikes: bool = False) -> tup
     """One step in which one data rank's weights were multiplied by `damage`; whether it was skipped, the loss scale
     after it, this rank's own loss, and whether its weights moved."""
     mesh = build_mesh(config.parallel, CPU)
-    seed_dropout(config, mesh)
+    seed_dropout(config, mesh, 1)
     parts, optimizer = build_model(config, mesh, CPU)
     engine, losses = build_engine(config, mesh, CPU, parts, optimizer), Losses(mesh, CPU)
     scale = LossScale(config.training, CPU) if config.training.precision == "fp16" else None

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "neox_native"
 LAYERS = [
     {"errors"},
     {"config"},
+    {"durable"},
     {"mesh", "model", "data"},
     {"parallel", "zero", "optim"},
     {"checkpoint", "metrics", "plan"},

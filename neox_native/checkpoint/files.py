@@ -23,11 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from neox_native.durable import TEMPORARY
 from neox_native.errors import UserError
 
 MANIFEST = "manifest.json"
 METADATA = "metadata.json"
-TEMPORARY = ".tmp-"
 READ_BYTES = 1 << 22
 LARGE_BYTES = 1 << 20
 
@@ -101,15 +101,6 @@ def write_json(path: Path, value: Any) -> Record:
     with ChecksumStream(path) as stream:
         stream.write(json.dumps(value, indent=1, sort_keys=True).encode())
     return stream.record
-
-
-def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to the disk, so that a rename survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(path: Path) -> dict[str, Record]:

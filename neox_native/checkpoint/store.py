@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from neox_native.checkpoint import files
 from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.safe import INDEX, SafeLoadPlanner, SafeReader, read_index
+from neox_native.durable import sync_folder
 from neox_native.errors import UserError
 
 State = dict[str, torch.Tensor]
@@ -138,7 +139,7 @@ def write(
             if ranks.rank == 0:
                 records[files.METADATA] = files.write_json(temporary / files.METADATA, metadata)
                 files.write_json(temporary / files.MANIFEST, {"files": records})
-                files.sync_folder(temporary)
+                sync_folder(temporary)
                 _rename(temporary, final)
     except BaseException:
         if ranks.rank == 0:
@@ -164,7 +165,7 @@ def _rename(temporary: Path, final: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     temporary.rename(final)
-    files.sync_folder(final.parent)
+    sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

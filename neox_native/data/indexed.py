@@ -13,18 +13,17 @@ exists is whole.
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
 
+from neox_native.durable import disk_errors_named, discard, new_file, sync_and_rename, sync_folder, writing
 from neox_native.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -147,37 +146,12 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
     return np.dtype(DTYPES[code]).newbyteorder("<"), num_sequences, num_starts
 
 
-@contextmanager
-def disk_errors_named(what: str) -> Iterator[None]:
-    """Turns a full disk, a quota or a refused write into a `UserError` that names `what`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
-            raise
-        raise UserError(
-            f"{what} could not be written: {error.strerror}; free space there or choose another place."
-        ) from error
-
-
-def sync_and_rename(file: BinaryIO, temporary: Path, final: Path) -> None:
-    """Makes `temporary` durable and gives it its final name in one atomic step; closes `file`."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(temporary, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 class IndexedWriter:
     """Writes PREFIX.bin and PREFIX.idx; used in a `with` block, whose clean end gives them their names.
 
-    On an exception the temporary files are removed and whatever stood under the final names stays.
-    Raises `UserError` for a full disk, a document of 2^31 tokens or more, or an id that the type cannot hold.
+    On an exception the temporary files are removed and whatever stood under the final names stays; what a killed writer
+    of this prefix left is removed at the start. Raises `UserError` for a full disk, a prefix that another process writes,
+    a document of 2^31 tokens or more, or an id that the type cannot hold.
     """
 
     def __init__(self, prefix: str | Path, dtype: type[np.integer]) -> None:
@@ -186,12 +160,16 @@ class IndexedWriter:
         self._sizes = array("i")
         self._document_starts = array("q", [0])
         self._open_size = 0
-        self._temporary = {end: Path(f"{self.prefix}{end}.{os.getpid()}.tmp") for end in (".bin", ".idx")}
+        self._idx_path, self._bin_path = Path(self.prefix + ".idx"), Path(self.prefix + ".bin")
+        self._stack = ExitStack()
 
     def __enter__(self) -> IndexedWriter:
-        with disk_errors_named(self.prefix + ".bin"):
-            self._temporary[".bin"].parent.mkdir(parents=True, exist_ok=True)
-            self._bin = self._temporary[".bin"].open("wb")
+        with ExitStack() as stack:
+            stack.enter_context(writing(Path(self.prefix), self._bin_path, self._idx_path))
+            with disk_errors_named(self._bin_path):
+                self._bin = new_file(self._bin_path)
+            stack.callback(discard, self._bin)
+            self._stack = stack.pop_all()
         return self
 
     def add(self, tokens: np.ndarray) -> None:
@@ -203,7 +181,7 @@ class IndexedWriter:
                 f"{self.prefix}.bin stores {self.dtype} tokens up to {np.iinfo(self.dtype).max}, but a document holds "
                 f"id {refused}."
             )
-        with disk_errors_named(self.prefix + ".bin"):
+        with disk_errors_named(self._bin_path):
             self._bin.write(stored.tobytes())
         self._open_size += len(tokens)
         self.num_tokens += len(tokens)
@@ -222,7 +200,7 @@ class IndexedWriter:
 
     def discard_document(self) -> None:
         """Takes back what was added to the open document."""
-        with disk_errors_named(self.prefix + ".bin"):
+        with disk_errors_named(self._bin_path):
             self._bin.seek(-self._open_size * self.dtype.itemsize, os.SEEK_CUR)
             self._bin.truncate()
         self.num_tokens -= self._open_size
@@ -240,33 +218,31 @@ class IndexedWriter:
         self._sizes.frombytes(source.sizes.astype(np.int32).tobytes())
         self._document_starts.frombytes((source.document_starts[1:] + first).astype(np.int64).tobytes())
         self.num_tokens += int(source.sizes.sum(dtype=np.int64))
-        with disk_errors_named(self.prefix + ".bin"), source.bin_path.open("rb") as file:
+        with disk_errors_named(self._bin_path), source.bin_path.open("rb") as file:
             while block := file.read(1 << 24):
                 self._bin.write(block)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with self._stack:
             if kind is None:
                 assert not self._open_size, "end_document() closes every document"
                 with disk_errors_named(self.prefix):
                     self._finish()
-        finally:
-            with suppress(OSError):  # closing writes again what a full disk has refused
-                self._bin.close()
-            for path in self._temporary.values():
-                path.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         """The .idx must never describe another .bin: the old .idx goes first, the new one comes last."""
-        with self._temporary[".idx"].open("wb") as idx:
-            self._write_index(idx)
-            idx.flush()
-            os.fsync(idx.fileno())
-            Path(self.prefix + ".idx").unlink(missing_ok=True)
-            sync_and_rename(self._bin, self._temporary[".bin"], Path(self.prefix + ".bin"))
-            sync_and_rename(idx, self._temporary[".idx"], Path(self.prefix + ".idx"))
+        idx = new_file(self._idx_path)
+        self._stack.callback(discard, idx)
+        self._write_index(idx)
+        idx.flush()
+        os.fsync(idx.fileno())
+        if self._idx_path.exists():
+            self._idx_path.unlink()
+            sync_folder(self._idx_path.parent)
+        sync_and_rename(self._bin, self._bin_path)
+        sync_and_rename(idx, self._idx_path)
 
     def _write_index(self, idx: BinaryIO) -> None:
         code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)

@@ -7,18 +7,16 @@ is drawn and written anew.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from pathlib import Path
 
 import numpy as np
 
-from neox_native.data.indexed import sync_and_rename
 from neox_native.data.order import Arrays, Draw, Facts
+from neox_native.durable import remove_folder, replacing, sync_folder, temporary_name, writing
+from neox_native.errors import UserError
 
 NAMES = "names.json"
 
@@ -35,14 +33,12 @@ def kept(folder: Path, facts: Facts, draw: Draw) -> Arrays:
         return found
     drawn: Arrays = {}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"neox-{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when this process ends, however it ends
+        with writing(place, wait=True):
             if found := _read(place):
                 return found
             drawn = draw()
             _write(place, drawn)
-    except OSError:
+    except (OSError, UserError):
         return drawn or draw()
     return _read(place) or drawn
 
@@ -58,20 +54,18 @@ def _read(place: Path) -> Arrays:
 
 
 def _write(place: Path, arrays: Arrays) -> None:
-    """Puts the folder there, the lock being held; sweeps what a killed writer of this order or damage has left."""
-    for leftover in place.parent.glob(f"{place.name}.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = place.with_name(f"{place.name}.tmp-{uuid.uuid4().hex}")
+    """Puts the folder there, the lock being held."""
+    temporary = temporary_name(place)
     temporary.mkdir()
     try:
         for name, array in arrays.items():
-            with (temporary / f"{name}.part").open("wb") as file:
+            with replacing(temporary / f"{name}.npy") as file:
                 np.save(file, array)
-                sync_and_rename(file, temporary / f"{name}.part", temporary / f"{name}.npy")
-        with (temporary / "names.part").open("wb") as file:
+        with replacing(temporary / NAMES) as file:
             file.write(json.dumps(list(arrays)).encode())
-            sync_and_rename(file, temporary / "names.part", temporary / NAMES)
-        shutil.rmtree(place, ignore_errors=True)
-        os.rename(temporary, place)
+        if place.exists():
+            remove_folder(place)
+        temporary.rename(place)
+        sync_folder(place.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

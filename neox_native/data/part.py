@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -13,8 +12,9 @@ import numpy as np
 
 from neox_native.data import documents
 from neox_native.data.documents import BadLine, Piece
-from neox_native.data.indexed import IGNORED, IndexedWriter, disk_errors_named, sync_and_rename, token_dtype
+from neox_native.data.indexed import IGNORED, IndexedWriter, token_dtype
 from neox_native.data.tokenizers import encode_batch, load_tokenizer
+from neox_native.durable import replacing
 
 EMPTY = "empty"
 """Reason for leaving out a document without text, the only one that is no fault."""
@@ -178,13 +178,8 @@ def prepare_part(pieces: list[Piece], recipe: Recipe, prefix: Path) -> Report:
 
 def write_json(path: Path, content: object) -> None:
     """Complete or absent, like all files here."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with disk_errors_named(str(path)), temporary.open("wb") as file:
-            file.write(json.dumps(content).encode())
-            sync_and_rename(file, temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(json.dumps(content).encode())
 
 
 def read_report(path: Path) -> Report:

@@ -6,10 +6,8 @@ under its own name, with a report written last; when all are there they are join
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -23,7 +21,7 @@ from pathlib import Path
 
 from neox_native.data import documents
 from neox_native.data.documents import Piece
-from neox_native.data.indexed import IndexedDataset, IndexedWriter, disk_errors_named
+from neox_native.data.indexed import IndexedDataset, IndexedWriter
 from neox_native.data.part import (
     LABELS_SUFFIX,
     Recipe,
@@ -33,6 +31,7 @@ from neox_native.data.part import (
     read_report,
     write_json,
 )
+from neox_native.durable import disk_errors_named, make_folder, remove_folder, writing
 from neox_native.errors import UserError
 
 PROGRESS_SECONDS = 2.0
@@ -42,15 +41,9 @@ PROGRESS_SECONDS = 2.0
 def parts_folder(prefix: Path, plan: dict[str, object]) -> Iterator[Path]:
     """PREFIX.parts, locked, holding finished parts of this very plan or none; removed when the block ends well."""
     folder = prefix.with_name(prefix.name + ".parts")
-    with disk_errors_named(str(folder)):
-        folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another preparation of {prefix} is at work ({folder} is locked); let it finish."
-            ) from error
+    with writing(folder):
+        with disk_errors_named(folder):
+            make_folder(folder)
         plan_file = folder / "plan.json"
         if plan_file.exists() and json.loads(plan_file.read_text()) != json.loads(json.dumps(plan)):
             raise UserError(
@@ -59,7 +52,8 @@ def parts_folder(prefix: Path, plan: dict[str, object]) -> Iterator[Path]:
             )
         write_json(plan_file, plan)
         yield folder
-    shutil.rmtree(folder)
+        with disk_errors_named(folder):
+            remove_folder(folder)
 
 
 def prepare(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.resume import tidy
 from neox_native.config.load import dump
 from neox_native.config.schema import Config
+from neox_native.durable import Lock, replacing
 from neox_native.errors import UserError
 from neox_native.mesh import Launch
 
@@ -42,18 +42,14 @@ class RunFolder:
 
     def _lock(self) -> None:
         """Take the lock that the system gives back when this process ends, however it ends."""
-        self.lock = open(self.path / ".lock", "a+")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock = Lock(self.path / ".lock")
         except BlockingIOError:
-            self.lock.seek(0)
-            owner = self.lock.read().strip() or "another process"
+            owner = (self.path / ".lock").read_text().strip() or "another process"
             raise UserError(f"run.dir = {str(self.path)!r} is in use by {owner}; choose another run.dir.") from None
-        except OSError as error:
-            print(f"run.dir = {str(self.path)!r} cannot be locked ({error.strerror}): start one run at a time in it", flush=True)
-        self.lock.truncate(0)
+        if self.lock.refusal:
+            print(f"run.dir = {str(self.path)!r} cannot be locked ({self.lock.refusal}): start one run at a time in it", flush=True)
         self.lock.write(f"process {os.getpid()} on host {socket.gethostname()}")
-        self.lock.flush()
 
     def begin(self, resume: str, step: int) -> None:
         """The run is possible and starts at `step`: set aside what it must not mix with, clear away what killed processes
@@ -117,10 +113,5 @@ def _name_of_start(config: Config) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file so that it is the old one or the new one, whenever the power goes."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    with replacing(path) as file:
+        file.write(text.encode())

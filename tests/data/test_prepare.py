@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import random
@@ -19,6 +18,7 @@ from neox_native.data import prepare as module
 from neox_native.data.indexed import IndexedDataset
 from neox_native.data.part import PieceReport, Recipe, Report, write_json
 from neox_native.data.prepare import join, prepare
+from neox_native.durable import writing
 from neox_native.errors import UserError
 from tests.data.corpora import file_bytes, random_documents, write_files
 from tests.data.loading import datasets, steps_of
@@ -200,10 +200,8 @@ def test_parts_of_another_preparation_are_refused(tmp_path: Path) -> None:
 
 def test_two_preparations_of_one_prefix_at_a_time_are_refused(tmp_path: Path) -> None:
     write_packed(tmp_path / "a.jsonl", jsonl(["x"]))
-    (tmp_path / "out.parts").mkdir()
-    with (tmp_path / "out.parts" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another preparation of .*out is at work"):
+    with writing(tmp_path / "out.parts"):
+        with pytest.raises(UserError, match="out.parts is being written by another process"):
             quietly([tmp_path / "a.jsonl"], tmp_path / "out")
 
 

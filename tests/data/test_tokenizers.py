@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import lzma
 import sysconfig
 import unicodedata
 from collections import Counter
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiktoken
+import tokenizers
 
 from neox_native.data import documents
 from neox_native.data.bpe_file import BYTE_OF_CHARACTER, nfc
@@ -21,17 +22,21 @@ from neox_native.data.tokenizers import END_OF_DOCUMENT, Tokenizer, encode_batch
 from neox_native.errors import UserError
 
 TEXTS = ["", "a", "def f(x):\n\treturn x\n", "ä€😀\u0000\r\n", "x" * 1000, "\n" * 70, END_OF_DOCUMENT]
-NEOX_20B = Path(
-    os.environ.get("NEOX_20B_TOKENIZER") or Path(__file__).parents[3] / "shared" / "tokenizers" / "20B_tokenizer.json"
-)
+NEOX_20B = Path(__file__).parent / "goldens" / "20B_tokenizer.json.xz"
+"""EleutherAI's tokenizer.json of GPT-NeoX-20B and Pythia (Apache License 2.0), as it is published, packed."""
 CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
 
 
 @pytest.fixture(scope="module")
-def neox_20b() -> Tokenizer:
-    if not NEOX_20B.is_file():
-        pytest.skip("needs the tokenizer.json of GPT-NeoX-20B; name its path in NEOX_20B_TOKENIZER")
-    return load_tokenizer(str(NEOX_20B))
+def neox_20b_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "20B_tokenizer.json"
+    path.write_bytes(lzma.decompress(NEOX_20B.read_bytes()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def neox_20b(neox_20b_file: Path) -> Tokenizer:
+    return load_tokenizer(str(neox_20b_file))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -69,8 +74,8 @@ def test_the_20b_tokenizer_equals_the_original_on_adversarial_text(neox_20b: Tok
         assert neox_20b.decode(ids) == unicodedata.normalize("NFC", golden["text"]) or not golden["text"].isascii()
 
 
-def test_the_20b_tokenizer_equals_the_original_on_the_standard_library(neox_20b: Tokenizer) -> None:
-    original = pytest.importorskip("tokenizers").Tokenizer.from_file(str(NEOX_20B))
+def test_the_20b_tokenizer_equals_the_original_on_the_standard_library(neox_20b: Tokenizer, neox_20b_file: Path) -> None:
+    original = tokenizers.Tokenizer.from_file(str(neox_20b_file))
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.glob("*.py"))[::6]:
         text = path.read_text(encoding="utf-8", errors="replace")

@@ -38,7 +38,6 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    pytest.importorskip("lm_eval", reason="needs the optional extra [eval]: pip install lm_eval")
     return checkpoints(tmp_path_factory.mktemp("models"))["rotary"]
 
 

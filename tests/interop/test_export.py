@@ -9,7 +9,6 @@ from neox_native.checkpoint.interop_hf import HuggingFaceReader
 from tests.interop.models import assert_equal, weights
 from tests.train.test_run import corpus, run, settings
 
-pytest.importorskip("safetensors", reason="needs the optional extra [hf]: pip install safetensors")
 __all__ = ["corpus"]
 EXPORT = ["--training.steps=3", "--checkpoint.export_hf_every=2", "--checkpoint.save_every=1", "--data.tokenizer="]
 LAYOUTS = {

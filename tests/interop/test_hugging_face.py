@@ -14,8 +14,6 @@ from neox_native.errors import UserError
 from tests.interop.models import SMALL, TOKENS, assert_equal, built, checkpoint, draw, weights
 from tools import convert
 
-pytest.importorskip("safetensors", reason="needs the optional extra [hf]: pip install safetensors")
-
 VARIANTS = {
     "parallel residual": SMALL,
     "sequential residual": replace(SMALL, parallel_residual=False),
@@ -45,7 +43,8 @@ def test_a_round_trip_is_bitwise(tmp_path, model):
 
 @pytest.mark.parametrize("model", VARIANTS.values(), ids=VARIANTS.keys())
 def test_transformers_computes_the_same_logits(tmp_path, model):
-    transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+    import transformers
+
     theirs = transformers.GPTNeoXForCausalLM.from_pretrained(
         exported(tmp_path / "hf", model), dtype=torch.float32
     ).eval()
@@ -58,7 +57,8 @@ def test_transformers_computes_the_same_logits(tmp_path, model):
 
 @pytest.mark.parametrize("model", VARIANTS.values(), ids=VARIANTS.keys())
 def test_a_folder_that_transformers_wrote_is_read_bitwise(tmp_path, model):
-    transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+    import transformers
+
     theirs = transformers.GPTNeoXForCausalLM.from_pretrained(exported(tmp_path / "hf", model), dtype=torch.float32)
     theirs.save_pretrained(tmp_path / "again", max_shard_size="50KB")
     reader = HuggingFaceReader(tmp_path / "again")
@@ -67,7 +67,8 @@ def test_a_folder_that_transformers_wrote_is_read_bitwise(tmp_path, model):
 
 
 def test_the_byte_tokenizer_travels_along(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+    import transformers
+
     folder = exported(tmp_path / "hf", tokenizer="byte")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = "def f(x):\n\treturn 'ü€'  # \x00\r\n"

@@ -37,7 +37,6 @@ def test_our_checkpoint_is_written_from_one_tensor_at_a_time(tmp_path):
 
 
 def test_a_hugging_face_folder_is_written_from_one_shard_at_a_time(tmp_path):
-    pytest.importorskip("safetensors", reason="needs the optional extra [hf]: pip install safetensors")
     reader = CheckpointReader(checkpoint(tmp_path / "ours", MODEL))
     read = Counting(reader)
     write_folder(tmp_path / "hf", MODEL, reader.shapes, read, Ranks(), shard_bytes=10_000)

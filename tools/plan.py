@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from neox_native.config.check import require
+from neox_native.config.check import require, require_some_layout
 from neox_native.config.load import dump, load
 from neox_native.errors import UserError, report_user_errors
 from neox_native.plan import published
@@ -76,6 +76,7 @@ def calibrate(options: argparse.Namespace, overrides: list[str]) -> None:
 
     require_writable(options.write)
     config, launch = load(options.config, overrides), Launch.from_environment()
+    require_some_layout(config)
     device = pick_device(config.run.device, launch)
     if launch.world_size > 1:
         start_process_group(device, launch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from neox_native.config import layout_rules, rules
-from neox_native.config.layout_rules import microbatches, resolve_dp
+from neox_native.config.layout_rules import microbatches
 from neox_native.config.schema import Config
 from neox_native.config.settings import SETTINGS, Setting
 from neox_native.config.values import to_toml
@@ -54,20 +54,41 @@ def problems(config: Config, world_size: int) -> list[str]:
     """
     if found := list(rules.out_of_range(config)):
         return found
-    found = [sentence for rule in RULES for sentence in rule(config)]
-    return found + [sentence for rule in LAYOUT_RULES for sentence in rule(config, world_size)]
+    resolved = _resolved(config, world_size)
+    return _faults(config) + [sentence for rule in LAYOUT_RULES for sentence in rule(resolved, world_size)]
+
+
+def _faults(config: Config) -> list[str]:
+    return [sentence for rule in RULES for sentence in rule(config)]
+
+
+def require_some_layout(config: Config) -> None:
+    """Refuse what no layout can mend, where the layout is still to be found.
+
+    Raises:
+        UserError: the message holds all sentences.
+    """
+    if found := list(rules.out_of_range(config)) or _faults(config):
+        raise UserError("\n".join(found))
+
+
+def _resolved(config: Config, world_size: int) -> Config:
+    """The config with parallel.dp resolved where the mesh fits, and without what the mesh ignores."""
+    parallel = config.parallel
+    degree = layout_rules.degree_left(parallel, world_size) or parallel.dp
+    return dataclasses.replace(config, parallel=layout_rules.in_use(dataclasses.replace(parallel, dp=degree)))
 
 
 def require(config: Config, world_size: int) -> Config:
-    """The config with parallel.dp resolved for world_size ranks.
+    """The config as a run on world_size ranks uses it: parallel.dp resolved, and what the mesh ignores (sequence
+    parallelism at tp 1, say) at its default, so that nothing behind this call sees it.
 
     Raises:
         UserError: it cannot work; the message holds all sentences.
     """
     if found := problems(config, world_size):
         raise UserError("\n".join(found))
-    parallel = dataclasses.replace(config.parallel, dp=resolve_dp(config.parallel, world_size))
-    return dataclasses.replace(config, parallel=parallel)
+    return _resolved(config, world_size)
 
 
 def require_on(device_type: str, config: Config) -> None:
@@ -96,9 +117,9 @@ def notices(config: Config, world_size: int, device_type: str) -> list[str]:
             'training.precision = "fp16" on a CPU multiplies matrices at about 1 GFLOP/s per thread, where '
             "fp32 reaches 90 and bf16 400; it is good for tests of the loss scale alone."
         )
-    stage, count = config.parallel.zero_stage, microbatches(config, world_size)
+    stage, count = _resolved(config, world_size).parallel.zero_stage, microbatches(config, world_size)
     assert count is not None, "require() comes first"
-    if stage >= 2 and count > 1 and resolve_dp(config.parallel, world_size) > 1:
+    if stage >= 2 and count > 1:
         volume = count + 1 if stage == 2 else 3 * count
         found.append(
             f"parallel.zero_stage = {stage} with {count} microbatches per step moves {volume} times the "

@@ -1,19 +1,25 @@
 """Rules about the layout: what a mesh, tensor parallelism, a pipeline schedule and ZeRO need of the other settings.
 
 Each rule looks at a config and the number of ranks, and says in sentences what cannot work. A degree of 1 asks for
-nothing, so that one file serves every mesh: pipeline settings are ignored at pp 1, sequence parallelism at tp 1.
+nothing, so that one file serves every mesh: see `IDLE_AT_1` and `in_use`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from neox_native.config.schema import Config, Parallel
-from neox_native.errors import UserError
 
 LOOPED = ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble")
 IN_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")
 ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
+IDLE_AT_1 = {
+    "pp": ("pipeline_schedule", "virtual_stages", "stage_layers"),
+    "dp": ("zero_stage",),
+    "tp": ("sequence_parallel",),
+}
+"""The settings of [parallel] that are ignored where an axis has one rank."""
 
 
 def degree_left(parallel: Parallel, world_size: int) -> int | None:
@@ -23,16 +29,11 @@ def degree_left(parallel: Parallel, world_size: int) -> int | None:
     return rest if fits else None
 
 
-def resolve_dp(parallel: Parallel, world_size: int) -> int:
-    """The data-parallel degree, -1 resolved.
-
-    Raises:
-        UserError: pp * dp * tp is not the number of ranks.
-    """
-    degree = degree_left(parallel, world_size)
-    if degree is None:
-        raise UserError(" ".join(mesh_sentences(parallel, world_size)))
-    return degree
+def in_use(parallel: Parallel) -> Parallel:
+    """The section with its defaults for what its mesh ignores, so that nothing behind sees it; dp must be resolved."""
+    defaults = Parallel()
+    idle = [name for axis, names in IDLE_AT_1.items() if getattr(parallel, axis) == 1 for name in names]
+    return replace(parallel, **{name: getattr(defaults, name) for name in idle})
 
 
 def mesh_sentences(parallel: Parallel, world_size: int) -> Iterator[str]:
@@ -110,8 +111,6 @@ def stages(config: Config, world_size: int) -> Iterator[str]:
     """The schedule can have so many stages per rank, and the layers can fill them."""
     parallel, layers = config.parallel, config.model.num_layers
     pp, virtual, schedule = parallel.pp, parallel.virtual_stages, parallel.pipeline_schedule
-    if pp == 1:
-        return
     if schedule == "zbv" and virtual != 2:
         yield (
             f'parallel.pipeline_schedule = "zbv" runs exactly 2 stages per rank, but parallel.virtual_stages = '
@@ -145,7 +144,7 @@ def schedule_microbatches(config: Config, world_size: int) -> Iterator[str]:
     """A step has the microbatches that the schedule needs (as torch's schedules demand them)."""
     parallel, count = config.parallel, microbatches(config, world_size)
     pp, schedule = parallel.pp, parallel.pipeline_schedule
-    if pp == 1 or count is None:
+    if count is None:
         return
     if schedule == "1f1b" and count < pp:
         yield (
@@ -174,7 +173,7 @@ def _count_in_words(config: Config, count: int) -> str:
 def zero_bubble(config: Config, world_size: int) -> Iterator[str]:
     """A backward pass split in two cannot be recomputed, compiled or reduced as it runs."""
     parallel = config.parallel
-    if parallel.pp == 1 or parallel.pipeline_schedule not in ZERO_BUBBLE:
+    if parallel.pipeline_schedule not in ZERO_BUBBLE:
         return
     name = f'parallel.pipeline_schedule = "{parallel.pipeline_schedule}"'
     other = 'or take the schedule "interleaved_1f1b"'

@@ -7,6 +7,7 @@ Every value is checked where it is read, so that an error names the file that ho
 
 from __future__ import annotations
 
+import os
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
 
     Raises UserError for a file that cannot be read, an unknown setting or a value of the wrong type.
     """
-    values = {} if path is None else _read(Path(path), ())
+    values = {} if path is None else _read(Path(path))
     values |= _overrides(overrides)
     sections = {
         section: section_class(
@@ -80,20 +81,32 @@ def dump(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
-    """Settings of the file and of what it extends, by dotted name. `chain` holds the files that led here."""
-    if path.resolve() in [above.resolve() for above in chain]:
-        raise UserError(f"{' extends '.join(map(str, (*chain, path)))}: a circle; take one `extends` out.")
+def _read(path: Path) -> dict[str, Any]:
+    """Settings of the file and of those that it extends, directly or through others, by dotted name."""
+    chain: dict[str, Path] = {}
+    """Files from `path` on, as written, under their real names."""
+    values: dict[str, Any] = {}
+    base: Path | None = path
+    while base is not None:
+        if os.path.realpath(base) in chain:
+            raise UserError(f"{' extends '.join(map(str, (*chain.values(), base)))}: a circle; take one `extends` out.")
+        chain[os.path.realpath(base)] = base
+        document = _document(base)
+        extends = document.pop("extends", None)
+        values = _checked(document, base) | values
+        base = None if extends is None else _base(extends, base)
+    return values
+
+
+def _document(path: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"Cannot read the config file {path}: {error.strerror}.") from error
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
         raise UserError(f"{path} is not valid TOML: {error}.") from error
-    values: dict[str, Any] = {}
-    if "extends" in document:
-        values = _read(_base(document.pop("extends"), path), (*chain, path))
-    return values | _checked(document, path)
+    except RecursionError as error:
+        raise UserError(f"{path} nests its lists or tables too deep; no setting needs that.") from error
 
 
 def _base(extends: Any, path: Path) -> Path:

@@ -25,6 +25,7 @@ AT_LEAST_ONE = {
     "training.micro_batch_size",
     "training.loss_scale_window",
     "training.loss_scale_hysteresis",
+    "training.spike_window",
     "parallel.pp",
     "parallel.tp",
     "parallel.virtual_stages",

@@ -74,7 +74,8 @@ class Model:
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head."""
     hidden_dropout: float = 0.0
-    """Dropout on the embedding and on each branch's output [probability]."""
+    """Dropout on the embedding and on what is added to the residual stream: with parallel_residual the sum of attention and
+    feed-forward, else each of them [probability]."""
     attention_dropout: float = 0.0
     """Dropout on attention weights [probability]."""
     init: Literal["small_init", "wang_init", "normal", "scaled_normal"] = "small_init"
@@ -207,7 +208,8 @@ class LrSchedule:
 
 @dataclass(frozen=True)
 class Parallel:
-    """How the ranks are laid out: pp * dp * tp = number of ranks."""
+    """How the ranks are laid out: pp * dp * tp = number of ranks. What cuts along an axis is ignored where it has one rank:
+    schedule and stages at pp 1, zero_stage at dp 1, sequence_parallel at tp 1."""
 
     pp: int = 1
     """Pipeline-parallel degree [ranks]."""

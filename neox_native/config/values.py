@@ -81,7 +81,7 @@ def from_text(text: str, annotation: Any) -> Any:
         if annotation in (int, float):
             return annotation(text)
         return convert(tomllib.loads(f"value = {text}")["value"], annotation)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:  # the last: too many brackets
         raise Mismatch from error
 
 

@@ -67,5 +67,6 @@ def stage_layers(model: Model, num_stages: int, explicit: Sequence[int] = ()) ->
         explicit: layers of each stage as the user wants them; empty balances them.
     """
     counts = list(explicit) or layers_per_stage(model.num_layers, num_stages, *end_costs(model))
+    assert (len(counts), sum(counts)) == (num_stages, model.num_layers), (counts, num_stages, model.num_layers)
     starts = [sum(counts[:stage]) for stage in range(num_stages + 1)]
     return [range(start, end) for start, end in zip(starts, starts[1:])]

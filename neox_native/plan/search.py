@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from neox_native.config.check import problems
+from neox_native.config.check import problems, require_some_layout
 from neox_native.config.schema import Config
 from neox_native.errors import UserError
 from neox_native.plan.memory import memory
@@ -115,8 +115,9 @@ def search(config: Config, gpus: int, machine: Machine) -> list[Candidate]:
     """All layouts that can work, the fastest first, those that do not fit at the end, the nearest first.
 
     Raises:
-        UserError: none fits; the message says what the nearest lacks.
+        UserError: none fits; the message says what the nearest lacks. Or the config cannot work in any.
     """
+    require_some_layout(config)
     limit = MEMORY_SHARE * machine.gpu.memory_bytes
     found = []
     for layout in layouts(config, gpus, machine.gpus_per_node):

@@ -12,8 +12,8 @@ from neox_native.config.check import (
     problems,
     require,
     require_on,
-    resolve_dp,
 )
+from neox_native.config.layout_rules import IDLE_AT_1
 from neox_native.config.load import CONFIGS_FOLDER, load
 from neox_native.config.schema import Parallel
 from neox_native.config.settings import SETTINGS
@@ -176,7 +176,7 @@ LAYOUT_MISTAKES = [
         'splits the backward pass, and training.activation_checkpointing = "full" would recompute',
     ),
     (2, [*ZERO_BUBBLE, "--compile.enabled"], "splits the backward pass, which compile.enabled = true cannot"),
-    (2, [*ZERO_BUBBLE, "--parallel.zero_stage=2"], "parallel.zero_stage = 2 would reduce them there; set it to 0 or 1"),
+    (4, [*ZERO_BUBBLE, "--parallel.zero_stage=2"], "parallel.zero_stage = 2 would reduce them there; set it to 0 or 1"),
 ]
 
 
@@ -186,16 +186,24 @@ def test_each_layout_mistake_gets_its_own_sentence(world_size: int, overrides: l
     assert len(found) == 1 and part in found[0] and found[0].endswith("."), found
 
 
+IGNORED = {
+    "pp": {"pipeline_schedule": ["zbv", "interleaved_1f1b"], "virtual_stages": ["9"], "stage_layers": ["[1, 1]", "[2, 2]"]},
+    "dp": {"zero_stage": ["1", "3"]},
+    "tp": {"sequence_parallel": ["true"]},
+}
+
+
 @pytest.mark.parametrize(
-    "overrides",
-    [
-        ["--parallel.sequence_parallel", "--model.seq_length=127"],
-        ["--parallel.pipeline_schedule=zbv", "--training.activation_checkpointing=full", "--parallel.virtual_stages=9"],
-        ["--parallel.stage_layers=[1, 1]", "--training.micro_batch_size=32", "--parallel.zero_stage=3"],
-    ],
+    "axis, setting, value",
+    [(axis, setting, value) for axis, names in IGNORED.items() for setting, values in names.items() for value in values],
 )
-def test_settings_of_an_axis_of_degree_1_are_ignored(overrides: list[str]) -> None:
-    assert sentences(overrides) == []
+def test_a_setting_of_an_axis_of_degree_1_leaves_the_resolved_config_as_it_is(axis: str, setting: str, value: str) -> None:
+    assert {axis: tuple(settings) for axis, settings in IGNORED.items()} == IDLE_AT_1
+    others = {"pp": 2, "dp": 2, "tp": 2} | {axis: 1}
+    mesh = [f"--parallel.{name}={degree}" for name, degree in others.items() if name != "dp"]  # dp is left to resolve
+    plain = [*mesh, "--training.activation_checkpointing=full", *(["--model.seq_length=127"] if axis == "tp" else [])]
+    override = f"--parallel.{setting}={value}"
+    assert require(load(QUICKSTART, [*plain, override]), 4) == require(load(QUICKSTART, plain), 4)
 
 
 NUMBERS = sorted(s.dotted for s in SETTINGS.values() if s.annotation in (int, float))
@@ -214,6 +222,7 @@ def test_every_number_refuses_what_is_no_size(dotted: str, bad: str) -> None:
     "override, part",
     [
         ("--model.num_layers=0", "model.num_layers = 0 must be 1 or more."),
+        ("--training.spike_window=0", "training.spike_window = 0 must be 1 or more."),
         ("--parallel.dp=0", "parallel.dp = 0 must be 1 or more, or -1 for the ranks that pp and tp leave."),
         ("--parallel.zero_stage=4", "parallel.zero_stage = 4 must be between 0 and 3."),
         ("--lr_schedule.warmup_fraction=1.5", "lr_schedule.warmup_fraction = 1.5 must be between 0 and 1."),
@@ -238,11 +247,8 @@ def test_require_raises_all_sentences_at_once() -> None:
 def test_require_returns_the_config_with_dp_resolved() -> None:
     config = load(QUICKSTART, ["--parallel.tp=2", "--parallel.pp=2"])
     assert require(config, 8).parallel == Parallel(pp=2, dp=2, tp=2)
-    assert resolve_dp(config.parallel, 4) == 1 and resolve_dp(Parallel(dp=3), 3) == 3
-    with pytest.raises(UserError, match="does not divide the ranks"):
-        resolve_dp(config.parallel, 6)
     with pytest.raises(UserError, match="does not divide the ranks: torchrun started 2"):
-        resolve_dp(config.parallel, 2)
+        require(config, 2)
 
 
 def test_slow_choices_say_their_number() -> None:

@@ -57,6 +57,16 @@ def test_extends_finds_the_shipped_configs_from_anywhere(tmp_path: Path) -> None
     assert (config.model.hidden_size, config.run.seed) == (512, 7)
 
 
+def test_a_chain_of_extends_may_be_long_and_brackets_may_not_nest_without_end(tmp_path: Path) -> None:
+    for number in range(1500):
+        write(tmp_path, f"{number}.toml", f'extends = "{number + 1}.toml"\n')
+    write(tmp_path, "1500.toml", "[run]\nseed = 7\n")
+    assert load(tmp_path / "0.toml").run.seed == 7
+    brackets = "[" * 5000 + "]" * 5000
+    assert "bad.toml nests its lists or tables too deep" in refusal(tmp_path, f"[data]\ntrain = {brackets}\n")
+    assert "data.train = [" in refusal(tmp_path, "", ["--data.train", brackets])
+
+
 def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "a.toml", 'extends = "bad.toml"\n')
     message = refusal(tmp_path, 'extends = "a.toml"\n')

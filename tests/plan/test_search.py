@@ -90,6 +90,11 @@ def test_where_nothing_divides_the_settings_are_named() -> None:
         search(replace(load("configs/pythia/70m.toml"), training=Training(global_batch_size=4)), 7, H100)
 
 
+def test_what_no_layout_mends_is_named() -> None:
+    with pytest.raises(UserError, match="^model.num_layers = 0 must be 1 or more.$"):
+        search(load("configs/pythia/70m.toml", ["--model.num_layers=0"]), 8, H100)
+
+
 def test_a_rank_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match="--rank 64 is none of the ranks 0 to 63"):
         tool.main(["dry-run", "--config", "configs/20b.toml", "--world-size", "64", "--rank", "64"])

@@ -24,6 +24,11 @@ def test_accumulation_does_not_change_the_numbers(micro_batch_size):
     compare(layout(1, 1, 1), micro_batch_size=micro_batch_size)
 
 
+def test_settings_of_an_axis_of_degree_1_are_ignored():
+    unused = Parallel(dp=1, sequence_parallel=True, pipeline_schedule="zbv", virtual_stages=2, stage_layers=[2, 2], zero_stage=3)
+    compare(unused, "tied", micro_batch_size=8)
+
+
 @pytest.mark.parametrize(
     "mesh, schedule, sequence_parallel, model",
     [

@@ -97,12 +97,13 @@ def test_a_killed_and_resumed_run_logs_bitwise_what_an_undisturbed_one_does(corp
 
 def test_a_run_continues_in_any_other_layout(corpus, tmp_path):
     fast = "--run.determinism=fast"
+    looped = ["--parallel.virtual_stages=2", "--parallel.pipeline_schedule=interleaved_1f1b", "--parallel.stage_layers=[1,1,1,1]"]
     whole = run(settings(corpus, tmp_path / "whole", "--parallel.dp=1", fast))
     layouts = [
         ["--parallel.dp=2", "--parallel.tp=2", "--parallel.zero_stage=1", "--parallel.sequence_parallel=true"],
         ["--parallel.dp=4", "--parallel.zero_stage=3"],
-        ["--parallel.pp=2", "--parallel.dp=1"],
-        ["--parallel.dp=1"],
+        ["--parallel.pp=2", "--parallel.dp=1", *looped],
+        ["--parallel.dp=1", *looped],  # ignored by one stage, which has all layers
     ]
     for number, layout in enumerate(layouts, start=1):
         stop = 5 * number if number < len(layouts) else None

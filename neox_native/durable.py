@@ -154,7 +154,7 @@ class Lock:
 @contextmanager
 def writing(path: Path, *leaves: Path, wait: bool = False) -> Iterator[None]:
     """Holds PATH.lock for a block that writes `path`; what killed writers of `path`, or of `leaves`, left is removed first.
-    The lock's file goes with the block.
+    The lock's file goes with the block; one that a kill left, which is empty, goes with the next.
 
     Raises `UserError` where the folder cannot be written, and where another process holds the lock and `wait` is not
     asked for.

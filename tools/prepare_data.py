@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from neox_native.data.part import Recipe, Report
-from neox_native.data.prepare import join, prepare
+from neox_native.data.prepare import already_there, join, prepare
 from neox_native.errors import UserError, report_user_errors
 
 
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
     output = Path(options.output)
     if options.merge:
         if output.with_name(output.name + ".idx").exists():
-            raise UserError(f"{output}.idx exists already; remove it or choose another --output.")
+            raise already_there(output)
         tokens = join([Path(prefix) for prefix in options.merge], output)
         print(f"{output}: {tokens:,} tokens of {len(options.merge)} files")
         return

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from neox_native.data.indexed import IndexedWriter, token_dtype
+from neox_native.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from neox_native.data.tokenizers import Tokenizer
+from neox_native.durable import writing
 from neox_native.errors import UserError
 
 PYTHON_STDLIB = "builtin:python-stdlib"
@@ -32,7 +33,7 @@ def prepare_python_stdlib(
 ) -> str:
     """Prefix of the corpus in `cache_dir`; the one writer prepares it where it is missing, everybody else waits.
 
-    `wait` is a barrier over all ranks. The folder's name carries the Python version, the tokenizer and the hash of
+    `wait` is a barrier over all ranks. Writers of several runs prepare it one after another, so once. The folder's name carries the Python version, the tokenizer and the hash of
     the sources, so a prepared corpus is never stale. Raises `UserError` where the corpus is absent after the wait.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -44,9 +45,11 @@ def prepare_python_stdlib(
     folder = Path(cache_dir).expanduser() / f"python-stdlib-{platform.python_version()}-{tokenizer.name}-{corpus_hash}"
     prefix = str(folder / "text")
     try:
-        if is_writer and not Path(prefix + ".idx").exists():
-            log(f"{PYTHON_STDLIB}: preparing {len(texts):,} files into {folder}")
-            _write(prefix, texts, tokenizer, log)
+        if is_writer and not _opens(prefix):
+            with writing(folder, wait=True):
+                if not _opens(prefix):
+                    log(f"{PYTHON_STDLIB}: preparing {len(texts):,} files into {folder}")
+                    _write(prefix, texts, tokenizer, log)
     finally:
         wait()
     if is_writer:
@@ -57,6 +60,14 @@ def prepare_python_stdlib(
             "on several machines this folder must be shared, and Python the same everywhere."
         )
     return prefix
+
+
+def _opens(prefix: str) -> bool:
+    """Whether a whole corpus is there: one that was damaged since is prepared again."""
+    try:
+        return bool(IndexedDataset(prefix))
+    except UserError:
+        return False
 
 
 def _write(prefix: str, texts: dict[Path, bytes], tokenizer: Tokenizer, log: Callable[[str], None]) -> None:

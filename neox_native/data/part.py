@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,6 +77,11 @@ class Report:
         self.tokens += other.tokens
         self.text_bytes += other.text_bytes
         self.pieces += other.pieces
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Report:
+        """The report that `asdict` took apart."""
+        return cls(**{**content, "pieces": [PieceReport(**piece) for piece in content["pieces"]]})
 
     def bad_share(self) -> float:
         """Faulty documents in proportion to all that were read."""
@@ -180,9 +186,3 @@ def write_json(path: Path, content: object) -> None:
     """Complete or absent, like all files here."""
     with replacing(path) as file:
         file.write(json.dumps(content).encode())
-
-
-def read_report(path: Path) -> Report:
-    """The report of a finished part."""
-    content = json.loads(path.read_text())
-    return Report(**{**content, "pieces": [PieceReport(**piece) for piece in content["pieces"]]})

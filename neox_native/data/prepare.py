@@ -19,6 +19,8 @@ from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
+
 from neox_native.data import documents
 from neox_native.data.documents import Piece
 from neox_native.data.indexed import IndexedDataset, IndexedWriter
@@ -28,7 +30,6 @@ from neox_native.data.part import (
     Report,
     load_tokenizer_once,
     prepare_part,
-    read_report,
     write_json,
 )
 from neox_native.durable import disk_errors_named, make_folder, remove_folder, writing
@@ -38,14 +39,20 @@ PROGRESS_SECONDS = 2.0
 
 
 @contextmanager
-def parts_folder(prefix: Path, plan: dict[str, object]) -> Iterator[Path]:
-    """PREFIX.parts, locked, holding finished parts of this very plan or none; removed when the block ends well."""
+def parts_folder(prefix: Path, plan: dict[str, object], num_parts: int) -> Iterator[Path]:
+    """PREFIX.parts, locked, holding finished parts of this very plan or none; removed when the block ends well.
+
+    Raises `UserError` where PREFIX.idx is there already, unless all parts are there too: then an earlier call was killed
+    before it removed them.
+    """
     folder = prefix.with_name(prefix.name + ".parts")
     with writing(folder):
+        if Path(f"{prefix}.idx").exists() and not all(report_file(folder, n).exists() for n in range(num_parts)):
+            raise already_there(prefix)
         with disk_errors_named(folder):
             make_folder(folder)
         plan_file = folder / "plan.json"
-        if plan_file.exists() and json.loads(plan_file.read_text()) != json.loads(json.dumps(plan)):
+        if plan_file.exists() and _read(plan_file) != json.loads(json.dumps(plan)):
             raise UserError(
                 f"{folder} holds parts of a preparation with other inputs or settings; finish it with those, or "
                 "remove the folder."
@@ -54,6 +61,19 @@ def parts_folder(prefix: Path, plan: dict[str, object]) -> Iterator[Path]:
         yield folder
         with disk_errors_named(folder):
             remove_folder(folder)
+
+
+def already_there(prefix: Path) -> UserError:
+    """The refusal to overwrite token files."""
+    return UserError(f"{prefix}.idx exists already; remove it or choose another --output.")
+
+
+def _read(file: Path) -> object:
+    """What a .json file holds; None where it is missing or damaged."""
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
 
 
 def prepare(
@@ -72,8 +92,6 @@ def prepare(
     """
     tokenizer = load_tokenizer_once(recipe.tokenizer)
     documents.check_template(recipe.prompt)
-    if Path(f"{prefix}.idx").exists():
-        raise UserError(f"{prefix}.idx exists already; remove it or choose another --output.")
     files = documents.find_files(inputs)
     if recipe.prompt and not all(documents.is_jsonl(file) for file in files):
         raise UserError(
@@ -82,7 +100,7 @@ def prepare(
     parts = documents.cut_into_parts(files)
     stats = {file: [Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in files}
     settings = {**asdict(recipe), "tokenizer": tokenizer.name}
-    with parts_folder(prefix, {"recipe": settings, "files": stats, "parts": parts}) as folder:
+    with parts_folder(prefix, {"recipe": settings, "files": stats, "parts": parts}, len(parts)) as folder:
         reports = _make_parts(parts, recipe, folder, workers, log)
         total = Report()
         for report in reports:
@@ -94,6 +112,12 @@ def prepare(
                 f"input and remove {folder} first."
             )
         prefixes = [part_prefix(folder, number) for number in range(len(parts))]
+        if Path(f"{prefix}.idx").exists():
+            joined = IndexedDataset(prefix)
+            if (len(joined), joined.sizes.sum(dtype=np.int64)) != (total.documents, total.tokens):
+                raise already_there(prefix)
+            with writing(prefix):
+                return total  # the killed call's lock goes with ours
         if recipe.prompt:
             join([Path(f"{part}{LABELS_SUFFIX}") for part in prefixes], Path(f"{prefix}{LABELS_SUFFIX}"))
         join(prefixes, prefix)
@@ -105,15 +129,19 @@ def part_prefix(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06d}"
 
 
+def report_file(folder: Path, number: int) -> Path:
+    """Where the report of a finished part lies."""
+    return part_prefix(folder, number).with_suffix(".json")
+
+
 def _make_parts(
     parts: list[list[Piece]], recipe: Recipe, folder: Path, workers: int, log: Callable[[str], None]
 ) -> list[Report]:
     """Reports of all parts, in order; makes those that are missing."""
     reports: dict[int, Report] = {}
     for number in range(len(parts)):
-        report = part_prefix(folder, number).with_suffix(".json")
-        if report.exists():
-            reports[number] = read_report(report)
+        if report := _read(report_file(folder, number)):
+            reports[number] = Report.of(report)
     if reports:
         log(f"{len(reports):,} of {len(parts):,} parts are there from an earlier run")
     missing = [number for number in range(len(parts)) if number not in reports]

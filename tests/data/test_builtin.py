@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from neox_native.config.schema import Data
 from neox_native.data import builtin
@@ -13,6 +14,7 @@ from neox_native.data.build import Datasets, build_data
 from neox_native.data.indexed import IndexedDataset
 from neox_native.data.tokenizers import byte_tokenizer
 from neox_native.errors import UserError
+from tests.ranks import run_ranks
 
 
 @pytest.fixture
@@ -62,6 +64,27 @@ def test_a_rank_that_does_not_write_finds_the_writers_files(library: Path, tmp_p
     assert not cache.exists()
     prefix = builtin.prepare_python_stdlib(byte_tokenizer(), str(cache), False, lambda: prepare(cache), print)
     assert IndexedDataset(prefix)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_corpus_that_does_not_open_is_prepared_again(library: Path, tmp_path: Path, damage: str) -> None:
+    tokens = Path(prepare(tmp_path / "cache") + ".bin")
+    whole = tokens.read_bytes()
+    tokens.unlink() if damage == "gone" else tokens.write_bytes(whole[:-2])
+    prepare(tmp_path / "cache")
+    assert tokens.read_bytes() == whole
+
+
+def test_runs_that_start_on_an_empty_cache_prepare_it_once(library: Path, tmp_path: Path) -> None:
+    def start() -> list[str]:
+        messages: list[str] = []
+        dist.barrier()
+        IndexedDataset(prepare(tmp_path / "cache", log=messages.append))
+        return messages
+
+    messages = sum(run_ranks(3, start), [])
+    assert sum("preparing 3 files" in message for message in messages) == 1
+    assert {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {"text.bin", "text.idx"}
 
 
 def test_progress_is_shown(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

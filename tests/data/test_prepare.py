@@ -18,7 +18,7 @@ from neox_native.data import prepare as module
 from neox_native.data.indexed import IndexedDataset
 from neox_native.data.part import PieceReport, Recipe, Report, write_json
 from neox_native.data.prepare import join, prepare
-from neox_native.durable import writing
+from neox_native.durable import temporary_name, writing
 from neox_native.errors import UserError
 from tests.data.corpora import file_bytes, random_documents, write_files
 from tests.data.loading import datasets, steps_of
@@ -210,6 +210,45 @@ def test_finished_files_are_not_overwritten(tmp_path: Path) -> None:
     quietly([tmp_path / "a.jsonl"], tmp_path / "out")
     with pytest.raises(UserError, match="out.idx exists already; remove it or choose another --output"):
         quietly([tmp_path / "a.jsonl"], tmp_path / "out")
+
+
+def test_a_preparation_killed_after_joining_ends_well_when_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_packed(tmp_path / "a.jsonl", jsonl(texts(1, 60)))
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "remove_folder", killed)
+        quietly([tmp_path / "a.jsonl"], tmp_path / "out")
+    (tmp_path / "out.lock").touch()
+    with pytest.raises(UserError, match="other inputs or settings"):
+        quietly([tmp_path / "a.jsonl"], tmp_path / "out", Recipe(append_eod=True))
+    assert quietly([tmp_path / "a.jsonl"], tmp_path / "out").documents == 60
+    assert files_of(tmp_path / "out") == file_bytes([list(text.encode()) for text in texts(1, 60)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.bin", "out.idx"]
+
+
+def test_files_of_another_origin_are_not_taken_for_the_joined_parts(tmp_path: Path) -> None:
+    write_packed(tmp_path / "a.jsonl", jsonl(["x"]) + b"{\n")
+    with pytest.raises(UserError, match="are faulty"):
+        quietly([tmp_path / "a.jsonl"], tmp_path / "out")
+    write_files(tmp_path / "out", [[1, 2]])
+    with pytest.raises(UserError, match="out.idx exists already"):
+        quietly([tmp_path / "a.jsonl"], tmp_path / "out", share=1.0)
+    assert files_of(tmp_path / "out") == file_bytes([[1, 2]])
+
+
+@pytest.mark.parametrize("name", ["out.parts/part-000000.bin", "out.bin", "out.idx", "out.parts"])
+def test_what_a_killed_preparation_left_is_removed_by_the_next(tmp_path: Path, name: str) -> None:
+    write_packed(tmp_path / "a.jsonl", jsonl(["x"]))
+    leftover = temporary_name(tmp_path / name)
+    leftover.parent.mkdir(exist_ok=True)
+    leftover.touch()
+    quietly([tmp_path / "a.jsonl"], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.bin", "out.idx"]
 
 
 def test_a_full_disk_in_a_worker_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from neox_native.config.schema import Model
-from neox_native.model import positions
+from neox_native.config.schema import Model, Run
+from neox_native.model import initialize, positions
 from neox_native.model.cache import Cache
 from neox_native.model.layers import Affine, Block, Normalize
 
@@ -28,9 +28,17 @@ class Transformer(nn.Module):
         layers: global numbers of the layers to hold; all of them by default.
         first: hold the embedding; without it `forward` takes hidden states instead of tokens.
         last: hold the final norm and the head; without them `forward` returns hidden states.
+        seed: of the initial weights, as `run.seed`; on the meta device there are none.
     """
 
-    def __init__(self, model: Model, layers: Iterable[int] | None = None, first: bool = True, last: bool = True):
+    def __init__(
+        self,
+        model: Model,
+        layers: Iterable[int] | None = None,
+        first: bool = True,
+        last: bool = True,
+        seed: int = Run.seed,
+    ):
         super().__init__()
         self.config = model
         layers = range(model.num_layers) if layers is None else layers
@@ -44,12 +52,20 @@ class Transformer(nn.Module):
         self.final_layer_norm = Affine(model) if last else None
         self.embed_out = nn.Linear(hidden_size, vocab_size, bias=False) if last else None
         self.tie()
+        self.initialize(seed)
         self.build_tables(torch.get_default_device())
 
     def tie(self) -> None:
         """Make the head's matrix the embedding's, where the config ties them and both are here."""
         if self.config.tie_embeddings and self.embed_in is not None and self.embed_out is not None:
             self.embed_out.weight = self.embed_in.weight
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Fill the parameters with what a run of this seed starts from, in every layout."""
+        for name, parameter in self.named_parameters():
+            if not parameter.is_meta:
+                parameter.copy_(initialize.draw(self.global_name(name), parameter.shape, self.config, seed))
 
     def global_name(self, name: str) -> str:
         """The name under which a parameter of this part is known in the whole model."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from neox_native.config.schema import Model
+from neox_native.config.schema import Model, Run
 from neox_native.model import initialize, positions
 from neox_native.model.transformer import Transformer
 
@@ -32,10 +32,9 @@ VARIANTS = {
 
 def build(**settings) -> Transformer:
     config = replace(SMALL, **settings)
-    model = Transformer(config)
+    model = Transformer(config, seed=1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initialize.draw(name, parameter.shape, config, seed=1))
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
     return model
@@ -147,6 +146,15 @@ def test_dropout_acts_in_training_only():
 def test_alibi_slopes_of_a_head_count_that_is_no_power_of_two():
     expected = [2 ** (-8 * (i + 1) / 4) for i in range(4)] + [2 ** (-8 * (i + 1) / 8) for i in (0, 2)]
     assert positions.alibi_slopes(6, torch.device("cpu")).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_used_as_a_library_starts_as_a_run_does(tied):
+    config = replace(SMALL, tie_embeddings=tied, init="normal", init_std=0.3)
+    for model in (Transformer(config), Transformer(config, range(1, 2), first=False)):
+        for name, parameter in model.named_parameters():
+            name = model.global_name(name)
+            assert torch.equal(parameter, initialize.draw(name, parameter.shape, config, Run().seed)), name
 
 
 def test_initial_weights_depend_on_seed_and_name_alone():

@@ -23,6 +23,8 @@ from neox_native.checkpoint import files, store
 from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.retention import to_delete
 from neox_native.config.schema import Checkpoint
+from neox_native.durable import temporary_name
+from neox_native.errors import UserError
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,13 +42,27 @@ class Saved:
     """From the call to the rename."""
     deleted: tuple[int, ...]
     """Steps of the old checkpoints that made way."""
+    kept_because: str = ""
+    """Why one that should make way could not be deleted; "" where all could."""
 
     def __str__(self) -> str:
         gone = f", deleted steps {', '.join(map(str, self.deleted))}" if self.deleted else ""
+        gone += f", could not delete {self.kept_because}" if self.kept_because else ""
         return (
             f"step {self.step}: saved {self.size_bytes / 1e9:.3f} GB in {self.total_seconds:.2f} s, "
             f"training stood still for {self.stall_seconds:.3f} s{gone}"
         )
+
+
+@dataclass(frozen=True)
+class NotSaved:
+    """A save in the background that failed; the next one tries again."""
+
+    step: int | None
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.why}; the next save tries again"
 
 
 class Saver:
@@ -64,25 +80,50 @@ class Saver:
         self._host_buffers: store.State = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._reports: list[Saved] = []
+        self._tries_again = False
+        self._reports: list[Saved | NotSaved] = []
 
-    def save(self, step: int, state: store.State, metadata: dict[str, Any]) -> None:
+    def save(self, step: int, state: store.State, metadata: dict[str, Any], keep_all: bool = False) -> None:
         """Save the state after `step` updates, see [Note: state] of `store.py`.
 
         Returns when the checkpoint is on the disk, or, with `checkpoint.async`, when the state may change again.
-        Raises what the save before raised in its thread, on all ranks alike: a `UserError` for a full disk.
+        Raises on all ranks alike, a `UserError` for a full disk; in the background, where the save before failed too.
+
+        Args:
+            keep_all: delete nothing after this save.
         """
         start = time.perf_counter()
-        self.wait()
+        self.settle()
         self.last_step, state = step, store.own_share(state)
         if not self.config.async_:
-            self._write(step, state, metadata, None, start, None)
+            self._write(step, state, metadata, None, start, None, keep_all)
             return
         copies = self._copy_to_host(state)
         stall_seconds = time.perf_counter() - start
-        arguments = (step, state, metadata, copies, start, stall_seconds)
+        arguments = (step, state, metadata, copies, start, stall_seconds, keep_all)
         self._thread = threading.Thread(target=self._write_in_thread, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank has seen a save in the background fail since the last `save` or `settle`. Does not wait; the
+        other ranks see it at another moment."""
+        return self._error is not None
+
+    def settle(self) -> bool:
+        """Wait for a save in the background; whether it failed and the state should be saved again, by a second save.
+
+        Raises what the second one raised, and at once what no second save can mend.
+        """
+        try:
+            self.wait()
+        except UserError as error:
+            if self._tries_again:
+                raise
+            self._reports.append(NotSaved(self.last_step, str(error)))
+            self._tries_again, self.last_step = True, None
+            return True
+        return False
 
     def wait(self) -> None:
         """Wait for a save in the background; raises what it raised."""
@@ -93,8 +134,13 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def reports(self) -> list[Saved]:
-        """Saves finished since the last call, for the log. Does not wait."""
+    def close(self) -> None:
+        """Let a save in the background end, whatever has ended the run."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def reports(self) -> list[Saved | NotSaved]:
+        """Saves finished or failed since the last call, for the log. Does not wait."""
         finished, self._reports = self._reports, []
         return finished
 
@@ -140,33 +186,50 @@ class Saver:
         host_copies: store.State | None,
         start: float,
         stall_seconds: float | None,
+        keep_all: bool,
     ) -> None:
         """Write one checkpoint, then delete what retention lets go; without `stall_seconds` all of it was a stall."""
         path = store.save(self.directory, step, state, metadata, self._ranks, host_copies)
-        deleted: list[int] = []
-        size = 0
+        size, deleted, kept_because = 0, (), ""
         with self._ranks.together("Deleting old checkpoints"):
             if self._ranks.rank == 0:  # alone: the others' view of a network disk may be older
                 size = sum(record["bytes"] for record in files.read_manifest(path).values())
-                deleted = delete_old(self.directory, step, self.config.keep_last, self.config.keep_every)
-        size, deleted = self._ranks.from_first((size, deleted))
+                if not keep_all:
+                    deleted, kept_because = delete_old(self.directory, step, self.config.keep_last, self.config.keep_every)
+        size, deleted, kept_because = self._ranks.from_first((size, deleted, kept_because))
+        self._tries_again = False
         seconds = time.perf_counter() - start
         stall = seconds if stall_seconds is None else stall_seconds
-        self._reports.append(Saved(step, path, size, stall, seconds, tuple(deleted)))
+        self._reports.append(Saved(step, path, size, stall, seconds, deleted, kept_because))
 
 
-def delete_old(directory: Path, saved_step: int, keep_last: int, keep_every: int) -> list[int]:
-    """Delete the checkpoints that retention lets go after the save of `saved_step`; returns their steps.
+def delete_old(directory: Path, saved_step: int, keep_last: int, keep_every: int) -> tuple[tuple[int, ...], str]:
+    """Delete the checkpoints that retention lets go after the save of `saved_step`; returns their steps, and why one could
+    not be deleted: the save is none the worse for it.
 
-    Later steps are no successors of this one (a damaged checkpoint that was skipped, a run that was rewound): they
-    are not counted and not touched. A folder loses its final name first, so that a kill in between leaves none that
-    looks complete.
+    Later steps are no successors of this one (a damaged checkpoint that was skipped, a run that was rewound), and nobody
+    could resume from one that lacks a file: they are not counted and not touched. A folder loses its final name first, so
+    that a kill in between leaves none that looks complete.
     """
-    steps = [files.step_of(path) for path in files.finished(directory)]
-    gone = to_delete([step for step in steps if step is not None and step <= saved_step], keep_last, keep_every)
-    for step in gone:
-        folder = files.step_folder(directory, step)
-        doomed = folder.with_name(folder.name + files.TEMPORARY + "deleted")
-        folder.rename(doomed)
+    if keep_last <= 0:
+        return (), ""
+    earlier = {step: path for path in files.finished(directory) if (step := files.step_of(path) or 0) <= saved_step}
+    gone = []
+    for step in to_delete([step for step, path in earlier.items() if _has_its_files(path)], keep_last, keep_every):
+        doomed = temporary_name(earlier[step])
+        try:
+            earlier[step].rename(doomed)
+        except OSError as error:
+            return tuple(gone), f"step {step}: {error.strerror}"
         shutil.rmtree(doomed, ignore_errors=True)
-    return gone
+        gone.append(step)
+    return tuple(gone), ""
+
+
+def _has_its_files(path: Path) -> bool:
+    """Whether a checkpoint has every file in its full size: what can be told without reading it."""
+    try:
+        records = files.read_manifest(path)
+        return all((path / name).stat().st_size == record["bytes"] for name, record in records.items())
+    except (UserError, OSError):
+        return False

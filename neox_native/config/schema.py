@@ -165,7 +165,8 @@ class Training:
     min_loss_scale: float = 1.0
     """fp16: smallest loss scale."""
     max_bad_steps: int = 20
-    """More steps in a row than this that are not finite, or spikes, end the run, its state saved; 0: never [steps]."""
+    """More steps in a row than this that are not finite, or spikes, end the run, its state saved; a restart with the same
+    settings does not train on. 0: never [steps]."""
     spike_threshold: float = 0.0
     """Skip the update of a loss this many standard deviations above the last ones; 0 skips none."""
     spike_window: int = 128

@@ -60,16 +60,30 @@ class BadSteps:
         self._pending.clear()
         return found
 
-    def verdict(self) -> UserError | None:
+    @property
+    def count(self) -> int:
+        """Bad steps in a row that still run on, or that end the run: what a checkpoint keeps for `go_on_from`."""
+        return self.longest if self.verdict() else self.in_a_row
+
+    def go_on_from(self, count: int) -> None:
+        """Count on from a checkpoint's `count`, so that neither a row of bad steps nor a verdict ends with the process."""
+        self.in_a_row = self.longest = count
+
+    def verdict(self, older: str = "") -> UserError | None:
         """What ends the run, after its state is saved, or None: there was a time without an update for more than
         `limit` steps, even if the last ones collected were good.
+
+        Args:
+            older: the checkpoint before those steps, where there is one.
         """
         if self.limit <= 0 or self.longest <= self.limit:
             return None
         return UserError(
             f"{self.longest} steps in a row had a loss or gradient norm that is not finite, or a spike; "
-            f"training.max_bad_steps = {self.limit}. Their updates were skipped and the state is saved; look at the "
-            "sample ids in events.jsonl, lower optimizer.lr, or resume from an older checkpoint."
+            f"training.max_bad_steps = {self.limit}. Their updates were skipped, the state is saved, and a restart with the same "
+            "settings does not train on: look at the sample ids in events.jsonl, then lower optimizer.lr or change another "
+            "setting of the training, or resume from an older checkpoint"
+            + (f' (checkpoint.resume = "{older}" is the newest before these steps).' if older else ".")
         )
 
 

@@ -16,6 +16,8 @@ from neox_native.errors import UserError
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+OF_A_STEP = ("evaluation", "bad step")
+"""Kinds of events that a step has once, however often the run is restarted before it."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,13 @@ def cut_off(file: Path, step: int) -> None:
     _keep(file, lines, [line for line in lines if _step_of(line) <= step])
 
 
-def cut_off_torn_line(file: Path) -> None:
-    """Drop what follows the last newline, left by a kill or a full disk, so that the next line is not glued to it."""
+def cut_off_repeated(file: Path, step: int) -> None:
+    """Drop what steps beyond `step` say of events.jsonl's `OF_A_STEP`, because they will be taken again, and a torn line, so
+    that the next one is not glued to it. Whatever else happened to the run stays."""
     if not file.is_file():
         return
     lines = file.read_text().splitlines(keepends=True)
-    _keep(file, lines, [line for line in lines if line.endswith("\n")])
+    _keep(file, lines, [line for line in lines if line.endswith("\n") and not (_kind_of(line) in OF_A_STEP and _step_of(line) > step)])
 
 
 def _keep(file: Path, lines: list[str], kept: list[str]) -> None:
@@ -96,6 +99,14 @@ def _step_of(line: str) -> float:
         return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def _kind_of(line: str) -> str | None:
+    """An event's kind; None for a line that is none."""
+    try:
+        return json.loads(line)["kind"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class Writers:
@@ -127,7 +138,7 @@ class Writers:
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             cut_off(folder / METRICS, resumed_step)
-            cut_off_torn_line(folder / EVENTS)
+            cut_off_repeated(folder / EVENTS, resumed_step)
             self._metrics: TextIO = open(folder / METRICS, "a", buffering=1)
             self._events: TextIO = open(folder / EVENTS, "a", buffering=1)
             if tensorboard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
@@ -18,7 +19,7 @@ from neox_native.durable import Lock, replacing
 from neox_native.errors import UserError
 from neox_native.mesh import Launch
 
-OF_A_RUN = ("checkpoints", "metrics.jsonl", "events.jsonl", "tensorboard")
+OF_A_RUN = ("checkpoints", "hugging_face", "weights", "metrics.jsonl", "events.jsonl", "tensorboard")
 BEGUN = ".begun"
 """Which job began where: what tells a restart of it that the run was set on its way."""
 
@@ -71,8 +72,8 @@ class RunFolder:
     def _abandoned(self, resume: str, step: int) -> list[Path]:
         """What an earlier run left that this start turns away from.
 
-        With "none", all of it. With the path of a checkpoint, the checkpoints after it, and all where it is not one of this
-        folder's: a restart goes on at the newest, which must be of this run.
+        With "none", all of it. With the path of a checkpoint, the checkpoints and exports after it, and all where it is not
+        one of this folder's: a restart goes on at the newest, which must be of this run, and writes the exports that it misses.
         """
         if resume == "auto":
             return []
@@ -80,7 +81,18 @@ class RunFolder:
             return [self.path / name for name in OF_A_RUN if (self.path / name).exists()]
         checkpoints = self.path / "checkpoints"
         kept = step if Path(resume).resolve().parent == checkpoints.resolve() else -1
-        return [path for path in files.finished(checkpoints) if (files.step_of(path) or 0) > kept]
+        found = files.finished(checkpoints) + files.finished(self.path / "hugging_face")
+        exported = [self.path / "weights"] if self._step_of_weights() > kept else []
+        return [path for path in found if (files.step_of(path) or 0) > kept] + exported
+
+    def _step_of_weights(self) -> float:
+        """Step of the weights that were exported last; -1 where there are none, infinity where they do not tell."""
+        if not (self.path / "weights").is_dir():
+            return -1
+        try:
+            return int(files.read_metadata(self.path / "weights")["step"])
+        except (UserError, OSError, ValueError, KeyError, TypeError):
+            return math.inf
 
     def _set_aside(self, abandoned: list[Path]) -> None:
         """Move what is abandoned to `before-N`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.checkpoint import store
 from neox_native.checkpoint.agree import Ranks
-from neox_native.checkpoint.interop_hf import describe, export_state
 from neox_native.checkpoint.resume import find_start
 from neox_native.checkpoint.retention import should_save
-from neox_native.checkpoint.saver import Saver
+from neox_native.checkpoint.saver import NotSaved, Saver
 from neox_native.config.check import other_model
 from neox_native.config.schema import Config
 from neox_native.data.build import Datasets
@@ -29,10 +27,12 @@ from neox_native.optim.schedule import learning_rate
 from neox_native.train import state as run_states
 from neox_native.train.build import build_engine, build_step
 from neox_native.train.evaluate import evaluate, evaluation_number
+from neox_native.train.exports import Exports
 from neox_native.train.folder import RunFolder
 from neox_native.train.report import Report
 from neox_native.train.start import flight_recorder_folder
 from neox_native.train.step import StepResult
+from neox_native.train.verdict import BAD_STEPS, go_on, verdict
 from neox_native.zero.optimizer import ShardedOptimizer
 
 
@@ -68,6 +68,7 @@ class Trainer:
         self.spike_guard = self.train_step.spike_guard
         self.bad_steps = BadSteps(training)
         self.saver = Saver(folder.path / "checkpoints", config.checkpoint)
+        self.exports = Exports(config, folder.path, ranks, self.saver)
         self.leave = LeaveRequest()
         self.watchdog = Watchdog(config.run, ranks.rank, ranks.size, flight_recorder_folder(config), job_store())
         self.fingerprint = data.train.fingerprint()
@@ -76,8 +77,6 @@ class Trainer:
 
     def run(self) -> None:
         """Train until `training.steps`, or until a signal asks to leave."""
-        if self.config.checkpoint.export_hf_every:
-            describe(self.config.model, torch.float32, self.config.data.tokenizer)  # refuses what could not be written later
         self.resume()
         self.folder.begin(self.config.checkpoint.resume, self.step)
         self.report = Report(
@@ -87,17 +86,19 @@ class Trainer:
         try:
             self.train()
         finally:
+            self.saver.close()
             self.leave.close()
             self.watchdog.close()
             self.report.close()
 
     def train(self) -> None:
-        """The steps; whatever is due after one happens in this order: log, evaluate, save, leave."""
+        """The steps; whatever is due after one happens in this order: log, evaluate, save, export, leave."""
         settings, total_steps = self.config, self.config.training.steps
         self.phase = "train"
         if self.step == 0 and should_save(0, settings.checkpoint, total_steps):
             self.save()
-        if self.step >= total_steps and self.ranks.rank == 0:
+        exported = self.export_if_due(missing_only=True)
+        if self.step >= total_steps and not exported and self.ranks.rank == 0:
             print(f"nothing to do: step {self.step} of training.steps = {total_steps}; raise it to go on")
         for batch in self.batches("train", self.consumed_samples, total_steps - self.step):
             rate = learning_rate(self.step + 1, settings.lr_schedule, settings.optimizer.lr, total_steps)
@@ -108,24 +109,18 @@ class Trainer:
             self.report.step_done()
             self.log_if_due(batch, result, rate)
             with self.report.throughput.paused():
-                signal = self.leave.after_step()
+                signal = self.leave.after_step(self.saver.failed)
                 self.evaluate_if_due()
-                if signal or should_save(self.step, settings.checkpoint, total_steps):
+                lacking = self.leave.failed and self.saver.settle()
+                if signal or lacking or should_save(self.step, settings.checkpoint, total_steps):
                     self.save()
+                if signal or self.step == total_steps:
+                    self.finish_saves()
                 self.export_if_due()
                 self.report_saves()
             if signal:
-                self.log_bad_steps()
                 self.report.event("signal", self.step, f"step {self.step}: leaving after {signal}; the state is saved")
                 break
-        self.saver.wait()
-        self.report_saves()
-        if self.step < total_steps:
-            return
-        self.watchdog.at(self.step, "export")
-        folder = self.folder.path / "weights"
-        if self.saver.export(folder, self.state(), self.metadata()):
-            self.report.event("export", self.step, f"step {self.step}: wrote the weights alone to {folder}")
 
     def batches(self, part: str, consumed_samples: int, steps: int) -> Iterator[StepBatch]:
         """This data rank's batches of "train" or "valid" from a sample on."""
@@ -148,11 +143,7 @@ class Trainer:
         if self.step == self.config.training.steps or self.step % logging.every == 0:
             extra = {"loss scale": self.loss_scale.scale.item()} if self.loss_scale else {}
             self.watchdog.measured(self.report.step(self.step, batch, result, rate, extra))
-            self.log_bad_steps()
-            if verdict := self.bad_steps.verdict():
-                self.save()
-                self.saver.wait()
-                raise verdict
+            self.look_at_bad_steps()
         if logging.stragglers_every and self.ranks.size > 1 and self.step % logging.stragglers_every == 0:
             self.report.stragglers(self.step)
         every = self.config.run.check_replicas_every
@@ -161,10 +152,15 @@ class Trainer:
             if found := check_replicas(copies, self.ranks.gather):
                 raise UserError(f"step {self.step}: {found}; resume from the last checkpoint before it.")
 
-    def log_bad_steps(self) -> None:
-        """Name the samples of the updates that were skipped since the last call."""
+    def look_at_bad_steps(self) -> None:
+        """Name the samples of the updates that were skipped since the last call; too many in a row end the run, its state
+        saved."""
         for bad in self.bad_steps.collect():
             self.report.event("bad step", bad.step, str(bad), sample_ids=list(bad.sample_ids))
+        if found := verdict(self.bad_steps, self.saver.directory, self.step):
+            self.write_checkpoint()
+            self.finish_saves()
+            raise found
 
     def evaluate_if_due(self) -> None:
         """Loss on the validation data, into the log."""
@@ -185,30 +181,45 @@ class Trainer:
         return run_states.run_state(self.optimizer, self.loss_scale, self.spike_guard)
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
-        if self.saver.last_step == self.step:
-            return
+        """Write a checkpoint of this step, unless there is one."""
+        if self.saver.last_step != self.step:
+            self.look_at_bad_steps()
+            self.write_checkpoint()
+
+    def write_checkpoint(self) -> None:
+        """Save what is known of this step. While updates are skipped, the checkpoints before them do not make way."""
         self.watchdog.at(self.step, "save")
-        self.saver.save(self.step, self.state(), self.metadata())
+        self.saver.save(self.step, self.state(), self.metadata(), keep_all=self.bad_steps.count > 0)
+
+    def finish_saves(self) -> None:
+        """Wait for a save in the background; one that failed is tried once more."""
+        if self.saver.settle():
+            self.write_checkpoint()
+            self.saver.wait()
+        self.report_saves()
 
     def metadata(self) -> dict[str, Any]:
         """What a checkpoint of this step says about itself."""
-        return run_states.metadata(self.config, self.step, self.consumed_samples, self.fingerprint)
+        metadata = run_states.metadata(self.config, self.step, self.consumed_samples, self.fingerprint)
+        return metadata | {BAD_STEPS: self.bad_steps.count}
 
-    def export_if_due(self) -> None:
-        """Write the weights for Hugging Face's libraries, where `checkpoint.export_hf_every` says so."""
-        every = self.config.checkpoint.export_hf_every
-        if every and (self.step % every == 0 or self.step == self.config.training.steps):
+    def export_if_due(self, missing_only: bool = False) -> bool:
+        """Write the weights for others where that is due after this step; with `missing_only`, what a killed run did not
+        come to. Whether there was anything to write."""
+        due = self.exports.due(self.step, missing_only)
+        for folder in due:
             self.watchdog.at(self.step, "export")
-            folder = Path(self.config.run.dir) / "hugging_face" / f"step_{self.step:09d}"
-            state, tokenizer = self.optimizer.state_dict(), self.config.data.tokenizer
-            export_state(folder, self.config.model, state, self.ranks, torch.float32, tokenizer)
-            self.report.event("export", self.step, f"step {self.step}: wrote {folder} for Hugging Face")
+            wrote = self.exports.write(folder, self.state(), self.metadata())
+            self.report.event("export", self.step, f"step {self.step}: {wrote}")
+        return bool(due)
 
     def report_saves(self) -> None:
-        """Write down the checkpoints that have been finished."""
+        """Write down the checkpoints that have been finished, and those that failed in the background."""
         for saved in self.saver.reports():
-            self.report.event("checkpoint", saved.step, str(saved), stall_seconds=saved.stall_seconds)
+            if isinstance(saved, NotSaved):
+                self.report.event("save failed", self.step, str(saved))
+            else:
+                self.report.event("checkpoint", saved.step, str(saved), stall_seconds=saved.stall_seconds)
 
     def resume(self) -> None:
         """Start from what the [checkpoint] section says: a checkpoint, another run's weights, or anew."""
@@ -227,6 +238,7 @@ class Trainer:
             return
         saved = store.load(start.path, state, self.ranks, lenient=run_states.OPTIONAL, verified=True)
         run_states.check_fits(saved, self.config, self.fingerprint)
+        go_on(self.bad_steps, saved, self.config, self.saver.directory)
         self.optimizer.after_load()
         self.step, self.consumed_samples = saved["step"], saved["consumed_samples"]
         show(f"resumed {start.path} at step {self.step}")

@@ -143,42 +143,86 @@ def test_nan_batch_is_skipped_by_all_ranks_and_its_samples_are_logged(corpus, tm
     assert losses[4] is None and all(loss is not None for loss in losses[5:]) and losses[-1] < losses[0]
 
 
-def test_too_many_bad_steps_end_the_run_with_a_saved_state(corpus, tmp_path):
+def test_too_many_bad_steps_end_the_run_with_a_saved_state_until_a_setting_changes(corpus, undisturbed, tmp_path):
     def arrange() -> None:
         call = TrainStep.__call__
 
         def faulty(self, batch, rate):
-            if batch.consumed_samples > 5 * 8:
+            if 5 * 8 < batch.consumed_samples <= 8 * 8:
                 nan_loss(self)
             return call(self, batch, rate)
 
         TrainStep.__call__ = faulty  # type: ignore[method-assign]
 
-    with pytest.raises(RankError, match="3 steps in a row .* training.max_bad_steps = 2"):
-        run(settings(corpus, tmp_path, TWO_RANKS, "--training.max_bad_steps=2"), arrange)
-    assert saved(tmp_path) == ["step_000000004", "step_000000008"]
+    for start in arrange, restarted(on_rank=1):
+        with pytest.raises(RankError, match="3 steps in a row .* training.max_bad_steps = 2.*step_000000004\" is the newest"):
+            run(settings(corpus, tmp_path, TWO_RANKS, "--training.max_bad_steps=2"), start)
+        assert saved(tmp_path) == ["step_000000004", "step_000000008"] and len(curve(tmp_path)) == 8
+    run(settings(corpus, tmp_path, TWO_RANKS, "--training.max_bad_steps=3"))
+    assert len(curve(tmp_path)) == 12 and curve(tmp_path)[-1][1] is not None
+    older = f"--checkpoint.resume={tmp_path}/checkpoints/step_000000004"
+    run(settings(corpus, tmp_path, TWO_RANKS, "--training.max_bad_steps=2", older))
+    assert curve(tmp_path) == undisturbed
+
+
+def test_a_run_that_diverges_erases_none_of_its_good_checkpoints(corpus, tmp_path):
+    kept = ["--parallel.dp=1", "--checkpoint.save_every=2", "--checkpoint.keep_last=3", "--checkpoint.async=true"]
+    run(settings(corpus, tmp_path, *kept, "--training.steps=6"))
+    diverging = settings(corpus, tmp_path, *kept, "--training.steps=40", "--optimizer.lr=1e30", "--training.max_bad_steps=4")
+    for _ in range(2):
+        with pytest.raises(RankError, match="5 steps in a row .* training.max_bad_steps = 4"):
+            run(diverging, restarted(on_rank=0))
+        assert saved(tmp_path) == [f"step_{step:09d}" for step in (2, 4, 6, 8, 10, 12)]
+    good = tmp_path / "checkpoints" / "step_000000006"
+    run(settings(corpus, tmp_path, *kept, "--training.steps=8", f"--checkpoint.resume={good}"))
+    assert saved(tmp_path) == [f"step_{step:09d}" for step in (4, 6, 8)] and curve(tmp_path)[-1][1] is not None
+
+
+def full_disk(*steps: int) -> Callable[[], None]:
+    """Let rank 1 find no space, once for each of these checkpoints. Every second step waits for saves in the background."""
+
+    def arrange() -> None:
+        write, call, failing = files.ChecksumStream.write, TrainStep.__call__, {f"step_{step:09d}" for step in steps}
+
+        def failing_once(self: files.ChecksumStream, data: bytes) -> int:
+            folder = Path(str(self.raw.name)).parent.name.split(files.TEMPORARY)[0]
+            if dist.get_rank() == 1 and folder in failing:
+                failing.remove(folder)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(self, data)
+
+        def waiting(self, batch, rate):
+            if batch.consumed_samples % 16 == 0:
+                for thread in threading.enumerate():
+                    if thread.name == "checkpoint":
+                        thread.join()
+            return call(self, batch, rate)
+
+        files.ChecksumStream.write = failing_once  # type: ignore[method-assign]
+        TrainStep.__call__ = waiting  # type: ignore[method-assign]
+
+    return arrange
 
 
 @pytest.mark.parametrize("in_background", ["false", "true"])
 def test_full_disk_ends_the_run_with_a_sentence_and_what_was_saved_before_is_whole(
     corpus, undisturbed, tmp_path, in_background
 ):
-    def full_disk() -> None:
-        write = files.ChecksumStream.write
-
-        def failing(self: files.ChecksumStream, data: bytes) -> int:
-            if dist.get_rank() == 1 and "step_000000008" in str(self.raw.name):
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return write(self, data)
-
-        files.ChecksumStream.write = failing  # type: ignore[method-assign]
-
     config = settings(corpus, tmp_path, TWO_RANKS, f"--checkpoint.async={in_background}")
-    with pytest.raises(RankError, match="Saving the checkpoint of step 8 .* rank 1.*No space left on device"):
-        run(config, full_disk)
+    with pytest.raises(RankError, match="Saving the checkpoint of step .* rank 1.*No space left on device"):
+        run(config, full_disk(*range(8, 13)))
     assert saved(tmp_path) == ["step_000000004"]
     run(config)
     assert curve(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("failing, again", [(8, (9, 10, 11)), (12, (12,))])
+def test_save_that_fails_in_the_background_is_told_at_once_and_tried_again(corpus, undisturbed, tmp_path, failing, again):
+    run(settings(corpus, tmp_path, TWO_RANKS, "--checkpoint.async=true"), full_disk(failing))
+    (event,) = events(tmp_path, "save failed")
+    assert f"Saving the checkpoint of step {failing}" in event["message"] and "the next save tries again" in event["message"]
+    assert event["step"] in again and f"step_{event['step']:09d}" in saved(tmp_path)
+    assert saved(tmp_path)[-1] == "step_000000012" and curve(tmp_path) == undisturbed
 
 
 def test_flipped_bit_costs_the_steps_since_the_checkpoint_before(corpus, undisturbed, tmp_path, capfd):

@@ -162,6 +162,66 @@ def test_damaged_later_checkpoint_does_not_cost_the_newest_whole_one(tmp_path: P
     assert steps(tmp_path) == ["step_000000150", "step_000000200"]
 
 
+def test_nothing_makes_way_while_updates_are_skipped(tmp_path: Path) -> None:
+    keeper = saver.Saver(tmp_path, Checkpoint(keep_last=2))
+    for step in range(1, 6):
+        keeper.save(step, one_tensor(step), {}, keep_all=step in (3, 4))
+        assert len(steps(tmp_path)) == {1: 1, 2: 2, 3: 3, 4: 4, 5: 2}[step]
+
+
+def test_checkpoint_that_lacks_a_file_is_not_counted_among_those_kept(tmp_path: Path) -> None:
+    keeper = saver.Saver(tmp_path, Checkpoint(keep_last=2))
+    for step in (1, 2):
+        keeper.save(step, one_tensor(step), {})
+    next(files.step_folder(tmp_path, 2).glob("*.distcp")).unlink()
+    keeper.save(3, one_tensor(3.0), {})
+    assert steps(tmp_path) == [f"step_{step:09d}" for step in (1, 2, 3)]
+
+
+def test_old_checkpoint_that_cannot_be_deleted_does_not_cost_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = saver.Saver(tmp_path, Checkpoint(keep_last=1))
+    keeper.save(1, one_tensor(1.0), {})
+    rename = Path.rename
+
+    def kept(self: Path, target: Path) -> Path:
+        if self.name == "step_000000001":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", kept)
+    keeper.save(2, one_tensor(2.0), {})
+    assert steps(tmp_path) == ["step_000000001", "step_000000002"]
+    assert "could not delete step 1: Permission denied" in str(keeper.reports()[-1])
+
+
+def test_second_failure_in_the_background_is_raised_and_the_first_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    background, broken = saver.Saver(tmp_path, BACKGROUND), threading.Event()
+    write = store.save
+
+    def failing(*arguments: object) -> Path:
+        if broken.is_set():
+            raise UserError("No space left on device")
+        return write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "save", failing)
+    for _ in range(2):  # a success in between forgives
+        broken.set()
+        background.save(1, one_tensor(1.0), {})
+        assert background.settle() and background.last_step is None and not background.settle()
+        assert "No space left on device; the next save tries again" in str(background.reports()[-1])
+        broken.clear()
+        background.save(2, one_tensor(2.0), {})
+        assert not background.settle() and background.last_step == 2
+    broken.set()
+    background.save(3, one_tensor(3.0), {})
+    background.save(4, one_tensor(4.0), {})
+    with pytest.raises(UserError, match="No space left"):
+        background.save(5, one_tensor(5.0), {})
+    assert steps(tmp_path) == ["step_000000002"]
+
+
 def test_failed_save_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keeper = saver.Saver(tmp_path, Checkpoint(keep_last=1))
     keeper.save(1, one_tensor(1.0), {})

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import train as entry
 from neox_native.checkpoint.interop import CheckpointReader
-from neox_native.checkpoint.interop_hf import HuggingFaceReader
+from neox_native.checkpoint.interop_hf import HuggingFaceReader, export_state
+from neox_native.config.check import require
+from neox_native.train import exports
 from tests.interop.models import assert_equal, weights
+from tests.ranks import RankError, run_ranks
 from tests.train.test_run import corpus, run, settings
 
 __all__ = ["corpus"]
@@ -27,6 +32,43 @@ def test_an_export_holds_the_weights_of_its_step(corpus, tmp_path, layout):
         found, saved = HuggingFaceReader(path), CheckpointReader(tmp_path / "checkpoints" / path.name)
         assert found.model == saved.model
         assert_equal(weights(found, found.model), weights(saved, saved.model))
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_what_a_kill_between_save_and_export_left_out_is_exported_by_the_restart(corpus, tmp_path, step):
+    config = settings(corpus, tmp_path, *EXPORT, "--parallel.dp=1", "--checkpoint.export=bf16")
+
+    def train() -> None:
+        def kill(folder, *_):
+            assert step != int(folder.name[-9:]), "killed here"
+            return export_state(folder, *_)
+
+        exports.export_state = kill
+        entry.train(require(config, 1), torch.device("cpu"))
+
+    with pytest.raises(RankError, match="killed here"):
+        run_ranks(1, train)
+    folder = tmp_path / "hugging_face" / f"step_{step:09d}"
+    assert not folder.exists() and (tmp_path / "checkpoints" / folder.name).is_dir()
+    run(config)
+    found, saved = HuggingFaceReader(folder), CheckpointReader(tmp_path / "checkpoints" / folder.name)
+    assert_equal(weights(found, found.model), weights(saved, saved.model))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*") if path.parent.name in ("hugging_face", "weights")}
+    assert {path.parent.name for path in before} == {"hugging_face", "weights"}
+    run(config)  # what is there is not written again
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_exports_of_an_abandoned_branch_are_set_aside(corpus, tmp_path):
+    config = [*EXPORT, "--parallel.dp=1", "--checkpoint.export=fp32"]
+    run(settings(corpus, tmp_path, *config))
+    for start, aside in (f"{tmp_path}/checkpoints/step_000000002", {"checkpoints", "hugging_face", "weights"}), ("none", None):
+        run(settings(corpus, tmp_path, *config, f"--checkpoint.resume={start}"))
+        assert [path.name for path in sorted((tmp_path / "hugging_face").iterdir())] == ["step_000000002", "step_000000003"]
+        if aside:
+            assert {path.name for path in (tmp_path / "before-1").iterdir()} == aside
+            assert [path.name for path in (tmp_path / "before-1" / "hugging_face").iterdir()] == ["step_000000003"]
+    assert {"hugging_face", "weights"} <= {path.name for path in (tmp_path / "before-2").iterdir()}
 
 
 def test_a_run_that_cannot_be_exported_is_refused_before_its_first_step(corpus, tmp_path):

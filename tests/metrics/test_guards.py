@@ -48,6 +48,17 @@ def test_too_many_in_a_row_end_the_run_though_a_good_step_followed_before_the_lo
     assert len(counter.collect()) == 3 and "3 steps in a row" in str(counter.verdict())
 
 
+def test_bad_steps_before_a_restart_count() -> None:
+    counter, later = BadSteps(Training(max_bad_steps=2)), BadSteps(Training(max_bad_steps=2))
+    for step in (1, 2):
+        counter.record(step, (), torch.tensor(True))
+    assert len(counter.collect()) == counter.count == 2
+    later.go_on_from(counter.count)
+    assert later.verdict() is None
+    later.record(3, (), torch.tensor(True))
+    assert later.collect()[0].in_a_row == later.count == 3 and later.verdict() is not None
+
+
 def test_zero_limit_never_ends_the_run() -> None:
     counter = BadSteps(Training(max_bad_steps=0))
     for step in range(50):

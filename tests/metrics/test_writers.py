@@ -87,6 +87,18 @@ def test_torn_event_makes_way_for_the_next_one(tmp_path: Path) -> None:
     assert [event["step"] for event in lines(tmp_path, "events.jsonl")] == [1, 2, 3]
 
 
+def test_restart_before_an_evaluation_leaves_it_to_be_written_once(tmp_path: Path) -> None:
+    for resumed_step in 0, 4:  # it was killed after step 6 and resumed at step 4
+        writer, _ = writers(tmp_path, resumed_step)
+        for step in range(resumed_step + 2, 8, 2):
+            writer.event("evaluation", step, "validation loss 2.1", loss=2.1)
+            writer.event("checkpoint", step, "saved")
+        writer.close()
+    kinds = [(event["kind"], event["step"]) for event in lines(tmp_path, "events.jsonl")]
+    assert [step for kind, step in kinds if kind == "evaluation"] == [2, 4, 6]
+    assert [step for kind, step in kinds if kind == "checkpoint"] == [2, 4, 6, 6]  # it was saved twice indeed
+
+
 def test_full_disk_is_one_sentence(tmp_path: Path) -> None:
     for name in "metrics.jsonl", "events.jsonl":
         (tmp_path / name).symlink_to("/dev/full")

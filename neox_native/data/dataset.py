@@ -180,6 +180,8 @@ class TokenDataset:
     def _gather(self, files: IndexedDataset, segments: list[Segment], padding: int) -> np.ndarray:
         parts = [files.get(*segment) for segment in segments]
         missing = self.seq_length + 1 - sum(len(part) for part in parts)
+        if missing and self.corpus.packing == "packed":
+            raise UserError(f"data: {files.prefix} ends {missing:,} tokens before a row of it does; prepare it again.")
         if missing:
             parts.append(np.full(missing, padding, files.dtype))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

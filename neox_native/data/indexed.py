@@ -33,6 +33,8 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 MAX_TOKENS_PER_DOCUMENT = 2**31 - 1
 """Sizes are stored as i32."""
+PIECE = 2**16
+"""Entries of an index that are checked at once."""
 IGNORED = -100
 """Label of a token that the model is not trained to predict."""
 
@@ -69,6 +71,9 @@ class IndexedDataset:
         """First sequence of each document and, at the end, N; i64 [D]."""
         self.num_bytes = self.bin_path.stat().st_size
         self._check_sizes()
+        self._check_documents()
+        if num_starts == 1:
+            self.document_starts = np.arange(num_sequences + 1)
         self._tokens = (
             np.memmap(self.bin_path, self.dtype, mode="r").view(np.ndarray)
             if self.num_bytes
@@ -76,13 +81,22 @@ class IndexedDataset:
         )
 
     def _check_sizes(self) -> None:
+        """Pointers are redundant: each is the running total of the sizes before it, and the last size ends the .bin."""
         if len(self.sizes) and self.sizes.min() < 0:
-            document = int(self.sizes.argmin())
-            raise UserError(
-                f"data: {self.idx_path} gives document {document} a negative size; it is damaged, prepare it again."
-            )
-        itemsize = self.dtype.itemsize
-        expected = int(self.pointers[-1]) + int(self.sizes[-1]) * itemsize if len(self.sizes) else 0
+            document = int((self.sizes < 0).argmax())
+            raise self._damaged(f"gives document {document} a negative size")
+        itemsize, expected = self.dtype.itemsize, 0
+        for first in range(0, len(self), PIECE):
+            ends = expected + itemsize * np.cumsum(self.sizes[first : first + PIECE], dtype=np.int64)
+            starts = np.concatenate([[expected], ends[:-1]])
+            wrong = np.flatnonzero(self.pointers[first : first + PIECE] != starts)
+            if len(wrong):
+                document = first + int(wrong[0])
+                raise self._damaged(
+                    f"lets document {document} start at byte {self.pointers[document]:,} of {self.bin_path.name}, but "
+                    f"those before it end at byte {starts[wrong[0]]:,}"
+                )
+            expected = int(ends[-1])
         if self.num_bytes != expected:
             state = "truncated" if self.num_bytes < expected else "too long"
             raise UserError(
@@ -90,6 +104,24 @@ class IndexedDataset:
                 f"{expected:,}; "
                 "copy or prepare the pair again."
             )
+
+    def _check_documents(self) -> None:
+        """The first starts at sequence 0, none before the one in front of it, and the last ends with the sequences. A
+        single 0 tells nothing: some programs know sequences alone."""
+        starts, before = self.document_starts, 0
+        for first in range(0, len(starts), PIECE):
+            piece = starts[first : first + PIECE]
+            back = np.flatnonzero(piece < np.concatenate([[before], piece[:-1]]))
+            if len(back):
+                document = first + int(back[0])
+                raise self._damaged(f"lets document {document} start at sequence {starts[document]:,}, before the one in front")
+            before = int(piece[-1])
+        span = [int(start) for start in starts[:: max(1, len(starts) - 1)]]
+        if span not in ([0], [0, len(self)]):
+            raise self._damaged(f"has {len(self):,} sequences, but its documents go from {' to '.join(map(str, span)) or 'none'}")
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"data: {self.idx_path} {what}; it is damaged, prepare it again.")
 
     def __len__(self) -> int:
         """Number of sequences; each is a document."""

@@ -24,6 +24,13 @@ def test_a_corpus_shorter_than_one_sample_is_refused(tmp_path: Path) -> None:
         datasets(prefix, split="1")
 
 
+def test_a_packed_row_never_falls_short(prefix: str) -> None:
+    data = datasets(prefix).train
+    data.files.pointers = data.files.pointers + data.files.num_bytes  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=f"{prefix} ends 9 tokens before a row of it does"):
+        data.sample(0)
+
+
 def test_validation_reads_the_second_part_of_the_split(prefix: str, documents: list[list[int]]) -> None:
     data = datasets(prefix, split="2,1,1", eval_every=2)
     expected = neox_samples(documents, 30, 45, SEQ_LENGTH, (6 // 2 + 1) * 2 * 12, SEED)

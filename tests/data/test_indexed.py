@@ -6,14 +6,16 @@ import errno
 import os
 import resource
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from neox_native.data import indexed
 from neox_native.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from neox_native.data.prepare import join
 from neox_native.errors import UserError
 from tests.data.corpora import CODES, file_bytes, random_documents, write_files
 
@@ -147,6 +149,53 @@ def test_damage_is_named(tmp_path: Path, end: str, change: object, sentence: str
     damaged(prefix, end, change)
     with pytest.raises(UserError, match=sentence):
         IndexedDataset(prefix)
+
+
+def index(pointers: list[int], starts: list[int]) -> Callable[[bytes], bytes]:
+    """Gives an .idx of three sequences, of which the first has 2 tokens, the second none and the third 1, other tables."""
+    return lambda old: (
+        old[:26] + struct.pack("<Q3i", len(starts), 2, 0, 1) + struct.pack(f"<{3 + len(starts)}q", *pointers, *starts)
+    )
+
+
+@pytest.mark.parametrize(
+    "pointers, starts, sentence",
+    [
+        ([0, 10**15, 4], [0, 1, 2, 3], "document 1 start at byte 1,000,000,000,000,000 of text.bin, but .* end at byte 4"),
+        ([2, 6, 6], [0, 1, 2, 3], "document 0 start at byte 2 "),
+        ([0, 4, 3], [0, 1, 2, 3], "document 2 start at byte 3 .* end at byte 4; it is damaged, prepare it again"),
+        ([-(2**63), 4, 4], [0, 1, 2, 3], "document 0 start at byte -9,223"),
+        ([0, 4, 4], [0, 2, 1, 3], "document 2 start at sequence 1, before the one in front"),
+        ([0, 4, 4], [-1, 1, 2, 3], "document 0 start at sequence -1, before"),
+        ([0, 4, 4], [1, 1, 2, 3], "has 3 sequences, but its documents go from 1 to 3"),
+        ([0, 4, 4], [0, 1, 2, 4], "has 3 sequences, but its documents go from 0 to 4"),
+        ([0, 4, 4], [0, 1, 2], "has 3 sequences, but its documents go from 0 to 2"),
+        ([0, 4, 4], [7], "has 3 sequences, but its documents go from 7"),
+        ([0, 4, 4], [], "has 3 sequences, but its documents go from none"),
+    ],
+)
+@pytest.mark.parametrize("piece", [1, 2, 100])
+def test_an_index_that_contradicts_itself_is_neither_read_nor_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pointers: list[int], starts: list[int], sentence: str, piece: int
+) -> None:
+    monkeypatch.setattr(indexed, "PIECE", piece)
+    prefix = write_files(tmp_path / "text", [[1, 2], [], [3]])
+    join([Path(prefix)], tmp_path / "before")
+    damaged(prefix, ".idx", index(pointers, starts))
+    with pytest.raises(UserError, match=sentence):
+        IndexedDataset(prefix)
+    with pytest.raises(UserError, match=sentence):
+        join([tmp_path / "before", Path(prefix)], tmp_path / "merged")
+    assert not list(tmp_path.glob("merged*"))
+
+
+@pytest.mark.parametrize("starts", [[0, 1, 2, 3], [0, 0, 2, 3], [0, 3], [0]])
+def test_documents_may_span_sequences_and_may_be_untold(tmp_path: Path, starts: list[int]) -> None:
+    prefix = write_files(tmp_path / "text", [[1, 2], [], [3]])
+    damaged(prefix, ".idx", index([0, 4, 4], starts))
+    assert IndexedDataset(prefix).document_starts.tolist() == (starts if len(starts) > 1 else [0, 1, 2, 3])
+    join([Path(prefix), Path(prefix)], tmp_path / "merged")
+    assert len(IndexedDataset(tmp_path / "merged")) == 6
 
 
 @pytest.mark.parametrize("end", [".idx", ".bin"])

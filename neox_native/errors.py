@@ -10,14 +10,32 @@ from contextlib import contextmanager
 class UserError(ValueError):
     """A mistake in a setting, a file or a command: its message is one sentence (or a few) that names the
     setting, its value, the limit and a way out. Entry points print the message alone and exit with status 1;
-    every other exception is a bug of ours and keeps its traceback."""
+    every other exception but an `OSError` is a bug of ours and keeps its traceback."""
+
+
+def in_words(error: OSError) -> str:
+    """What the system said, and of which file: "No space left on device (runs/a/metrics.jsonl)"."""
+    said = error.strerror or str(error) or type(error).__name__
+    return said if error.filename is None else f"{said} ({error.filename})"
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Name the file in an `OSError` of the body that does not: one of a write names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
 def report_user_errors(prefix: str = "error") -> Iterator[None]:
-    """Print a `UserError` as a sentence and exit with status 1."""
+    """Print a `UserError`, or what the system refused, as a sentence and exit with status 1."""
     try:
         yield
-    except UserError as error:
-        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+    except (UserError, OSError) as error:
+        sentence = f"{in_words(error)}." if isinstance(error, OSError) else str(error)
+        print(f"{prefix}: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "neox_native"
 LAYERS = [
     {"errors"},
+    {"plain_files"},
     {"config"},
     {"durable"},
     {"mesh", "model", "data"},

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from neox_native.errors import UserError
+from neox_native.errors import UserError, in_words
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,6 @@ class Ranks:
     def _describe(self, error: Exception | None) -> _Failure | None:
         if error is None:
             return None
-        named = isinstance(error, OSError) and error.filename is not None
-        message = f"{error.strerror} ({error.filename})" if named else str(error)
+        message = in_words(error) if isinstance(error, OSError) else str(error)
         of_the_user = isinstance(error, (UserError, OSError))
         return _Failure(self.rank, socket.gethostname(), type(error).__name__, message, of_the_user)

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from neox_native.durable import TEMPORARY
-from neox_native.errors import UserError
+from neox_native.errors import UserError, in_words, naming
+from neox_native.plain_files import is_plain_name, read_json
 
 MANIFEST = "manifest.json"
 METADATA = "metadata.json"
@@ -42,16 +43,22 @@ def step_folder(directory: Path, step: int) -> Path:
 
 def step_of(path: Path) -> int | None:
     """Step of a checkpoint folder, or None where the name is not one of a finished checkpoint."""
-    match = re.fullmatch(r"step_(\d{9,})", Path(path).name)
+    match = re.fullmatch(r"step_([0-9]{9,})", Path(path).name)
     return int(match.group(1)) if match else None
 
 
 def finished(directory: Path) -> list[Path]:
-    """Folders under their final names, newest step first; empty where there is no such directory."""
+    """Folders under their final names, newest step first; empty where there is no such directory.
+
+    Raises `UserError` where it may not be read.
+    """
     directory = Path(directory)
-    if not directory.is_dir():
-        return []
-    found = [path for path in directory.iterdir() if step_of(path) is not None and path.is_dir()]
+    try:
+        if not directory.is_dir():
+            return []
+        found = [path for path in directory.iterdir() if step_of(path) is not None and path.is_dir()]
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {in_words(error)}.") from None
     return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
 
 
@@ -62,21 +69,23 @@ class ChecksumStream(io.BufferedWriter):
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         super().__init__(io.FileIO(path, "wb"), buffer_size=1 << 20)
         self.crc32 = 0
         self.size = 0
         self._helper = ThreadPoolExecutor(max_workers=1)
 
     def write(self, data: Any) -> int:
-        if len(data) < LARGE_BYTES:
-            self.crc32 = zlib.crc32(data, self.crc32)
-            written = super().write(data)
-        else:
-            crc32 = self._helper.submit(zlib.crc32, data, self.crc32)
-            try:
+        with naming(self.path):
+            if len(data) < LARGE_BYTES:
+                self.crc32 = zlib.crc32(data, self.crc32)
                 written = super().write(data)
-            finally:
-                self.crc32 = crc32.result()  # the helper must have left `data` before it goes
+            else:
+                crc32 = self._helper.submit(zlib.crc32, data, self.crc32)
+                try:
+                    written = super().write(data)
+                finally:
+                    self.crc32 = crc32.result()  # the helper must have left `data` before it goes
         self.size += written
         return written
 
@@ -84,11 +93,12 @@ class ChecksumStream(io.BufferedWriter):
         if self.closed:
             return
         self._helper.shutdown()
-        try:
-            self.flush()  # fsync writes what the kernel has, not what waits in this buffer
-            os.fsync(self.fileno())
-        finally:
-            super().close()
+        with naming(self.path):
+            try:
+                self.flush()  # fsync writes what the kernel has, not what waits in this buffer
+                os.fsync(self.fileno())
+            finally:
+                super().close()
 
     @property
     def record(self) -> Record:
@@ -106,13 +116,20 @@ def write_json(path: Path, value: Any) -> Record:
 def read_manifest(path: Path) -> dict[str, Record]:
     """Records of a checkpoint's files by name. Raises `UserError` naming the file that is missing or damaged."""
     manifest = Path(path) / MANIFEST
-    try:
-        files = json.loads(manifest.read_text())["files"]
-        return {str(name): {"bytes": int(file["bytes"]), "crc32": str(file["crc32"])} for name, file in files.items()}
-    except FileNotFoundError:
-        raise UserError(f"{manifest} is missing: this is not a complete checkpoint.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{manifest} is damaged: it is not the JSON that was written.") from None
+    records = read_json(manifest, missing="this is not a complete checkpoint").get("files")
+    if not isinstance(records, dict) or not all(map(_is_record, records.values())):
+        raise UserError(f"{manifest} is damaged: it does not tell the size and the crc32 of each file.")
+    elsewhere = next((name for name in records if not is_plain_name(name)), None)
+    if elsewhere is not None:
+        raise UserError(f"{manifest} is refused: it lists {ascii(elsewhere)[:100]}, which is no file of this checkpoint.")
+    return records
+
+
+def _is_record(value: Any) -> bool:
+    known = isinstance(value, dict) and value.keys() == {"bytes", "crc32"}
+    if not known or type(value["bytes"]) is not int or type(value["crc32"]) is not str:
+        return False
+    return 0 <= value["bytes"] < 1 << 63 and re.fullmatch("[0-9a-f]{8}", value["crc32"]) is not None
 
 
 def damage(file: Path, record: Record) -> str | None:
@@ -131,6 +148,15 @@ def damage(file: Path, record: Record) -> str | None:
     return None
 
 
+def wrong_step(path: Path) -> str | None:
+    """Where what a checkpoint says of its step is not what its folder's name says, that as a sentence; else None."""
+    named = step_of(Path(path).absolute())
+    told = read_metadata(path).get("step", named)
+    if named is None or told == named:
+        return None
+    return f"{Path(path) / METADATA} is of step {told!r:.20}, but its folder's name is of step {named}; mend the name"
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """What the run said about itself when it saved: the JSON given to `save`. Raises `UserError` where it is not
     whole."""
@@ -141,10 +167,4 @@ def read_metadata(path: Path) -> dict[str, Any]:
     problem = damage(file, record)
     if problem is not None:
         raise UserError(problem + ".")
-    try:
-        metadata = json.loads(file.read_text())
-    except ValueError:
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise UserError(f"{file} is refused: it is not a JSON object.")
-    return metadata
+    return read_json(file)

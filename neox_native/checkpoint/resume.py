@@ -39,7 +39,7 @@ def find_start(
         newest = store.newest(directory, ranks, report)
         if newest is not None:
             return Start(newest, weights_only=False)
-        damaged = ranks.from_first(files.finished(directory))
+        damaged = store.saved_in(directory, ranks)
         if damaged:
             raise UserError(
                 f"None of the {len(damaged)} checkpoints in {directory} is whole; mend one, move them away, "

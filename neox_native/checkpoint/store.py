@@ -8,12 +8,13 @@ shapes are those of the whole model, so a checkpoint knows nothing of the layout
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from neox_native.checkpoint import files
 from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.safe import INDEX, SafeLoadPlanner, SafeReader, read_index
 from neox_native.durable import sync_folder
-from neox_native.errors import UserError
+from neox_native.errors import UserError, in_words
 
 State = dict[str, torch.Tensor]
 NAMES_SHOWN = 5
@@ -186,25 +187,46 @@ def _dcp(ranks: Ranks) -> Iterator[None]:
 
 
 def find_damage(path: Path, ranks: Ranks) -> list[str]:
-    """Check every file of a checkpoint against its manifest, shared out over the ranks; the complaints, the same on
-    all ranks."""
-    complaints = []
+    """Check every file of a checkpoint against its manifest, shared out over the ranks, then that its index tells where
+    in these files its tensors lie and that it is of the step that its name says; the complaints, the same on all ranks."""
+    complaints = _complaints(lambda: _damaged_files(path, ranks), ranks)
+    return complaints or _complaints(lambda: _damaged_content(path) if ranks.rank == 0 else [], ranks)
+
+
+def _complaints(find: Callable[[], list[str | None]], ranks: Ranks) -> list[str]:
+    """What all ranks find."""
     try:
-        records = files.read_manifest(path)
-        for number, (name, record) in enumerate(sorted(records.items())):
-            if number % ranks.size == ranks.rank:
-                complaints.append(files.damage(Path(path) / name, record))
-        unlisted = [name for name in (INDEX, files.METADATA) if name not in records]
-        complaints += [f"{path / name} is missing from the manifest" for name in unlisted]
-    except (UserError, OSError) as error:
-        complaints.append(str(error).rstrip("."))
-    return sorted({complaint for part in ranks.gather(complaints) for complaint in part if complaint is not None})
+        found = find()
+    except UserError as error:
+        found = [str(error).rstrip(".")]
+    except OSError as error:
+        found = [in_words(error)]
+    return sorted({complaint for part in ranks.gather(found) for complaint in part if complaint is not None})
+
+
+def _damaged_files(path: Path, ranks: Ranks) -> list[str | None]:
+    records = files.read_manifest(path)
+    unlisted = [f"{path / name} is missing from the manifest" for name in (INDEX, files.METADATA) if name not in records]
+    mine = sorted(records.items())[ranks.rank :: ranks.size]
+    return [*unlisted, *(files.damage(Path(path) / name, record) for name, record in mine)]
+
+
+def _damaged_content(path: Path) -> list[str | None]:
+    read_index(path)
+    return [files.wrong_step(path)]
+
+
+def saved_in(directory: Path, ranks: Ranks) -> list[Path]:
+    """`files.finished` as rank 0 sees it. A collective."""
+    with ranks.together(f"Looking for checkpoints in {directory}"):
+        found = files.finished(directory) if ranks.rank == 0 else []
+    return ranks.from_first(found)
 
 
 def newest(directory: Path, ranks: Ranks, report: Any = print) -> Path | None:
     """Folder of the newest checkpoint that is whole, or None. Damaged ones are reported by file and skipped. A
     collective."""
-    for path in ranks.from_first(files.finished(directory)):
+    for path in saved_in(directory, ranks):
         complaints = find_damage(path, ranks)
         if not complaints:
             return path
@@ -275,4 +297,4 @@ def _covered(entry: Any) -> bool:
     """Whether the boxes of a saved tensor have as many elements as the tensor."""
     if not isinstance(entry, TensorStorageMetadata):
         return True
-    return sum(torch.Size(chunk.sizes).numel() for chunk in entry.chunks) == torch.Size(entry.size).numel()
+    return sum(math.prod(chunk.sizes) for chunk in entry.chunks) == math.prod(entry.size)

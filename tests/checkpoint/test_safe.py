@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import random
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -127,10 +129,10 @@ def test_index_of_other_types_than_dcp_writes_is_refused_in_a_sentence(path: Pat
         store.load(path, {"model.a": torch.zeros(3)}, Ranks())
 
 
-@pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff"])
+@pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff", b"[" * 200_000, b'{"step": 1e999}', b'{"step": NaN}'])
 def test_metadata_that_is_no_json_object_is_refused(path: Path, content: bytes) -> None:
     rewrite(path / files.METADATA, content)
-    with pytest.raises(UserError, match="metadata.json is refused: it is not a JSON object"):
+    with pytest.raises(UserError, match="metadata.json is refused: it is not (a JSON object|UTF-8 text)"):
         files.read_metadata(path)
 
 
@@ -154,9 +156,61 @@ def test_tensor_with_a_missing_part_is_refused(path: Path) -> None:
         store.load(path, {"model.a": torch.zeros(3)}, Ranks())
 
 
-def test_unpickler_admits_what_plain_dcp_writes(tmp_path: Path) -> None:
+def test_plain_dcps_index_is_read_as_pickle_reads_it(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="single process"):
         state = {"a": torch.ones(2), "b": {"c": torch.ones(2, dtype=torch.bfloat16)}}
         dcp.save(state, checkpoint_id=tmp_path / "plain")
-    with open(tmp_path / "plain" / ".metadata", "rb") as file:
-        assert set(safe._DcpUnpickler(file).load().state_dict_metadata) == {"a", "b.c"}
+    data = (tmp_path / "plain" / ".metadata").read_bytes()
+    found, expected = safe.parse_index(data, {"__0_0.distcp": {"bytes": 1 << 40}}), pickle.loads(data)
+    assert found.state_dict_metadata == expected.state_dict_metadata and set(found.state_dict_metadata) == {"a", "b.c"}
+    assert found.storage_data == expected.storage_data
+
+
+def text(word: str) -> bytes:
+    return b"\x8c" + bytes([len(word)]) + word.encode()
+
+
+POSIX_PATH = text("pathlib") + text("PosixPath") + b"\x93"
+HOSTILE = {
+    "an attribute of a class": POSIX_PATH + b"}" + text("__fspath__") + text("torch") + text("Size") + b"\x93sb.",
+    "a number of the memo": b"Nr\xff\xff\xff\x3f.",
+    "a key of nested tuples": b"})" + b"\x94h" + b"\x00\x86\x94" + b"".join(b"h%c\x86\x94" % n for n in range(1, 60)) + b"Ns.",
+    "marks in marks": b"(" * 100_000,
+    "tuples in tuples": b")" + b"\x85" * 20_000 + b".",
+    "a huge number": b"\x8a\xff" + b"\x7f" * 255 + b".",
+    "a text that ends too early": b"X\xff\xff\xff\xff",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("program", HOSTILE.values(), ids=HOSTILE.keys())
+def test_an_index_that_attacks_the_reader_is_refused_at_once(path: Path, program: bytes) -> None:
+    rewrite(path / ".metadata", b"\x80\x04" + program)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"\.metadata is refused"):
+            safe.read_index(path)
+        assert tracemalloc.get_traced_memory()[1] < (1 << 20) + 200 * len(program)
+    finally:
+        tracemalloc.stop()
+    assert "__fspath__" not in vars(type(path)) and os.fspath(path) == str(path)
+
+
+def test_a_damaged_index_is_refused_or_read_as_one_of_dcps_own_types(path: Path) -> None:
+    state = {f"model.{name}": torch.ones(n, 2, dtype=dtype) for n, (name, dtype) in enumerate(safe.DTYPES.items()) if n < 9}
+    whole = (store.save(path.parent, 2, state, {"step": 2}, Ranks()) / ".metadata").read_bytes()
+    records = files.read_manifest(path.parent / "step_000000002")
+    draw, refused = random.Random("a damaged index"), 0
+    for _ in range(600):
+        data = bytearray(whole)
+        for _ in range(draw.randint(1, 3)):
+            at, length = draw.randrange(len(data)), draw.randint(0, 12)
+            elsewhere = draw.randrange(len(data))
+            data[at : at + length] = draw.choice([draw.randbytes(length), data[elsewhere : elsewhere + 12], b""])
+        try:
+            found = safe.parse_index(bytes(data), records)
+        except UserError:
+            refused += 1
+        else:
+            assert safe.parse_index(pickle.dumps(found), records) == found
+    assert 300 < refused < 600

@@ -8,6 +8,7 @@ python tools/generate.py --checkpoint pythia-70m --temperature 0.8 --top-p 0.95 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -76,6 +77,8 @@ def read_prompts(path: Path) -> list[str]:
 
 def asked(ranks: Ranks) -> Iterator[str]:
     """Prompts typed on rank 0, until the end of its input."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # all ranks shall refuse what is no text
     while True:
         line = None
         if ranks.rank == 0:
@@ -120,7 +123,7 @@ def main(arguments: list[str]) -> None:
         ranks, speaks = Ranks(), dist.get_rank() == 0
         streams = speaks and options.samples == 1 and not options.json and not options.logprobs
         for prompt in prompts:
-            generator.encode(prompt)  # refuses a prompt that is too long before the first is answered
+            generator.encode(prompt)  # refuses what cannot be answered before it answers the first
         if len(prompts) > 1 or options.samples > 1 and prompts:
             for first in range(0, len(prompts), options.batch_size):
                 batch = prompts[first : first + options.batch_size]
@@ -129,6 +132,7 @@ def main(arguments: list[str]) -> None:
                     show(rows, batch, options)
             return
         for prompt in prompts or asked(ranks):
+            generator.encode(prompt)
             if streams:
                 print(prompt, end="", flush=True)
             rows = generator(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -95,8 +94,13 @@ def require_writable(file: str) -> None:
         raise UserError(f"--write {file} is a folder; name a file, such as {path / 'best.toml'}.")
     if not path.parent.is_dir():
         raise UserError(f"--write {file} lies in no folder that exists; create {path.parent}, or name another file.")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--write {file} may not be written by this user; name another file.")
+    existed = path.exists()
+    try:
+        open(path, "ab").close()  # permissions do not tell of read-only disks or /proc
+    except OSError as error:
+        raise UserError(f"--write {file} cannot be written: {error.strerror}; name another file.") from None
+    if not existed:
+        path.unlink()
 
 
 def validate(_options: argparse.Namespace, _overrides: list[str]) -> None:

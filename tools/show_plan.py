@@ -33,7 +33,7 @@ def rows(config: Config) -> list[tuple[str, ...]]:
 
 def main(arguments: list[str]) -> None:
     """Print the plan and what it communicates."""
-    config = from_command_line(arguments)
+    config = from_command_line(arguments, about=__doc__)
     config = require(config, config.parallel.pp * config.parallel.tp * max(config.parallel.dp, 1))
     table = [HEADER, *rows(config)]
     widths = [max(len(row[column]) for row in table) for column in range(len(HEADER))]

@@ -21,6 +21,9 @@ from neox_native.errors import UserError
 
 CONFIGS_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 COMMAND_LINE = "the command line"
+GPUS_OF_A_NODE = 8
+"""As most machines for training have; only an example on a command line rests on it."""
+SETTINGS_FOLLOW = "Any setting may follow, as --parallel.tp 2; `python train.py --help` lists them."
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -40,23 +43,30 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     return Config(**sections)
 
 
-def from_command_line(arguments: Sequence[str]) -> Config:
-    """The Config that `train.py ARGUMENTS` asks for; `--help` prints every setting and exits.
+def from_command_line(arguments: Sequence[str], about: str | None = None) -> Config:
+    """The Config that `train.py ARGUMENTS` asks for.
 
-    Raises UserError as `load` does, and where `--config` is missing.
+    `--help` exits after printing `about`, the docstring of a tool that takes the same arguments, or every setting.
+    Raises UserError as `load` does, and where `--config` is missing or given twice.
     """
-    path, rest = None, []
+    paths, rest = [], []
     remaining = iter(arguments)
     for argument in remaining:
         if argument in ("--help", "-h"):
-            sys.stdout.write(help_text())
+            sys.stdout.write(help_text() if about is None else f"{about}\n{SETTINGS_FOLLOW}\n")
             raise SystemExit(0)
         if argument == "--config":
-            path = next(remaining, None)
+            paths.append(next(remaining, ""))
         elif argument.startswith("--config="):
-            path = argument.removeprefix("--config=")
+            paths.append(argument.removeprefix("--config="))
         else:
             rest.append(argument)
+    if len(paths) > 1:
+        raise UserError(
+            f"--config is given {len(paths)} times: {', '.join(paths)}; give one file, and let it start from the other "
+            f'with extends = "{paths[0]}" at its top.'
+        )
+    path = "".join(paths)
     if not path:
         raise UserError(
             "No config file given: say --config FILE, for example --config configs/quickstart.toml; "
@@ -67,11 +77,9 @@ def from_command_line(arguments: Sequence[str]) -> Config:
 
 def dump(config: Config) -> str:
     """The whole config as TOML that loads back to an equal Config, under a comment that says how to repeat the run."""
-    parallel = config.parallel
-    ranks = "RANKS" if parallel.dp == -1 else parallel.pp * parallel.dp * parallel.tp
     lines = [
         "# Every setting of this run. To repeat it in a new folder:",
-        f"#   torchrun --standalone --nproc-per-node {ranks} train.py --config THIS_FILE --run.dir NEW_FOLDER",
+        f"#   torchrun {_launch(config)} train.py --config THIS_FILE --run.dir NEW_FOLDER",
     ]
     for section in SECTIONS:
         lines += ["", f"[{section}]"]
@@ -79,6 +87,19 @@ def dump(config: Config) -> str:
             if setting.section == section:
                 lines.append(f"{setting.dotted.removeprefix(section + '.')} = {to_toml(setting.of(config))}")
     return "\n".join(lines) + "\n"
+
+
+def _launch(config: Config) -> str:
+    """torchrun's options for the ranks of a config: one machine, or nodes of 8 GPUs where these divide the ranks."""
+    parallel = config.parallel
+    ranks = parallel.pp * parallel.dp * parallel.tp
+    if parallel.dp == -1:
+        return "--standalone --nproc-per-node RANKS"
+    if ranks <= GPUS_OF_A_NODE:
+        return f"--standalone --nproc-per-node {ranks}"
+    if ranks % GPUS_OF_A_NODE:
+        return "--nnodes NODES --nproc-per-node GPUS"
+    return f"--nnodes {ranks // GPUS_OF_A_NODE} --nproc-per-node {GPUS_OF_A_NODE}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -124,8 +145,7 @@ def _checked(document: dict[str, Any], path: Path) -> dict[str, Any]:
     values = {}
     for section, table in document.items():
         if section not in SECTIONS:
-            near = nearest(section, list(SECTIONS))
-            raise UserError(f"{path}: there is no section [{section}]; the nearest is [{near}].")
+            raise _unknown_at_the_top(section, table, path)
         if not isinstance(table, dict):
             raise UserError(f"{path}: {section} = {table!r} must be a section: write [{section}], its settings below.")
         for key, value in table.items():
@@ -135,6 +155,20 @@ def _checked(document: dict[str, Any], path: Path) -> dict[str, Any]:
             except Mismatch:
                 raise _wrong_type(setting, to_toml(value), path) from None
     return values
+
+
+def _unknown_at_the_top(name: str, value: Any, path: Path) -> UserError:
+    """What is wrong with a name outside of all sections that is none of theirs."""
+    if isinstance(value, dict):
+        return UserError(f"{path}: there is no section [{name}]; the nearest is [{nearest(name, list(SECTIONS))}].")
+    sections_of: dict[str, list[str]] = {}
+    for dotted in SETTINGS:
+        section, _, key = dotted.partition(".")
+        sections_of.setdefault(key, []).append(f"[{section}]")
+    near = name if name in sections_of else nearest(name, list(sections_of))
+    return UserError(
+        f"{path}: {name} = {to_toml(value)} stands outside of a section; write {near} below {' or '.join(sections_of[near])}."
+    )
 
 
 def _overrides(words: Sequence[str]) -> dict[str, Any]:

@@ -85,8 +85,9 @@ def documentation(setting: Setting) -> str:
 def help_text() -> str:
     """Every setting with its values, default and documentation: what `train.py --help` prints."""
     lines = [
-        "usage: torchrun --standalone --nproc-per-node RANKS train.py --config FILE [--SECTION.NAME VALUE] ...",
+        "usage: torchrun --standalone --nproc-per-node RANKS train.py --config FILE [--dry-run] [--SECTION.NAME VALUE] ...",
         "",
+        "--dry-run trains nothing: it says what each rank of the config's mesh would need and send.",
         'FILE is TOML with the sections below; `extends = "other.toml"` at its top starts from another file.',
         "The command line wins over FILE; --SECTION.NAME=VALUE is the same as --SECTION.NAME VALUE, and a bare",
         "--SECTION.NAME switches a true-or-false setting on.",

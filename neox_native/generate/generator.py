@@ -87,8 +87,11 @@ class Generator:
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt; an empty one starts as a document does, after the end of another.
 
-        Raises `UserError` where it fills the model's context.
+        Raises `UserError` where it fills the model's context, or is no text: Python marks bytes of a command line that
+        are not UTF-8 with lone surrogates.
         """
+        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise UserError(f"The prompt {ascii(prompt[:40])} is not valid UTF-8; write it as UTF-8 text.")
         tokens = self.tokenizer.encode(prompt).tolist() or [self.tokenizer.eod_id]
         if len(tokens) >= self.model.seq_length:
             raise UserError(

@@ -128,7 +128,8 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         ("[training]\nprecision = 'fp8'\n", [], ['training.precision = "fp8"', '"fp32", "bf16", "fp16"']),
         ("[data]\ntrain = 3\n", [], ["data.train = 3", "a string or a list of tables"]),
         ("training = 3\n", [], ["bad.toml", "training = 3", "[training]"]),
-        ("steps = 3\n", [], ["bad.toml", "no section [steps]"]),
+        ("steps = 3\n", [], ["bad.toml", "steps = 3 stands outside", "write steps below [training]"]),
+        ("warmup_fractoin = 3\n", [], ["bad.toml", "write warmup_fraction below [lr_schedule]"]),
         ("extends = 3\n", [], ["extends = 3"]),
         ("[run\n", [], ["bad.toml", "not valid TOML", "line 1"]),
         ("", ["--training.steps", "1e3"], ["command line", "training.steps = 1e3", "a whole number"]),
@@ -183,9 +184,11 @@ def test_dump_loads_back_to_an_equal_config(tmp_path: Path) -> None:
 
 
 def test_dump_says_how_to_repeat_the_run() -> None:
-    layout = ["--parallel.pp=2", "--parallel.dp=3", "--parallel.tp=2"]
+    layout = ["--parallel.pp=2", "--parallel.dp=2", "--parallel.tp=2"]
     assert dump(load(None, layout)).startswith("#")
-    assert "--nproc-per-node 12 train.py" in dump(load(None, layout))
+    assert "--standalone --nproc-per-node 8 train.py" in dump(load(None, layout))
+    assert "--nnodes 8 --nproc-per-node 8 train.py" in dump(load(None, [*layout, "--parallel.dp=16"]))
+    assert "--nnodes NODES --nproc-per-node GPUS train.py" in dump(load(None, [*layout, "--parallel.dp=3"]))
 
 
 def test_command_line_reads_config_and_overrides(tmp_path: Path) -> None:
@@ -201,12 +204,23 @@ def test_a_missing_config_gets_a_sentence(words: list[str]) -> None:
         from_command_line(words)
 
 
+def test_a_second_config_is_refused_and_both_are_named() -> None:
+    with pytest.raises(UserError, match="given 2 times: one.toml, two.toml"):
+        from_command_line(["--config", "one.toml", "--parallel.tp=2", "--config=two.toml"])
+
+
+def test_a_tools_help_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        from_command_line(["--help"], about="Draws a plan.")
+    assert capsys.readouterr().out.startswith("Draws a plan.\nAny setting may follow")
+
+
 def test_help_lists_every_setting_with_documentation_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         from_command_line(["--config", "absent.toml", "--help"])
     assert not end.value.code
     text = capsys.readouterr().out
-    assert text == help_text()
+    assert text == help_text() and "--dry-run" in text
     for setting in SETTINGS.values():
         assert documentation(setting), f"{setting.dotted} has no docstring"
         assert f"--{setting.dotted}  " in text

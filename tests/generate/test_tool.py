@@ -78,6 +78,12 @@ def test_on_a_mesh_only_the_first_process_prints(path, expected, layout):
     assert run_ranks(2, on_rank) == [PROMPTS[0] + expected[0].text + "\n", ""]
 
 
+def test_an_answer_typed_in_another_encoding_is_refused(path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match="is not valid UTF-8"):
+        output(capsys, "--checkpoint", path)
+
+
 def test_what_cannot_work_is_a_sentence(path, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     (tmp_path / "empty.txt").write_text("")
@@ -85,6 +91,7 @@ def test_what_cannot_work_is_a_sentence(path, tmp_path, capsys):
     nameless = checkpoint(tmp_path / "nameless")
     for arguments, sentence in (
         (["--checkpoint", path, "--prompt", "x" * 40], "has 40 tokens.*model.seq_length = 32"),
+        (["--checkpoint", path, "--prompt", "\udcff"], "is not valid UTF-8"),
         (["--checkpoint", path, "--prompts", tmp_path / "none.txt"], "none.txt cannot be read"),
         (["--checkpoint", path, "--prompts", tmp_path / "bad.jsonl"], 'line 2: is no JSON object with a "prompt"'),
         (["--checkpoint", path, "--prompts", tmp_path / "empty.txt"], "holds no prompt"),

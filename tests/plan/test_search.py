@@ -130,7 +130,9 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missing = tmp_path / "missing" / "x.toml"
-    for target, words in ((missing, "lies in no folder that exists"), (tmp_path, "is a folder; name a file")):
+    readable_only = Path("/proc/neox_native.toml")
+    refused = [(missing, "lies in no folder that exists"), (tmp_path, "is a folder; name a file"), (readable_only, "cannot be written")]
+    for target, words in refused:
         started = time.process_time()
         with pytest.raises(UserError, match=f"--write {target} {words}"):
             tool.main([*command, "--write", str(target)])

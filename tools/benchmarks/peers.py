@@ -124,11 +124,7 @@ def ours(stage: int, work: Workload, mesh: DeviceMesh, device: torch.device) -> 
 
 def plain_model(work: Workload, device: torch.device) -> Transformer:
     """The model with the same weights as ours, whole."""
-    model = Transformer(work.model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initialize.draw(name, parameter.shape, work.model, seed=0))
-    return model.to(device=device, dtype=work.dtype)
+    return Transformer(work.model, seed=0).to(device=device, dtype=work.dtype)
 
 
 def trained_by(model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer) -> Step:

@@ -15,6 +15,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +24,12 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from neox_native.config.check import require
-from neox_native.config.load import load
+from neox_native.config.load import CONFIGS_FOLDER, load
 from neox_native.config.schema import Config
 from neox_native.data.build import build_data
 from neox_native.data.loader import StepBatch, build_loader
 from neox_native.mesh import build_mesh
 from neox_native.metrics.throughput import peak_memory_bytes
-from neox_native.model import initialize
 from neox_native.model.transformer import Transformer
 from neox_native.optim.groups import decays, optimizer_factory
 from neox_native.plan import costs
@@ -67,10 +67,7 @@ def our_step(config: Config) -> Callable[[StepBatch], torch.Tensor]:
 
 def ddp_step(config: Config) -> Callable[[StepBatch], torch.Tensor]:
     """The usual data-parallel loop: accumulate without synchronising, clip, update."""
-    model = Transformer(config.model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initialize.draw(name, parameter.shape, config.model, config.run.seed))
+    model = Transformer(config.model, seed=config.run.seed)
     groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():
         groups[0 if decays(name) else 1]["params"].append(parameter)
@@ -177,7 +174,7 @@ CONTENDERS: dict[str, list[str]] = {
 """Name -> settings."""
 
 
-def run(config_path: str = "configs/quickstart.toml", steps: int = 10, rounds: int = 3) -> str:
+def run(config_path: Path = CONFIGS_FOLDER / "quickstart.toml", steps: int = 10, rounds: int = 3) -> str:
     """Measure the contenders in turn; return a Markdown table."""
     found: dict[str, list[list[Figures]]] = {name: [] for name in CONTENDERS}
     tokens = 0

@@ -1,4 +1,4 @@
-"""Steps that must not be taken: losses or gradients that are not finite, and losses that leap.
+"""Steps that must not be taken, losses or gradients that are not finite and losses that leap; and steps that teach nothing.
 
 [Note: skipped updates] Whether a step is bad is a tensor on the device, equal on all ranks because loss and gradient
 norm are reduced over all of them, and the optimizer multiplies by it instead of asking the host. So skipping costs no
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from neox_native.config.schema import Training
 from neox_native.errors import UserError
@@ -87,11 +88,39 @@ class BadSteps:
         )
 
 
+class EmptySteps:
+    """Finds the steps in which no rank had a target. Their loss of 0 means nothing, and their gradient is zero.
+
+    Args:
+        dp_group: the ranks that share out a step's samples.
+        device: of the group's collectives.
+    """
+
+    def __init__(self, dp_group: dist.ProcessGroup, device: torch.device) -> None:
+        self.dp_group, self.device = dp_group, device
+        self._pending: list[tuple[int, int]] = []
+
+    def record(self, step: int, num_targets: int) -> None:
+        """Note a step and how many targets this data rank had in it. No rank is asked yet."""
+        self._pending.append((step, num_targets))
+
+    def collect(self) -> list[int]:
+        """The empty steps since the last call; a collective over `dp_group` of one number per step."""
+        if not self._pending:
+            return []
+        steps, counts = zip(*self._pending)
+        totals = torch.tensor(counts, device=self.device)
+        dist.all_reduce(totals, group=self.dp_group)
+        self._pending.clear()
+        return [step for step, total in zip(steps, totals.tolist()) if not total]
+
+
 class SpikeGuard:
     """Finds losses far above those of the last steps (the z-score rule of OLMo's skip-step optimizer, OLMo 2 2024).
 
     The window lies on the device and nothing waits for it. Losses that are bad do not enter the window, so that a
-    plateau of spikes stays a plateau of spikes; a window that is not full yet calls nothing a spike.
+    plateau of spikes stays a plateau of spikes; nor do those of exactly 0, which steps without a target have. A window that
+    is not full yet calls nothing a spike.
 
     Args:
         training: the [training] section; a loss more than `spike_threshold` standard deviations above the mean of the
@@ -106,14 +135,14 @@ class SpikeGuard:
 
     def is_spike(self, loss: torch.Tensor) -> torch.Tensor:
         """Whether `loss` (scalar, equal on all ranks) is a spike, as a bool scalar; then takes it into the window
-        unless it is one or is not finite.
+        unless it is one, not finite, or 0.
         """
         losses, count = self.state[:-1], self.state[-1:]
         value = loss.detach().reshape(1).to(losses)
         mean, deviation = losses.mean(), losses.std(correction=0)
         full = count >= self.window
         spike = full & (value - mean > self.threshold * deviation.clamp_min(1e-12))
-        accepted = torch.isfinite(value) & ~spike
+        accepted = torch.isfinite(value) & (value != 0) & ~spike
         place = (count % self.window).to(torch.int64)
         losses.scatter_(0, place, torch.where(accepted, value, losses.gather(0, place)))
         count.add_(accepted.to(count.dtype))

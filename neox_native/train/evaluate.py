@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from neox_native.data.loader import StepBatch
 from neox_native.model.transformer import Transformer
+from neox_native.parallel.loss import cross_entropy_sum
 from neox_native.train.engine import Engine
 from neox_native.train.step import Losses, to_device
 
 
-def evaluate(engine: Engine, parts: Iterable[Transformer], losses: Losses, batches: Iterable[StepBatch]) -> Tensor:
-    """This rank's share of the mean loss per token over `batches` [nats], all batches weighing the same.
+def evaluate(
+    engine: Engine, parts: Iterable[Transformer], losses: Losses, batches: Iterable[StepBatch]
+) -> tuple[Tensor, int]:
+    """This rank's share of the mean loss per token over `batches` [nats], and how many targets they have on all ranks.
 
-    A tensor on the device; the sum over dp and pp is the loss. Dropout is off meanwhile.
+    All targets weigh the same, whichever batch holds them. The share is a tensor on the device; its sum over dp and pp is
+    the loss, which is 0 and means nothing where there is no target. Dropout is off meanwhile.
     """
     parts = list(parts)
     for part in parts:
         part.eval()
-    total, count = torch.zeros((), device=losses.device), 0
+    total, count = torch.zeros((), dtype=torch.float64, device=losses.device), 0
     for batch in batches:
         inputs, targets, extras = to_device(batch, losses.device)
-        total += engine.forward(inputs, targets, extras, losses.function(batch.num_targets))
-        count += 1
+        total += engine.forward(inputs, targets, extras, partial(cross_entropy_sum, tp_group=losses.tp_group))
+        count += batch.num_targets
     for part in parts:
         part.train()
-    return total / max(count, 1)
+    num_targets = torch.tensor(count, device=losses.device)
+    dist.all_reduce(num_targets, group=losses.dp_group)
+    return total / num_targets.clamp(min=1), int(num_targets.item())
 
 
 def evaluation_number(step: int, every: int) -> int:

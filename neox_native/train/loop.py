@@ -18,7 +18,7 @@ from neox_native.config.schema import Config
 from neox_native.data.build import Datasets
 from neox_native.data.loader import StepBatch, build_loader
 from neox_native.errors import UserError
-from neox_native.metrics.guards import BadSteps
+from neox_native.metrics.guards import BadSteps, EmptySteps
 from neox_native.metrics.health import Watchdog, job_store
 from neox_native.metrics.preemption import LeaveRequest
 from neox_native.metrics.replicas import check_replicas
@@ -66,7 +66,7 @@ class Trainer:
         self.train_step = build_step(config, mesh, device, self.engine, optimizer)
         self.losses, self.loss_scale = self.train_step.losses, self.train_step.loss_scale
         self.spike_guard = self.train_step.spike_guard
-        self.bad_steps = BadSteps(training)
+        self.bad_steps, self.empty_steps = BadSteps(training), EmptySteps(mesh.get_group("dp"), device)
         self.saver = Saver(folder.path / "checkpoints", config.checkpoint)
         self.exports = Exports(config, folder.path, ranks, self.saver)
         self.leave = LeaveRequest()
@@ -140,6 +140,7 @@ class Trainer:
         """Write the step down where it is due, and what was noticed since the last time."""
         logging, size = self.config.logging, self.config.training.global_batch_size
         self.bad_steps.record(self.step, tuple(range(batch.consumed_samples - size, batch.consumed_samples)), result.skipped)
+        self.empty_steps.record(self.step, batch.num_targets)
         if self.step == self.config.training.steps or self.step % logging.every == 0:
             extra = {"loss scale": self.loss_scale.scale.item()} if self.loss_scale else {}
             self.watchdog.measured(self.report.step(self.step, batch, result, rate, extra))
@@ -153,8 +154,11 @@ class Trainer:
                 raise UserError(f"step {self.step}: {found}; resume from the last checkpoint before it.")
 
     def look_at_bad_steps(self) -> None:
-        """Name the samples of the updates that were skipped since the last call; too many in a row end the run, its state
-        saved."""
+        """Name the steps without a target and the updates that were skipped since the last call, with their samples; too many
+        skipped in a row end the run, its state saved."""
+        for step in self.empty_steps.collect():
+            message = f"step {step}: none of its tokens is to be predicted; momentum and weight decay alone moved the weights"
+            self.report.event("empty step", step, message)
         for bad in self.bad_steps.collect():
             self.report.event("bad step", bad.step, str(bad), sample_ids=list(bad.sample_ids))
         if found := verdict(self.bad_steps, self.saver.directory, self.step):
@@ -170,10 +174,13 @@ class Trainer:
         self.phase = "evaluate"
         size = settings.batches * self.config.training.global_batch_size
         first = evaluation_number(self.step, settings.every) * size
-        share = evaluate(self.engine, self.parts.values(), self.losses, self.batches("valid", first, settings.batches))
-        loss = self.losses.total(share).item()
-        message = f"step {self.step}: validation loss {loss:.4f} over {settings.batches} batches"
-        self.report.event("evaluation", self.step, message, loss=loss)
+        batches = self.batches("valid", first, settings.batches)
+        share, num_targets = evaluate(self.engine, self.parts.values(), self.losses, batches)
+        loss = self.losses.total(share).item() if num_targets else None
+        found = f"no validation loss: none of the tokens in its {settings.batches} batches is to be predicted"
+        if loss is not None:
+            found = f"validation loss {loss:.4f} over {settings.batches} batches"
+        self.report.event("evaluation", self.step, f"step {self.step}: {found}", loss=loss)
         self.phase = "train"
 
     def state(self) -> store.State:

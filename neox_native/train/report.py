@@ -4,6 +4,7 @@ for the device, and on logged steps alone."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import socket
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,10 @@ class Report:
 
     def step(self, step: int, batch: StepBatch, result: StepResult, rate: float, extra: dict[str, Any]) -> float:
         """Write a step; returns the seconds a step took since the last call."""
-        loss = self.losses.total(result.loss).item()
-        batch_hash = torch.tensor(batch.row_hash, device=self.device)
-        dist.all_reduce(batch_hash, group=self.mesh.get_group("dp"))
+        read = torch.tensor([batch.row_hash, batch.num_targets], device=self.device)
+        dist.all_reduce(read, group=self.mesh.get_group("dp"))
+        batch_hash, num_targets = read.tolist()
+        loss = self.losses.total(result.loss).item() if num_targets else math.nan  # of no target there is none
         peak = torch.tensor(peak_memory_bytes(self.device), device=self.device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         extra = extra | self._beside_predicted()
@@ -83,7 +85,7 @@ class Report:
             tflops_per_device=speed.tflops_per_device,
             mfu=speed.mfu,
             peak_memory_bytes=int(peak.item()),
-            batch_hash=format_hash(int(batch_hash.item())),
+            batch_hash=format_hash(batch_hash),
         )
         if self.writers:
             self.writers.step(record, extra)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from neox_native.config.schema import Training
 from neox_native.errors import UserError
-from neox_native.metrics.guards import BadSteps, SpikeGuard
+from neox_native.metrics.guards import BadSteps, EmptySteps, SpikeGuard
+from tests.ranks import run_ranks
 
 
 def guard(window: int = 4, threshold: float = 3.0) -> SpikeGuard:
@@ -59,6 +61,16 @@ def test_bad_steps_before_a_restart_count() -> None:
     assert later.collect()[0].in_a_row == later.count == 3 and later.verdict() is not None
 
 
+def test_a_step_is_empty_only_if_no_rank_had_a_target() -> None:
+    def rank() -> tuple[list[int], list[int]]:
+        empty = EmptySteps(dist.group.WORLD, torch.device("cpu"))
+        for step, counts in enumerate([(0, 0), (0, 3), (5, 0), (0, 0)], start=1):
+            empty.record(step, counts[dist.get_rank()])
+        return empty.collect(), empty.collect()
+
+    assert run_ranks(2, rank) == [([1, 4], [])] * 2
+
+
 def test_zero_limit_never_ends_the_run() -> None:
     counter = BadSteps(Training(max_bad_steps=0))
     for step in range(50):
@@ -71,9 +83,9 @@ def test_spike_is_found_only_with_a_full_window_and_stays_out_of_it() -> None:
     assert spikes(guard(), [1.0, 1.1, 0.9, 1.0, 2.0, 2.0, 1.1]) == [False, False, False, False, True, True, False]
 
 
-def test_numbers_that_are_not_finite_do_not_enter_the_window() -> None:
+def test_numbers_that_are_not_finite_and_losses_of_no_target_do_not_enter_the_window() -> None:
     found = guard()
-    spikes(found, [1.0, 1.1, float("nan"), 0.9, float("inf"), 1.0])
+    spikes(found, [1.0, 1.1, float("nan"), 0.9, float("inf"), 0.0, 1.0])
     assert found.state.tolist() == pytest.approx([1.0, 1.1, 0.9, 1.0, 4.0])
     assert spikes(found, [float("inf"), 5.0]) == [True, True]
 

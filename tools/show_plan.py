@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 from neox_native.config.check import require
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
 from neox_native.errors import report_user_errors
+from neox_native.parallel.cuts import held, rows_of_whole, share_of_vocabulary, sharers
 from neox_native.parallel.tensor import plan
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -31,6 +33,20 @@ def rows(config: Config) -> list[tuple[str, ...]]:
     return table
 
 
+def uneven(config: Config) -> Iterator[str]:
+    """A sentence for what tp does not cut into equal parts of its own."""
+    model, tp = config.model, config.parallel.tp
+    rows, ranks_per_head = model.padded_vocab_size, sharers(model, tp)
+    if rows % tp:
+        most = share_of_vocabulary(rows, tp)
+        yield f"Of the padded vocabulary's {rows:,} rows the last rank has {rows - (tp - 1) * most:,}, the others {most:,}."
+    if ranks_per_head > 1:
+        yield (
+            f"Each of the {model.kv_heads} key-value heads lies on {ranks_per_head} ranks, which sum its gradient once a step; "
+            f"query_key_value has {rows_of_whole(held(model, tp)) // tp:,} of {rows_of_whole(model):,} rows on each."
+        )
+
+
 def main(arguments: list[str]) -> None:
     """Print the plan and what it communicates."""
     config = from_command_line(arguments, about=__doc__)
@@ -49,6 +65,8 @@ def main(arguments: list[str]) -> None:
         "(a ring moves (tp - 1) / tp of an all-gather or reduce-scatter, twice that of an all-reduce; a pipeline rank has its\n"
         "own layers' share). Beside them: three all-reduces of [B, T] numbers in the loss, and one of the norms' gradients per step."
     )
+    for sentence in uneven(config):
+        print(sentence)
 
 
 if __name__ == "__main__":

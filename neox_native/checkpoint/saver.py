@@ -25,6 +25,7 @@ from neox_native.checkpoint.retention import to_delete
 from neox_native.config.schema import Checkpoint
 from neox_native.durable import temporary_name
 from neox_native.errors import UserError
+from neox_native.zero.state import Boxes
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -161,7 +162,7 @@ class Saver:
         """Copies of the local tensors in host memory, finished when this returns."""
         on_gpu = False
         for name, value in state.items():
-            local = (value.to_local() if isinstance(value, DTensor) else value).detach()
+            local = (value.to_local() if isinstance(value, DTensor | Boxes) else value).detach()
             buffer = self._host_buffers.get(name)
             if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
                 buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)

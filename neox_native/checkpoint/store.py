@@ -31,6 +31,7 @@ from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.safe import INDEX, SafeLoadPlanner, SafeReader, read_index
 from neox_native.durable import sync_folder
 from neox_native.errors import UserError, in_words
+from neox_native.zero.state import Boxes
 
 State = dict[str, torch.Tensor]
 NAMES_SHOWN = 5
@@ -78,9 +79,10 @@ class SavePlanner(dcp.DefaultSavePlanner):
         self.host_copies = host_copies
 
     def lookup_object(self, index: Any) -> torch.Tensor:
-        if self.host_copies is not None:
-            return self.host_copies[index.fqn]
-        return super().lookup_object(index)
+        if self.host_copies is None:
+            return super().lookup_object(index)
+        copy, described = self.host_copies[index.fqn], self.state_dict[index.fqn]
+        return described.like(copy).__get_tensor_shard__(index) if isinstance(described, Boxes) else copy
 
 
 def own_share(state: State) -> State:

@@ -85,19 +85,10 @@ def batch(config: Config, world_size: int) -> Iterator[str]:
 
 
 def tensor_parallel(config: Config, world_size: int) -> Iterator[str]:
-    """What tensor parallelism cuts can be cut into tp equal parts."""
+    """Heads, feed-forward layer and sequence can be cut into tp equal parts; key-value heads are cut or shared as a whole;
+    of the vocabulary the last part may be short, but not empty."""
     model, tp = config.model, config.parallel.tp
-    cut = [
-        ("model.num_heads", model.num_heads, ""),
-        ("model.ffn_hidden_size", model.ffn_size, ""),
-        (
-            "the padded vocabulary",
-            model.padded_vocab_size,
-            f", or model.vocab_multiple_of (now {model.vocab_multiple_of}) to a multiple of {tp}",
-        ),
-    ]
-    if model.kv_heads != model.num_heads:
-        cut.append(("model.num_kv_heads", model.kv_heads, ""))
+    cut = [("model.num_heads", model.num_heads, ""), ("model.ffn_hidden_size", model.ffn_size, "")]
     if config.parallel.sequence_parallel:
         cut.append(("model.seq_length", model.seq_length, ", or parallel.sequence_parallel = false"))
     for name, size, way_out in cut:
@@ -105,6 +96,19 @@ def tensor_parallel(config: Config, world_size: int) -> Iterator[str]:
             yield (
                 f"parallel.tp = {tp} does not divide {name} = {size}; set parallel.tp to a divisor of {size}{way_out}."
             )
+    heads, shared, rows = model.num_heads, model.kv_heads, model.padded_vocab_size
+    if heads % tp == 0 and shared % tp and tp % shared:
+        fitting = [d for d in range(1, heads + 1) if heads % d == 0 and (shared % d == 0 or d % shared == 0)]
+        near = f"{max(d for d in fitting if d < tp)} and {min(d for d in fitting if d > tp)}"
+        yield (
+            f"parallel.tp = {tp} neither divides model.num_kv_heads = {shared} nor is a multiple of it; the nearest degrees "
+            f"that are one of the two are {near}."
+        )
+    if -(-rows // tp) * (tp - 1) >= rows:
+        yield (
+            f"the padded vocabulary = {rows} leaves a rank of parallel.tp = {tp} without a row; lower parallel.tp or raise "
+            f"model.vocab_multiple_of (now {model.vocab_multiple_of})."
+        )
 
 
 def stages(config: Config, world_size: int) -> Iterator[str]:

@@ -44,7 +44,8 @@ class Model:
     num_heads: int = 8
     """Attention heads; must divide hidden_size."""
     num_kv_heads: int = 0
-    """Key and value heads for grouped-query attention; 0 means num_heads (multi-head attention)."""
+    """Key and value heads for grouped-query attention; 0 means num_heads (multi-head attention). Of fewer than parallel.tp,
+    each lies on several ranks."""
     ffn_hidden_size: int = 0
     """Width of the feed-forward layer [channels]; 0 means 4 * hidden_size."""
     seq_length: int = 2048

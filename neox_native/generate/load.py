@@ -21,6 +21,8 @@ from neox_native.mesh import build_mesh
 from neox_native.model.transformer import Transformer
 from neox_native.parallel import tensor
 from neox_native.parallel.assemble import assemble, local_slice
+from neox_native.parallel.cuts import rows_of_rank, rows_of_whole
+from neox_native.zero.state import Boxes
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,20 @@ def load_model(path: str | Path, mesh: DeviceMesh, dtype: str, device: torch.dev
     )
     part = _empty_part(model, mesh, dtype, device)
     weights = {name: parameter.detach() for name, parameter in part.named_parameters()}
+    rows = {name: rows_of_rank(name, model, mesh["tp"].size(), mesh.get_local_rank("tp")) for name in weights}
     if isinstance(source, HuggingFaceReader):
         with ranks.together(f"Loading {path}"):
             for name, weight in weights.items():
                 local = weight.to_local() if isinstance(weight, DTensor) else weight
-                local.copy_(local_slice(source(part.global_name(name)), weight))
+                local.copy_(local_slice(source(part.global_name(name)), weight, rows[name]))
         tokenizer = source.tokenizer
     else:
-        state = {interop.PREFIX + part.global_name(name): weight for name, weight in weights.items()}
+        state = {
+            interop.PREFIX + part.global_name(name): weight
+            if rows[name] is None
+            else Boxes(weight.to_local(), rows[name], rows_of_whole(model))
+            for name, weight in weights.items()
+        }
         tokenizer = store.load(source, state, ranks, only=interop.PREFIX).get("tokenizer", "")
     part.build_tables(device)
     if mesh["tp"].size() > 1:

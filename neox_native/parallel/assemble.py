@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 from neox_native.config.schema import Compile, Model, Parallel, Training
 from neox_native.model.transformer import Transformer
 from neox_native.parallel import tensor
+from neox_native.parallel.cuts import held
 from neox_native.parallel.recompute import recompute
 from neox_native.parallel.stages import stage_layers, stages_of_rank
 
@@ -30,7 +31,7 @@ def assemble(
     parts = {}
     for number in stages_of_rank(pp_rank, parallel.pp, parallel.virtual_stages, parallel.pipeline_schedule):
         with torch.device("meta"):
-            part = Transformer(model, layers[number], first=number == 0, last=number == num_stages - 1)
+            part = Transformer(held(model, parallel.tp), layers[number], first=number == 0, last=number == num_stages - 1)
         part.to(DTYPES[training.precision])
         if parallel.tp > 1:
             tensor.apply(part, mesh["tp"], parallel.sequence_parallel)
@@ -47,8 +48,11 @@ def assemble(
     return parts
 
 
-def local_slice(full: Tensor, parameter: Tensor) -> Tensor:
-    """What this rank holds of a full tensor that is laid out like `parameter`."""
+def local_slice(full: Tensor, parameter: Tensor, rows: tuple[range, range] | None = None) -> Tensor:
+    """What this rank holds of a full tensor that is laid out like `parameter`, or consists of `rows` of it (see
+    `cuts.rows_of_rank`)."""
+    if rows is not None:
+        return torch.cat([full[each.start : each.stop] for each in rows])
     if isinstance(parameter, DTensor):
         for placement, size, rank in zip(parameter.placements, parameter.device_mesh.shape, parameter.device_mesh.get_coordinate()):
             if isinstance(placement, Shard):

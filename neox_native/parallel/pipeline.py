@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
+from torch.distributed.tensor import DTensor
 
 from neox_native.model.transformer import Transformer
+from neox_native.parallel.cuts import share_of_vocabulary
 from neox_native.parallel.stages import rank_of_stage
 from neox_native.parallel.timing import Timing
 
@@ -122,8 +124,9 @@ class Pipeline:
     @staticmethod
     def _logits_meta(part: Transformer, microbatch_shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         weight = part.embed_out.weight
-        rows = weight.to_local().shape[0] if hasattr(weight, "to_local") else weight.shape[0]
-        return torch.empty(*microbatch_shape, rows, dtype=dtype, device="meta", requires_grad=True)
+        tp = weight.device_mesh.size() if isinstance(weight, DTensor) else 1
+        columns = share_of_vocabulary(part.config.padded_vocab_size, tp)
+        return torch.empty(*microbatch_shape, columns, dtype=dtype, device="meta", requires_grad=True)
 
     def _loss(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
         return self.loss_function(logits_BTV, targets_BT)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
@@ -33,6 +34,7 @@ from torch.distributed.tensor.parallel import (
 
 from neox_native.config.schema import Model
 from neox_native.model.transformer import Transformer
+from neox_native.parallel.cuts import share_of_vocabulary
 
 
 class Replicated(ParallelStyle):
@@ -66,6 +68,23 @@ class VocabParallelEmbedding(RowwiseParallel):
         module = super()._apply(module, device_mesh)
         # The reduction may still be in flight. A copy waits for it; a compiled block would drop its gradient.
         module.register_forward_hook(lambda _module, _inputs, output: output.clone())
+        return module
+
+
+class VocabParallelHead(ColwiseParallel):
+    """The head cut by rows. Columns of -inf, which no softmax sees, make the logits of a short share as wide as the
+    others', so that column i of rank r is token r * V + i. See [Note: short share]."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module = super()._apply(module, device_mesh)
+        width = share_of_vocabulary(self.vocab_size, device_mesh.size())
+        missing = width - len(module.weight.to_local())
+        if missing:
+            module.register_forward_hook(lambda _module, _inputs, x: F.pad(x, (0, missing), value=float("-inf")))
         return module
 
 
@@ -122,7 +141,7 @@ def plan(model: Model, sequence_parallel: bool) -> dict[str, Rule]:
         "layers.*.join": Rule(unwrapped, "-", name, name),
         "normalize": whole_from_stream(),
         "final_layer_norm": gathered_norm(),
-        "embed_out": columns(),
+        "embed_out": Rule(VocabParallelHead(model.padded_vocab_size), "Shard(0)", "Replicate", "Shard(-1)"),
     }
     if model.gated:
         rules["layers.*.mlp.gate_h_to_4h"] = columns()

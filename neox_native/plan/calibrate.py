@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from neox_native.config.schema import Config
+from neox_native.parallel.cuts import held, rows_of_whole
 from neox_native.plan.hardware import Gpu
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
@@ -39,7 +40,7 @@ def products_flops_per_second(config: Config, device: torch.device) -> float:
     model, tp = config.model, config.parallel.tp
     rows, dtype = config.training.micro_batch_size * model.seq_length, DTYPES[config.training.precision]
     h, ffn = model.hidden_size, model.ffn_size // tp
-    qkv = (model.num_heads + 2 * model.kv_heads) * model.head_dim // tp
+    qkv = rows_of_whole(held(model, tp)) // tp
     flops = seconds = 0.0
     for inner, columns in ((h, qkv), (h // tp, h), (h, ffn), (ffn, h)):
         left, right = (torch.randn(shape, device=device, dtype=dtype) for shape in ((rows, inner), (inner, columns)))

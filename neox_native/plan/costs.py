@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from neox_native.config.schema import Config, Parallel
 from neox_native.model.flops import layer_parameters, norm_parameters
+from neox_native.parallel.cuts import sharers
 from neox_native.plan.memory import ZERO_BUBBLE, memory
 from neox_native.plan.shares import (
     ELEMENT_BYTES,
@@ -54,7 +55,9 @@ def tensor_parallel_bytes(config: Config, pp_rank: int) -> int:
         passes += parallel.sequence_parallel  # reduced whole, cut afterwards
     scores = 3 * ring(training.micro_batch_size * model.seq_length * FP32_BYTES, parallel.tp, 2) * share.last
     per_microbatch = passes * ring(activation_bytes(config), parallel.tp) + scores
-    return num_microbatches(config) * per_microbatch + ring(_partial_bytes(config, pp_rank), parallel.tp, 2)
+    once = ring(_partial_bytes(config, pp_rank), parallel.tp, 2)
+    once += ring(_copied_bytes(config, pp_rank), sharers(model, parallel.tp), 2)
+    return num_microbatches(config) * per_microbatch + once
 
 
 def _partial_bytes(config: Config, pp_rank: int) -> int:
@@ -67,6 +70,20 @@ def _partial_bytes(config: Config, pp_rank: int) -> int:
         for unit, layout in zip(unit_shapes(config, pp_rank), rows_of(config, pp_rank))
         for name, slot in zip(unit, layout.slots)
         if name.endswith(names)
+    )
+
+
+def _copied_bytes(config: Config, pp_rank: int) -> int:
+    """fp32 gradients that the first data-parallel rank has of shared key-value heads. See [Note: shared heads]."""
+    model, tp = config.model, config.parallel.tp
+    if sharers(model, tp) == 1:
+        return 0
+    queries = model.num_heads // tp * model.head_dim
+    return FP32_BYTES * sum(
+        max(0, slot.span(0)[1] - queries) * slot.inner
+        for unit, layout in zip(unit_shapes(config, pp_rank), rows_of(config, pp_rank))
+        for name, slot in zip(unit, layout.slots)
+        if name.startswith("query_key_value.")
     )
 
 

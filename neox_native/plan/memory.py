@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from neox_native.config.schema import Config
+from neox_native.parallel.cuts import share_of_vocabulary
 from neox_native.plan.flight import Moment, moments
 from neox_native.plan.shares import (
     ELEMENT_BYTES,
     Share,
     activation_bytes,
     elements_of,
+    key_share,
     num_microbatches,
     rows_of,
     share_of,
@@ -45,7 +47,7 @@ def block_bytes(config: Config) -> int:
     """
     model, training = config.model, config.training
     whole, stream, e = activation_bytes(config), stream_bytes(config), ELEMENT_BYTES[training.precision]
-    heads, keys = 1.0, model.kv_heads / model.num_heads
+    heads, keys = 1.0, key_share(config)
     turned = heads + keys if model.pos_emb == "rotary" else 0.0
     wide = (4 if model.gated else 2) * model.ffn_size / model.hidden_size
     cut = (heads + 2 * keys) + turned + heads + wide
@@ -133,7 +135,7 @@ class _Sizes:
             input=stream if full or model.norm == "layernorm" else 0,
             recomputed=kept - (stream if model.norm == "layernorm" else 0) if full else 0,
             head=stream + 2 * whole,
-            logits=training.micro_batch_size * model.seq_length * model.padded_vocab_size // parallel.tp,
+            logits=training.micro_batch_size * model.seq_length * share_of_vocabulary(model.padded_vocab_size, parallel.tp),
             units=tuple(layouts[place].world * layouts[place].size for place in places),
         )
 
@@ -247,7 +249,7 @@ def _head(sizes: _Sizes, moment: Moment, lingering: int) -> Iterator[dict[str, i
     """The head's matrix product: gradients of logits, of its weight and of its input; then the gradient of the logits
     is gone and the unit's matrix begins."""
     model, (_, block, head) = sizes.config.model, sizes.units
-    weight_gradient = sizes.e * model.padded_vocab_size * model.hidden_size // sizes.config.parallel.tp
+    weight_gradient = sizes.e * share_of_vocabulary(model.padded_vocab_size, sizes.config.parallel.tp) * model.hidden_size
     work = weight_gradient + sizes.whole - sizes.log_probabilities
     yield _phase(sizes, moment, work + sizes.e * sizes.logits, lingering, present=head, gathered=block)
     yield _phase(sizes, moment, work, lingering + head, gathered=block)
@@ -282,7 +284,7 @@ def _operands(sizes: _Sizes, turn: int) -> int:
     norm's affine part in a stage's blocks, and of the logits."""
     model, layers = sizes.config.model, sizes.share.layers[turn]
     steps = 1 if model.parallel_residual else 2
-    projected = 1 + 2 * model.kv_heads / model.num_heads
+    projected = 1 + 2 * key_share(sizes.config)
     wide = (2 if model.gated else 1) * model.ffn_size / model.hidden_size
     block = int((projected + wide) * sizes.whole) // sizes.config.parallel.tp + (steps + 2) * sizes.whole
     return layers * block + (sizes.e * sizes.logits + sizes.whole if sizes.is_last(turn) else 0)
@@ -292,9 +294,9 @@ def _input_half(sizes: _Sizes, turn: int) -> int:
     """The end of the input half of a split backward pass, which has freed nothing: what the weight half needs, and the
     last block's attention, whose queries, keys and values each come back as wide as all three. With tensor parallelism
     the gradient of fp32 logits takes the place of their probabilities."""
-    model, tp = sizes.config.model, sizes.config.parallel.tp
+    tp = sizes.config.parallel.tp
     in_place = sizes.log_probabilities if sizes.is_last(turn) and tp > 1 and sizes.e == FP32_BYTES else 0
-    attention = 2 * (1 + 2 * model.kv_heads / model.num_heads) * sizes.whole
+    attention = 2 * (1 + 2 * key_share(sizes.config)) * sizes.whole
     return _operands(sizes, turn) + int(attention) // tp + sizes.whole - in_place
 
 

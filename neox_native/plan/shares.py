@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from neox_native.config.schema import Config, Model, Parallel
+from neox_native.parallel.cuts import held, rows_of_whole, share_of_vocabulary
 from neox_native.parallel.stages import stage_layers, stages_of_rank
 from neox_native.zero.layout import Layout, lay_out
 
@@ -74,10 +75,15 @@ def stream_bytes(config: Config) -> int:
     return activation_bytes(config) // shard_of_sequence(config.parallel)
 
 
+def key_share(config: Config) -> float:
+    """Key-value heads over query heads, as a rank holds them."""
+    return held(config.model, config.parallel.tp).kv_heads / config.model.num_heads
+
+
 def block_shapes(model: Model, tp: int) -> Shapes:
     """Parameters of one block by name, as one tensor-parallel rank holds them. See [Note: tensor parallelism]."""
     h, ffn = model.hidden_size, model.ffn_size // tp
-    rows = (model.num_heads + 2 * model.kv_heads) * model.head_dim // tp
+    rows = rows_of_whole(held(model, tp)) // tp
     norms = ("input_layernorm", "post_attention_layernorm")
     shapes: Shapes = {f"{norm}.weight": (h,) for norm in norms}
     if model.norm == "layernorm":
@@ -102,7 +108,7 @@ def unit_shapes(config: Config, pp_rank: int) -> list[Shapes]:
 
 @cache
 def _unit_shapes(model: Model, tp: int, share: Share) -> list[Shapes]:
-    matrix = (model.padded_vocab_size // tp, model.hidden_size)
+    matrix = (share_of_vocabulary(model.padded_vocab_size, tp), model.hidden_size)
     units: list[Shapes] = [block_shapes(model, tp)] * share.num_layers
     if share.first:
         positions = {"embed_pos.weight": (model.seq_length, model.hidden_size)} if model.pos_emb == "learned" else {}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from neox_native.config.schema import Config
 from neox_native.model.flops import model_flops_per_token
+from neox_native.parallel.cuts import held, rows_of_whole
 from neox_native.plan import costs
 from neox_native.plan.hardware import Gpu
 from neox_native.plan.shares import (
@@ -208,7 +209,7 @@ def _products(config: Config, machine: Machine) -> float:
     """A block's projections, forward."""
     model, t, e, rows = config.model, config.parallel.tp, ELEMENT_BYTES[config.training.precision], _tokens(config)
     h, ffn = model.hidden_size, model.ffn_size / t
-    qkv = (model.num_heads + 2 * model.kv_heads) * model.head_dim / t
+    qkv = rows_of_whole(held(model, t)) / t
     shapes = [(h, qkv), (h / t, h), (ffn, h)] + [(h, ffn)] * (2 if model.gated else 1)
     return sum(machine.seconds_of_matmul(rows, inner, columns, e) for inner, columns in shapes)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from neox_native.config.schema import Config, Parallel
+from neox_native.config.schema import Config, Model, Parallel
 from neox_native.metrics.guards import SpikeGuard
 from neox_native.model import initialize
 from neox_native.model.transformer import Transformer
@@ -17,13 +17,14 @@ from neox_native.optim.groups import decays, optimizer_factory
 from neox_native.optim.loss_scale import LossScale
 from neox_native.parallel import tensor
 from neox_native.parallel.assemble import DTYPES, assemble, local_slice
+from neox_native.parallel.cuts import rows_of_rank, rows_of_whole, sharers
 from neox_native.parallel.pipeline import Pipeline
 from neox_native.parallel.stages import rank_of_stage
 from neox_native.train.engine import Engine, SingleStage
 from neox_native.train.step import Losses, TrainStep
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.optimizer import ShardedOptimizer
-from neox_native.zero.unit import ParameterSpec, Unit
+from neox_native.zero.unit import ParameterSpec, SharedRows, Unit
 
 
 def build_model(
@@ -31,7 +32,7 @@ def build_model(
 ) -> tuple[dict[int, Transformer], ShardedOptimizer]:
     """This rank's parts of the model, materialised, and the optimizer that owns their parameters."""
     parts = assemble(config.model, config.parallel, config.training, config.compile, mesh)
-    units = units_of(parts, config.parallel, mesh)
+    units = units_of(parts, config.model, config.parallel, mesh)
     return parts, build_optimizer(config, mesh, device, parts, units)
 
 
@@ -57,8 +58,8 @@ def build_optimizer(
     )
 
     def draw(spec: ParameterSpec) -> Tensor:
-        full = initialize.draw(spec.name, spec.parameter.shape, config.model, config.run.seed)
-        return local_slice(full, spec.parameter)
+        full = initialize.draw(spec.name, spec.shape, config.model, config.run.seed)
+        return local_slice(full, spec.parameter, spec.shared and (spec.shared.own, spec.shared.copied))
 
     optimizer.materialize(draw)
     for part in parts.values():
@@ -68,11 +69,14 @@ def build_optimizer(
     return optimizer
 
 
-def units_of(parts: dict[int, Transformer], parallel: Parallel, mesh: DeviceMesh) -> dict[int, list[Unit]]:
+def units_of(
+    parts: dict[int, Transformer], model: Model, parallel: Parallel, mesh: DeviceMesh
+) -> dict[int, list[Unit]]:
     """What ZeRO shards together, for each stage of this rank: the embedding, each block, and the head with its norm."""
     tied_group = _ends_of_the_pipeline(parallel, mesh)
     tp_group = mesh.get_group("tp") if parallel.tp > 1 else None
-    first_tp_rank = mesh.get_local_rank("tp") == 0
+    tp_rank, ranks_per_head = mesh.get_local_rank("tp"), sharers(model, parallel.tp)
+    head_group = _neighbours(mesh, ranks_per_head) if ranks_per_head > 1 else None
     owned: set[int] = set()
 
     def spec(part: Transformer, local_name: str, parameter: nn.Parameter) -> ParameterSpec:
@@ -84,8 +88,11 @@ def units_of(parts: dict[int, Transformer], parallel: Parallel, mesh: DeviceMesh
             sum_over.append(tied_group)
             copy_of_first = part.embed_in is None
         sharded = isinstance(parameter, DTensor) and isinstance(parameter.placements[0], Shard)
-        counted = (sharded or first_tp_rank) and not copy_of_first
-        return ParameterSpec(name, parameter, decays(name), tuple(sum_over), counted)
+        counted = (sharded or tp_rank == 0) and not copy_of_first
+        shared, rows = None, rows_of_rank(name, model, parallel.tp, tp_rank)
+        if rows is not None:
+            shared = SharedRows(*rows, rows_of_whole(model), head_group, counted=tp_rank % ranks_per_head == 0)
+        return ParameterSpec(name, parameter, decays(name), tuple(sum_over), counted, shared)
 
     def unit(part: Transformer, name: str, modules: list[nn.Module | None], prefixes: tuple[str, ...]) -> Unit | None:
         found = [(n, p) for n, p in part.named_parameters() if n.startswith(prefixes) and id(p) not in owned]
@@ -113,6 +120,14 @@ def _ends_of_the_pipeline(parallel: Parallel, mesh: DeviceMesh) -> dist.ProcessG
         return None
     columns = mesh.mesh[[0, last]].flatten(1).T.tolist()
     mine, _ = dist.new_subgroups_by_enumeration(columns)
+    return mine
+
+
+def _neighbours(mesh: DeviceMesh, count: int) -> dist.ProcessGroup:
+    """The group of this rank among each `count` neighbours on the tp axis, which is the innermost. Collective."""
+    if count == mesh["tp"].size():
+        return mesh.get_group("tp")
+    mine, _ = dist.new_subgroups_by_enumeration(mesh.mesh.reshape(-1, count).tolist())
     return mine
 
 

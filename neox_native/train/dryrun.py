@@ -194,7 +194,7 @@ class _Counted:
 def _run(config: Config, mesh: DeviceMesh) -> _Counted:
     """One step of all the microbatches that the config asks for."""
     parts = assemble(config.model, config.parallel, config.training, config.compile, mesh)
-    units = units_of(parts, config.parallel, mesh)
+    units = units_of(parts, config.model, config.parallel, mesh)
     ledger = Ledger(axes_of(mesh))
     with _fake_tensors():
         optimizer = build_optimizer(config, mesh, CPU, parts, units)
@@ -218,7 +218,8 @@ def run_step(step: TrainStep, parts: Iterable[Transformer], batch: StepBatch, le
 
 
 def _claim(optimizer: ShardedOptimizer, parts: Iterable[Transformer], ledger: Ledger) -> None:
-    """Book what exists between steps. Stages 2 and 3 of ZeRO resize some of it."""
+    """Book what exists between steps. Stages 2 and 3 of ZeRO resize some of it. Ranks that share a head are of the tp axis."""
+    ledger.axes = {each.shared.group.group_name: "tp" for each in optimizer.specs() if each.shared} | dict(ledger.axes)
     for stage_units in optimizer.stages.values():
         for weights, bucket in zip(stage_units.weights, stage_units.buckets):
             ledger.claim(weights.storages, PARAMETERS, resizable=weights.shards_parameters)

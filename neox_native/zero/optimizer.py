@@ -14,7 +14,6 @@ Nothing in it waits for the device: norm, clipping and the decision to skip the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -27,25 +26,15 @@ from neox_native.zero import collectives
 from neox_native.zero.bucket import GradientBucket, Reducer
 from neox_native.zero.costs import Costs, unit_costs
 from neox_native.zero.gather import Gatherer, inside_backward
+from neox_native.zero.gradients import Trained, sum_partial
 from neox_native.zero.layout import ZeroStage
-from neox_native.zero.state import as_dtensor, optimizer_state, state_mesh
+from neox_native.zero.state import as_global, optimizer_state, state_mesh
 from neox_native.zero.unit import ParameterSpec, Unit, local_gradient
 from neox_native.zero.weights import Draw, UnitWeights
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 NORM_EPSILON = 1e-6
 """Added to the norm before dividing by it, as in torch's clip_grad_norm_."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One trainable parameter and what this rank keeps of it, in fp32."""
-
-    spec: ParameterSpec
-    shard: Tensor
-    """Master weights."""
-    gradient: Tensor
-    """After a step: its gradient, reduced and clipped."""
 
 
 class StageUnits:
@@ -68,9 +57,9 @@ class StageUnits:
     def trained(self) -> list[Trained]:
         """Every trainable parameter."""
         return [
-            Trained(*parts)
+            Trained(spec, shard, gradient, slot.span(weights.rank)[0])
             for weights, bucket in zip(self.weights, self.buckets)
-            for parts in zip(weights.specs, weights.shards, bucket.shards)
+            for spec, slot, shard, gradient in zip(weights.specs, weights.layout.slots, weights.shards, bucket.shards)
         ]
 
     def install_hooks(self, gather: bool) -> None:
@@ -235,12 +224,12 @@ class ShardedOptimizer:
         result: dict[str, Tensor] = {}
         for stage_units in self.stages.values():
             for weights in stage_units.weights:
-                for spec, shard in zip(weights.specs, weights.shards):
-                    result[f"model.{spec.name}"] = self._global(spec, shard)
+                for spec, slot, shard in zip(weights.specs, weights.layout.slots, weights.shards):
+                    result[f"model.{spec.name}"] = self._global(spec, shard, slot.span(weights.rank)[0])
         for trained in self.trained:
             for name, value in optimizer_state(self.optimizer, trained.shard).items():
                 if value.dim():
-                    result[f"optimizer.{name}.{trained.spec.name}"] = self._global(trained.spec, value)
+                    result[f"optimizer.{name}.{trained.spec.name}"] = self._global(trained.spec, value, trained.first_row)
                 else:
                     result.setdefault(f"optimizer.{name}", value)
         return result
@@ -261,7 +250,7 @@ class ShardedOptimizer:
 
     def gradients(self) -> dict[str, Tensor]:
         """After a step and before the next forward pass: the gradient of each trainable parameter, reduced, clipped."""
-        return {trained.spec.name: self._global(trained.spec, trained.gradient) for trained in self.trained}
+        return {each.spec.name: self._global(each.spec, each.gradient, each.first_row) for each in self.trained}
 
     def costs(self, num_microbatches: int) -> Costs:
         """Bytes that this rank holds between steps and moves over dp in a step of so many microbatches."""
@@ -282,28 +271,20 @@ class ShardedOptimizer:
         """See `state.state_mesh`."""
         return state_mesh(self.mesh)
 
-    def _global(self, spec: ParameterSpec, shard: Tensor) -> Tensor:
-        return as_dtensor(spec, shard, self.state_mesh, sharded=self.stage != ZeroStage.NONE)
+    def _global(self, spec: ParameterSpec, shard: Tensor, first_row: int) -> Tensor:
+        return as_global(spec, shard, self.state_mesh, self.stage != ZeroStage.NONE, first_row)
 
     def _reduce(self) -> None:
         """Finish the reductions over dp; then sum what is partial over other groups, one all-reduce per group."""
         for stage_units in self.stages.values():
             stage_units.reducer.finish()
-        partial: dict[str, tuple[dist.ProcessGroup, list[Tensor]]] = {}
-        for trained in self.trained:
-            for group in trained.spec.sum_over:
-                partial.setdefault(group.group_name, (group, []))[1].append(trained.gradient)
-        for group, gradients in partial.values():
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            collectives.all_reduce(flat, group).wait()
-            pieces = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [piece.view_as(like) for piece, like in zip(pieces, gradients)])
+        sum_partial(self.trained)
 
     def _global_norm(self, loss: Tensor | None) -> Tensor:
         """L2 norm of the whole model's gradient, every element counted once. Not finite if any element is not, or the
         loss of any rank."""
         replicas = 1 if self.stage else dist.get_world_size(self.dp_group)
-        counted = [trained.gradient for trained in self.trained if trained.spec.counted and trained.gradient.numel()]
+        counted = [piece for trained in self.trained for piece in trained.counted]
         norm = torch.nn.utils.get_total_norm(counted) if counted else torch.zeros((), device=self.device)
         square = norm.double().square() / replicas
         if loss is not None:

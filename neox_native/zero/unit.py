@@ -12,6 +12,22 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 
 @dataclass(frozen=True)
+class SharedRows:
+    """A tp-local shard that is no even cut: after rows of its own come rows of which other tp ranks hold copies, such as a
+    key-value head that serves the queries of several ranks."""
+
+    own: range
+    """The rows of the whole parameter that this rank has alone."""
+    copied: range
+    """Those of which it has a copy; their gradient is a sum over `group`."""
+    num_rows: int
+    """Of the whole parameter."""
+    group: dist.ProcessGroup
+    counted: bool
+    """Whether this rank counts the copied rows in the global norm."""
+
+
+@dataclass(frozen=True)
 class ParameterSpec:
     """One parameter."""
 
@@ -26,6 +42,14 @@ class ParameterSpec:
     the last stage, where both use the embedding matrix."""
     counted: bool = True
     """Whether this rank counts the gradient in the global norm: one of those who hold the same shard does."""
+    shared: SharedRows | None = None
+    """For a parameter whose parts over tp overlap."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the whole parameter."""
+        shape = self.parameter.shape
+        return shape if self.shared is None else torch.Size((self.shared.num_rows, *shape[1:]))
 
     @property
     def local_shape(self) -> tuple[int, ...]:

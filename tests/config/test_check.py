@@ -125,12 +125,17 @@ LAYOUT_MISTAKES = [
         "parallel.tp = 3 does not divide model.ffn_hidden_size = 256; set parallel.tp to a divisor of 256.",
     ),
     (4, ["--parallel.tp=4", "--model.num_heads=2"], "parallel.tp = 4 does not divide model.num_heads = 2"),
-    (4, ["--parallel.tp=4", "--model.num_kv_heads=2"], "parallel.tp = 4 does not divide model.num_kv_heads = 2"),
     (
-        2,
-        ["--parallel.tp=2", "--model.vocab_multiple_of=1"],
-        "parallel.tp = 2 does not divide the padded vocabulary = 257; set parallel.tp to a divisor of 257, "
-        "or model.vocab_multiple_of (now 1) to a multiple of 2.",
+        4,
+        ["--parallel.tp=4", "--model.hidden_size=96", "--model.num_heads=24", "--model.num_kv_heads=6"],
+        "parallel.tp = 4 neither divides model.num_kv_heads = 6 nor is a multiple of it; the nearest degrees that are one of "
+        "the two are 3 and 6.",
+    ),
+    (
+        4,
+        ["--parallel.tp=4", "--model.vocab_size=6", "--model.vocab_multiple_of=1"],
+        "the padded vocabulary = 6 leaves a rank of parallel.tp = 4 without a row; lower parallel.tp or raise "
+        "model.vocab_multiple_of (now 1).",
     ),
     (
         2,

@@ -23,8 +23,8 @@ MODELS = {
     "sequential": replace(SMALL, parallel_residual=False),
     "learned": replace(SMALL, pos_emb="learned"),
     "alibi": replace(SMALL, pos_emb="alibi", num_layers=4),
-    "grouped swiglu": replace(SMALL, num_kv_heads=2, activation="swiglu", norm="rmsnorm", vocab_multiple_of=64),
-    "tied": replace(SMALL, tie_embeddings=True),
+    "grouped swiglu": replace(SMALL, num_kv_heads=1, activation="swiglu", norm="rmsnorm", vocab_multiple_of=64),
+    "tied": replace(SMALL, tie_embeddings=True, vocab_multiple_of=1),
 }
 PROMPTS = ["def f(x):", "a", "import os\nimport s", ""]
 

@@ -45,7 +45,7 @@ def test_greedy_tokens_are_the_same_with_and_without_cache_and_batch(paths, name
 WIDE = [pytest.param(name, 2, 2, marks=[] if name == "tied" else pytest.mark.slow) for name in MODELS]
 
 
-@pytest.mark.parametrize("name, pp, tp", [("rotary", 1, 2), ("rotary", 3, 1), *WIDE])
+@pytest.mark.parametrize("name, pp, tp", [("grouped swiglu", 1, 2), ("rotary", 3, 1), *WIDE])
 def test_greedy_tokens_are_the_same_on_every_mesh(paths, name, pp, tp):
     expected = [by_hand(MODELS[name], prompt, 10) for prompt in PROMPTS]
 

@@ -21,10 +21,12 @@ NO_RECOMPUTATION = "activation_checkpointing=none"
 LOOPED = "virtual_stages=2 pipeline_schedule"
 FEW: list[Case] = [
     ("70m", 4, 0, 4, 3, "zero_stage=3"),
-    ("70m", 4, 0, 4, 3, "tp=2 sequence_parallel=true"),
+    ("70m", 4, 0, 4, 3, "tp=4 sequence_parallel=true num_kv_heads=2 vocab_multiple_of=1"),
     ("70m", 4, 2, 4, 4, "pp=2 tie_embeddings=true"),
 ]
 MANY: list[Case] = [
+    ("70m", 4, 0, 4, 3, "tp=2 sequence_parallel=true"),
+    ("160m", 16, 0, 4, 3, "tp=4 num_kv_heads=1 zero_stage=2"),
     ("160m", 1, 0, 4, 3, NO_RECOMPUTATION),
     ("160m", 2, 0, 4, 3, "zero_stage=0"),
     ("160m", 4, 0, 4, 3, f"parallel_residual=false {NO_RECOMPUTATION}"),

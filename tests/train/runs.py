@@ -27,6 +27,10 @@ MODELS = {
     "parallel": MODEL,
     "sequential": replace(MODEL, parallel_residual=False),
     "tied": replace(MODEL, tie_embeddings=True),
+    "grouped odd tied": replace(MODEL, num_kv_heads=2, vocab_size=61, vocab_multiple_of=1, tie_embeddings=True),
+    "one key head": replace(MODEL, num_kv_heads=1, activation="swiglu", norm="rmsnorm", attention_bias=False),
+    "odd": replace(MODEL, vocab_size=61, vocab_multiple_of=1),
+    "odd tied": replace(MODEL, vocab_size=61, vocab_multiple_of=1, tie_embeddings=True),
 }
 # A key's bias shifts all scores of a query alike, so its gradient is rounding noise around zero, which Adam would blow up to
 # steps of the full rate: eps keeps it small.
@@ -65,6 +69,8 @@ class Shards:
 
     place: tuple[int, int, int]
     of: dict[str, tuple[int | None, torch.Tensor]] = field(default_factory=dict)
+    shared: dict[str, tuple[range, range]] = field(default_factory=dict)
+    """Of parameters whose rows overlap over tp: the rows of the whole that this rank has."""
 
 
 @dataclass
@@ -85,6 +91,8 @@ def shards(optimizer, place: tuple[int, int, int], what: str) -> Shards:
         placement = trained.spec.placement
         dim = placement.dim if isinstance(placement, Shard) else None
         found.of[trained.spec.name] = dim, getattr(trained, what).clone()
+        if trained.spec.shared is not None:
+            found.shared[trained.spec.name] = trained.spec.shared.own, trained.spec.shared.copied
     return found
 
 
@@ -128,11 +136,15 @@ def whole(parts: list[Shards], sharded: bool = False) -> dict[str, torch.Tensor]
     full: dict[str, torch.Tensor] = {}
     for name in sorted({name for part in parts for name in part.of}):
         columns: dict[int, dict[tuple[int, int], torch.Tensor]] = {}
+        rows: dict[int, tuple[range, range]] = {}
         for part in parts:
             if name in part.of:
                 columns.setdefault(part.place[0], {})[part.place[1:]] = part.of[name][1]
                 dim = part.of[name][0]
+                if name in part.shared:
+                    rows[part.place[2]] = part.shared[name]
         candidates = [_join(pieces, dim, sharded) for pieces in columns.values()]
+        candidates = [_without_copies(candidate, rows) if rows else candidate for candidate in candidates]
         assert all(torch.allclose(candidates[0], other, atol=1e-6) for other in candidates), f"{name} differs between stages"
         full[name] = candidates[0]
     return full
@@ -145,6 +157,15 @@ def _join(pieces: dict[tuple[int, int], torch.Tensor], dim: int | None, sharded:
         rows = [pieces[place] for place in ranks if place[1] == tp]
         by_tp.append(torch.cat(rows) if sharded else rows[0])
     return by_tp[0] if dim is None else torch.cat(by_tp, dim)
+
+
+def _without_copies(joined: torch.Tensor, rows: dict[int, tuple[range, range]]) -> torch.Tensor:
+    """The whole tensor from the tp ranks' parts one after the other, whose copies of rows must be equal bit by bit."""
+    places = torch.cat([torch.arange(each.start, each.stop) for tp in sorted(rows) for each in rows[tp]])
+    full = torch.full((int(places.max()) + 1, *joined.shape[1:]), float("nan"))
+    full[places] = joined
+    assert torch.equal(full[places], joined) and not full.isnan().any()
+    return full
 
 
 @cache

@@ -57,6 +57,30 @@ def test_masked_targets_weigh_the_same_in_every_layout(mesh):
     compare(layout(*mesh), masked=True, micro_batch_size=2 if mesh[0] == 1 else 1)
 
 
+UNEVEN = [
+    ((1, 2, 4), True, 1, "grouped odd tied"),
+    ((2, 1, 2), False, 0, "one key head"),
+    ((1, 2, 2), False, 3, "odd tied"),
+]
+UNEVEN_SLOW = [
+    (mesh, sequence_parallel, stage, model)
+    for mesh in ((1, 1, 2), (1, 2, 4), (2, 2, 2), (2, 1, 4))
+    for sequence_parallel, stage in ((False, 0), (True, 1), (True, 2), (False, 3))
+    for model in ("grouped odd tied", "one key head", "odd")
+]
+
+
+@pytest.mark.parametrize("mesh, sequence_parallel, stage, model", UNEVEN, ids=str)
+def test_a_vocabulary_or_heads_that_tp_does_not_divide(mesh, sequence_parallel, stage, model):
+    compare(layout(*mesh, sequence_parallel=sequence_parallel, zero_stage=stage), model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh, sequence_parallel, stage, model", UNEVEN_SLOW, ids=str)
+def test_every_stage_of_a_vocabulary_or_heads_that_tp_does_not_divide(mesh, sequence_parallel, stage, model):
+    compare(layout(*mesh, sequence_parallel=sequence_parallel, zero_stage=stage), model)
+
+
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("mesh, stage", [((1, 2, 1), 1), ((1, 2, 2), 2), ((1, 4, 1), 3), ((2, 2, 1), 1), ((2, 2, 2), 3)], ids=str)
 def test_zero_does_not_change_the_numbers(mesh, stage, recompute):

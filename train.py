@@ -8,21 +8,24 @@ rank of the config's mesh would need and send.
 
 from __future__ import annotations
 
+import signal
 import sys
 
-import torch
-import torch.distributed as dist
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
-from neox_native.config.check import notices, require, require_on
+import torch
+
+from neox_native.config.check import require, require_on
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
 from neox_native.errors import report_user_errors
-from neox_native.mesh import Launch, pick_device, start_process_group
-from neox_native.metrics.health import enable_flight_recorder
+from neox_native.mesh import Launch, pick_device
+from neox_native.metrics.preemption import Requests, end_of_process
 from neox_native.train.build import build_model
 from neox_native.train.dryrun import report_of
 from neox_native.train.loop import Trainer
-from neox_native.train.start import after_restart, flight_recorder_folder, lay_out_ranks, open_data
+from neox_native.train.start import after_restart, joined_ranks, lay_out_ranks, open_data, watch
 
 DRY_RUN = "--dry-run"
 
@@ -36,25 +39,20 @@ def main(arguments: list[str]) -> None:
     config = require(from_command_line(arguments), launch.world_size)
     device = pick_device(config.run.device, launch)
     require_on(device.type, config)
-    if device.type == "cuda":
-        enable_flight_recorder(flight_recorder_folder(config))
-    start_process_group(device, launch)
-    if launch.rank == 0:
-        for notice in notices(config, launch.world_size, device.type):
-            print(notice)
-    train(config, device)
-    dist.destroy_process_group()
+    with Requests(launch) as requests, joined_ranks(config, device, launch):
+        train(config, device, requests)
 
 
-def train(config: Config, device: torch.device) -> None:
-    """Train on the ranks of the process group; `config` has passed `require`."""
+def train(config: Config, device: torch.device, requests: Requests | None = None) -> None:
+    """Train on the ranks of the process group, until done or asked to leave; `config` has passed `require`."""
+    requests, watchdog = requests or Requests(Launch.from_environment()), watch(config)
     mesh, ranks, folder = lay_out_ranks(config, device)
     config = after_restart(config, ranks)
-    data = open_data(config, ranks)
+    data = open_data(config, ranks, watchdog)
     parts, optimizer = build_model(config, mesh, device)
-    Trainer(config, mesh, device, parts, optimizer, data, ranks, folder).run()
+    Trainer(config, mesh, device, parts, optimizer, data, ranks, folder, watchdog, requests).run()
 
 
 if __name__ == "__main__":
-    with report_user_errors():
+    with end_of_process(), report_user_errors():
         main(sys.argv[1:])

@@ -27,7 +27,8 @@ class Run:
     watchdog_min_seconds: float = 120.0
     """A training step is never called a hang before this time [seconds]."""
     watchdog_startup_seconds: float = 1800.0
-    """Limit of what has no step time: the first steps, which compile, evaluation and saving [seconds]."""
+    """Limit of what has no step time: opening data, the first steps, which compile, evaluation and saving [seconds]. A
+    process that stands still is noticed after 300 seconds, whatever it does."""
     check_replicas_every: int = 0
     """Compare the weights and random states of replicas after every so many steps, by hash; 0 never does [steps]. With
     ZeRO, data-parallel ranks have no copies that could drift apart, but for frozen weights."""

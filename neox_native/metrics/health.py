@@ -6,10 +6,15 @@ Every rank's thread sees the alarm, posts where its main thread is with its Pyth
 lowest rank that is alive prints the table. The store answers while collectives hang. Then all processes leave with
 `EXIT_STATUS`, and torchrun restarts the job. A rank that posts nothing is stopped, dead, or stuck outside Python: it
 is named first.
+
+A stopped rank cannot watch itself, and opening data or compiling may take those that wait for it long. So each watchdog
+counts in the store that it is awake, and the rank before it looks whether it still counts. A watchdog that was late
+itself (Ctrl-Z, a laptop that slept, a store that did not answer) was away, and what it did not see does not count.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -32,7 +37,11 @@ EXIT_STATUS = 75
 """os.EX_TEMPFAIL: trying again may help."""
 GRACE_SECONDS = 5.0
 """How long the ranks have to answer an alarm."""
+SILENCE_SECONDS = 300.0
+"""A watchdog that has not run for so long is a stopped process. Drawing a long order of samples keeps one waiting for minutes."""
 ALARM = "alarm"
+LEFT = 1 << 40
+"""Added to the count of a watchdog that was closed in good order."""
 
 
 def job_store() -> dist.Store:
@@ -118,6 +127,7 @@ class Watchdog:
         store: of the job; `job_store()`.
         report: takes the table, on one rank.
         poll_seconds: how often it looks.
+        clock: seconds, from any moment on.
     """
 
     def __init__(
@@ -129,10 +139,13 @@ class Watchdog:
         store: dist.Store,
         report: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
         poll_seconds: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.run, self.rank, self.world_size, self.folder = run, rank, world_size, folder
         self._store, self._report, self._poll_seconds = dist.PrefixStore("watchdog", store), report, poll_seconds
-        self._step, self._phase, self._microbatch, self._since = 0, "start", 0, time.monotonic()
+        self._clock, self._looked, self._away_seconds = clock, clock(), 0.0
+        self._step, self._phase, self._microbatch, self._since = 0, "start", 0, self._now()
+        self._neighbours_count, self._counted = 0, self._now()
         self._step_seconds: deque[float] = deque(maxlen=100)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -142,10 +155,10 @@ class Watchdog:
     def at(self, step: int, phase: str, microbatch: int = 0) -> None:
         """The main thread has come this far. Costs an assignment; call it as often as there is something to say.
 
-        "train" is the phase that `watchdog_factor` limits; any other ("start", "evaluate", "save") may take
+        "train" is the phase that `watchdog_factor` limits; any other ("open data", "evaluate", "save") may take
         `watchdog_startup_seconds`.
         """
-        self._step, self._phase, self._microbatch, self._since = step, phase, microbatch, time.monotonic()
+        self._step, self._phase, self._microbatch, self._since = step, phase, microbatch, self._now()
 
     def measured(self, step_seconds: float) -> None:
         """Learn how long steps take, from logged steps: the device's time, where `at` sees the host's."""
@@ -162,17 +175,12 @@ class Watchdog:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
+        with contextlib.suppress(dist.DistError):  # nobody is left to ask
+            self._store.add(f"awake/{self.rank}", LEFT)
 
     def _watch(self) -> None:
         while not self._stop.wait(self._poll_seconds):
-            hangs = time.monotonic() - self._since > self.limit_seconds()
-            try:
-                if hangs:
-                    self._store.set(ALARM, str(self.rank))
-                alarm = hangs or self._store.check([ALARM])
-            except dist.DistError:  # its host is gone: this rank learns of a hang from itself alone
-                alarm = hangs
-            if alarm:
+            if self.look():
                 try:
                     self._end_job()
                 except Exception:
@@ -180,10 +188,38 @@ class Watchdog:
                 finally:
                     os._exit(EXIT_STATUS)
 
+    def look(self) -> bool:
+        """Whether the job hangs, as far as this rank can tell or another has told it."""
+        now = self._clock()
+        late = now - self._looked - self._poll_seconds
+        if late > self._poll_seconds:
+            self._away_seconds += late
+        self._looked, now = now, now - self._away_seconds
+        self._since = min(self._since, now)  # the main thread may have been back first
+        hangs = now - self._since > self.limit_seconds()
+        try:
+            if hangs or self._neighbour_is_silent(now):
+                self._store.set(ALARM, str(self.rank))
+                return True
+            return self._store.check([ALARM])
+        except dist.DistError:  # its host is gone: this rank learns of a hang from itself alone
+            return hangs
+
+    def _neighbour_is_silent(self, now: float) -> bool:
+        self._store.add(f"awake/{self.rank}", 1)
+        count = self._store.add(f"awake/{(self.rank + 1) % self.world_size}", 0)
+        if count != self._neighbours_count:
+            self._neighbours_count, self._counted = count, now
+        return count < LEFT and now - self._counted > SILENCE_SECONDS
+
+    def _now(self) -> float:
+        """A clock that stood still while this process did."""
+        return self._clock() - self._away_seconds
+
     def _position(self) -> Position:
         return Position(
             self.rank, socket.gethostname(), self._step, self._phase, self._microbatch,
-            time.monotonic() - self._since, python_stacks(but=threading.get_ident()),
+            self._now() - self._since, python_stacks(but=threading.get_ident()),
         )
 
     def _end_job(self) -> None:

@@ -19,8 +19,8 @@ from neox_native.data.build import Datasets
 from neox_native.data.loader import StepBatch, build_loader
 from neox_native.errors import UserError
 from neox_native.metrics.guards import BadSteps, EmptySteps
-from neox_native.metrics.health import Watchdog, job_store
-from neox_native.metrics.preemption import LeaveRequest
+from neox_native.metrics.health import Watchdog
+from neox_native.metrics.preemption import LeaveRequest, Requests
 from neox_native.metrics.replicas import check_replicas
 from neox_native.model.transformer import Transformer
 from neox_native.optim.schedule import learning_rate
@@ -30,7 +30,6 @@ from neox_native.train.evaluate import evaluate, evaluation_number
 from neox_native.train.exports import Exports
 from neox_native.train.folder import RunFolder
 from neox_native.train.report import Report
-from neox_native.train.start import flight_recorder_folder
 from neox_native.train.step import StepResult
 from neox_native.train.verdict import BAD_STEPS, go_on, verdict
 from neox_native.zero.optimizer import ShardedOptimizer
@@ -46,6 +45,8 @@ class Trainer:
         data: what to read.
         ranks: for agreement over saving and loading.
         folder: of the run.
+        watchdog: has watched since the ranks met.
+        requests: to leave.
     """
 
     def __init__(
@@ -58,9 +59,12 @@ class Trainer:
         data: Datasets,
         ranks: Ranks,
         folder: RunFolder,
+        watchdog: Watchdog,
+        requests: Requests,
     ):
         self.config, self.mesh, self.device, self.data, self.ranks = config, mesh, device, data, ranks
         self.parts, self.optimizer, self.folder = parts, optimizer, folder
+        self.watchdog, self.requests = watchdog, requests
         training = config.training
         self.engine = build_engine(config, mesh, device, parts, optimizer)
         self.train_step = build_step(config, mesh, device, self.engine, optimizer)
@@ -69,14 +73,14 @@ class Trainer:
         self.bad_steps, self.empty_steps = BadSteps(training), EmptySteps(mesh.get_group("dp"), device)
         self.saver = Saver(folder.path / "checkpoints", config.checkpoint)
         self.exports = Exports(config, folder.path, ranks, self.saver)
-        self.leave = LeaveRequest()
-        self.watchdog = Watchdog(config.run, ranks.rank, ranks.size, flight_recorder_folder(config), job_store())
+        self.leave = LeaveRequest(requests)
         self.fingerprint = data.train.fingerprint()
         self.step, self.consumed_samples = 0, 0
         self.phase = "start"
 
     def run(self) -> None:
-        """Train until `training.steps`, or until a signal asks to leave."""
+        """Train until `training.steps`, or until a request to leave."""
+        self.watchdog.at(0, "resume")
         self.resume()
         self.folder.begin(self.config.checkpoint.resume, self.step)
         self.report = Report(
@@ -87,7 +91,7 @@ class Trainer:
             self.train()
         finally:
             self.saver.close()
-            self.leave.close()
+            self.requests.end_within()
             self.watchdog.close()
             self.report.close()
 
@@ -110,9 +114,11 @@ class Trainer:
             self.log_if_due(batch, result, rate)
             with self.report.throughput.paused():
                 signal = self.leave.after_step(self.saver.failed)
+                if signal:
+                    self.save()  # at once: a launcher may not wait for an evaluation
                 self.evaluate_if_due()
                 lacking = self.leave.failed and self.saver.settle()
-                if signal or lacking or should_save(self.step, settings.checkpoint, total_steps):
+                if lacking or should_save(self.step, settings.checkpoint, total_steps):
                     self.save()
                 if signal or self.step == total_steps:
                     self.finish_saves()

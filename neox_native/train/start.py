@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +13,32 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.checkpoint.agree import Ranks
+from neox_native.config.check import notices
 from neox_native.config.schema import Config, Run
 from neox_native.config.settings import SETTINGS
 from neox_native.data.build import Datasets, build_data
-from neox_native.mesh import Launch, build_mesh
-from neox_native.metrics.health import job_store
+from neox_native.mesh import Launch, build_mesh, start_process_group
+from neox_native.metrics.health import Watchdog, enable_flight_recorder, job_store
 from neox_native.metrics.startup import check_agreement, check_axes, code_version, describe_mesh
 from neox_native.train.folder import RunFolder, has_begun
+
+
+@contextmanager
+def joined_ranks(config: Config, device: torch.device, launch: Launch) -> Iterator[None]:
+    """Join the other ranks for the body, and tell the user what the settings imply."""
+    if device.type == "cuda":
+        enable_flight_recorder(flight_recorder_folder(config))
+    start_process_group(device, launch)
+    if launch.rank == 0:
+        for notice in notices(config, launch.world_size, device.type):
+            print(notice)
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that may never come
+
+
+def watch(config: Config) -> Watchdog:
+    """This rank's watchdog, which sees to it that nothing from here on waits for ever."""
+    return Watchdog(config.run, dist.get_rank(), dist.get_world_size(), flight_recorder_folder(config), job_store())
 
 
 def lay_out_ranks(config: Config, device: torch.device) -> tuple[DeviceMesh, Ranks, RunFolder]:
@@ -57,8 +78,9 @@ def choose_determinism(run: Run) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def open_data(config: Config, ranks: Ranks) -> Datasets:
+def open_data(config: Config, ranks: Ranks, watchdog: Watchdog) -> Datasets:
     """The run's data, the same on all ranks; rank 0 prepares what is built in."""
+    watchdog.at(0, "open data")
     data = build_data(
         config.data,
         seq_length=config.model.seq_length,
@@ -74,6 +96,7 @@ def open_data(config: Config, ranks: Ranks) -> Datasets:
     check_agreement({name: str(value) for name, value in data.train.fingerprint().items()}, ranks.gather)
     if ranks.rank == 0:
         print(data.train.describe(), flush=True)
+    watchdog.at(0, "build the model")
     return data
 
 

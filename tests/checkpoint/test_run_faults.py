@@ -19,6 +19,8 @@ import train as entry
 from neox_native.checkpoint import files
 from neox_native.config.check import require
 from neox_native.config.schema import Config, Run
+from neox_native.metrics import health
+from neox_native.train import start
 from neox_native.train.step import TrainStep
 from tests.checkpoint.small_runs import curve, events, run, saved, settings, write_corpus
 from tests.ranks import RankError, run_ranks
@@ -271,3 +273,20 @@ def test_rank_that_sleeps_for_ever_ends_the_job_with_a_report(corpus, tmp_path, 
         "collectives_rank_0.json", "collectives_rank_1.json",
     ]  # fmt: skip
     assert saved(tmp_path) == ["step_000000004"]
+
+
+def test_rank_that_is_stopped_while_data_is_opened_is_named(corpus, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(health, "GRACE_SECONDS", 0.5)
+    open_data = start.build_data
+
+    def stop_rank_1(*args, **settings):
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return open_data(*args, **settings)
+
+    monkeypatch.setattr(start, "build_data", stop_rank_1)
+    config = settings(corpus, tmp_path, TWO_RANKS, "--run.watchdog_startup_seconds=3")
+    with pytest.raises((RankError, FileNotFoundError)):
+        run(config)
+    report = capfd.readouterr().err
+    assert "ranks [1]: no answer (stopped, dead" in report and "step 0, open data" in report

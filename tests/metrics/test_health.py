@@ -128,3 +128,49 @@ def test_last_collectives_are_written_as_json(tmp_path: Path, monkeypatch: pytes
         return [entry["profiling_name"] for entry in json.loads(path.read_text())["entries"]]
 
     assert all(any("all_reduce" in name for name in names) for names in run_ranks(2, rank))
+
+
+class Times:
+    """A clock that is set by hand, for watchdogs without a thread."""
+
+    def __init__(self, ranks: int = 1) -> None:
+        self.now, store = 0.0, dist.HashStore()
+        run = Run(watchdog_factor=0.0, watchdog_startup_seconds=1000.0, watchdog_min_seconds=10.0)
+        self.dogs = [Watchdog(run, rank, ranks, Path(), store, clock=lambda: self.now) for rank in range(ranks)]
+
+    def pass_by(self, seconds: int, watching: list[Watchdog]) -> bool:
+        """Whether one of those that look every second has raised an alarm."""
+        for _ in range(seconds):
+            self.now += 1.0
+            if any([dog.look() for dog in watching]):
+                return True
+        return False
+
+
+@pytest.mark.parametrize("main_thread_first", [False, True])
+def test_time_during_which_the_watchdog_itself_was_stopped_is_no_hang(main_thread_first: bool) -> None:
+    times = Times()
+    dog = times.dogs[0]
+    dog.at(1, "train")
+    dog.measured(0.1)
+    dog.run = Run(watchdog_factor=1.0, watchdog_min_seconds=10.0)
+    assert not times.pass_by(5, times.dogs)
+    times.now += 3600.0  # Ctrl-Z and, after a while, fg
+    if main_thread_first:
+        dog.at(2, "train")
+    assert not times.pass_by(4, times.dogs)
+    assert times.pass_by(10, times.dogs)  # it is really stuck
+
+
+def test_stopped_rank_is_noticed_though_its_phase_may_take_long() -> None:
+    times = Times(ranks=3)
+    assert not times.pass_by(400, times.dogs)
+    assert not times.pass_by(299, times.dogs[:2])  # the third is stopped; the second looks after it
+    assert times.pass_by(5, times.dogs[:2])
+
+
+def test_rank_that_ended_in_good_order_is_not_missed() -> None:
+    times = Times(ranks=2)
+    assert not times.pass_by(10, times.dogs)
+    times.dogs[1].close()
+    assert not times.pass_by(500, times.dogs[:1])

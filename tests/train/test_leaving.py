@@ -1,0 +1,111 @@
+"""Runs under torchrun that are asked to leave, or whose torchrun is killed: they save, and no process stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neox_native.checkpoint import files
+from neox_native.config.load import dump
+from tests.checkpoint.small_runs import events, settings, write_corpus
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Job:
+    """A run of two ranks under torchrun without an end of its own."""
+
+    def __init__(self, folder: Path, *changes: str) -> None:
+        config = settings(write_corpus(folder), folder / "run", "--parallel.dp=2", "--training.steps=1000000", *changes)
+        (folder / "settings.toml").write_text(dump(config))
+        command = [
+            sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            "train.py", f"--config={folder / 'settings.toml'}",
+        ]  # fmt: skip
+        self.folder, self.output = folder / "run", ""
+        self.launcher = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def read_until(self, text: str | None) -> None:
+        """Read until a line holds `text`; None: until every process that could write has ended."""
+        assert self.launcher.stdout is not None
+        for line in self.launcher.stdout:
+            self.output += line
+            if text is not None and text in line:
+                return
+        assert text is None, self.output
+
+    def ranks(self) -> list[int]:
+        """Process ids of what the launcher has started."""
+        children = Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children").read_text()
+        return [int(child) for child in children.split()]
+
+
+@pytest.fixture
+def job(tmp_path: Path):
+    """Starts a job, and sees to it that nothing of it stays."""
+    jobs: list[Job] = []
+
+    def start(*changes: str) -> Job:
+        jobs.append(Job(tmp_path, *changes))
+        return jobs[-1]
+
+    yield start
+    for started in jobs:
+        started.launcher.kill()
+        started.launcher.communicate(timeout=60)
+
+
+def left_in_good_order(job: Job, reason: str) -> None:
+    """The step after the request is saved, and no rank printed a traceback."""
+    [event] = events(job.folder, "signal")
+    assert f"leaving after {reason}; the state is saved" in event["message"]
+    assert files.step_of(files.finished(job.folder / "checkpoints")[0]) == event["step"]
+    assert f"{ROOT}/train.py" not in job.output and "gloo" not in job.output
+
+
+def test_ctrl_c_saves_and_leaves(job) -> None:
+    """To the whole group: each rank gets it twice, from the terminal and from torchrun."""
+    running = job("--checkpoint.save_every=1000000")
+    running.read_until("step       3/")
+    for process in (*running.ranks(), running.launcher.pid):
+        os.kill(process, signal.SIGINT)
+    running.read_until(None)
+    assert running.output.count("SIGINT: leaving after the next step") == 1
+    left_in_good_order(running, "SIGINT")
+
+
+def test_ranks_that_torchrun_left_behind_save_and_leave(job) -> None:
+    running = job("--checkpoint.save_every=1000000")
+    running.read_until("step       3/")
+    running.launcher.kill()
+    running.read_until(None)
+    left_in_good_order(running, "the end of torchrun")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_other_requests_to_torchrun_save_and_leave(job, number: signal.Signals) -> None:
+    running = job("--checkpoint.save_every=1000000")
+    running.read_until("step       3/")
+    running.launcher.send_signal(number)
+    running.read_until(None)
+    left_in_good_order(running, number.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["mesh pp", "train: ", "step 0: predicted"])
+def test_ctrl_c_in_start_up_leaves_with_a_sentence(job, moment: str) -> None:
+    running = job()
+    running.read_until(moment)
+    running.launcher.send_signal(signal.SIGINT)
+    running.read_until(None)
+    assert "there is nothing to save" in running.output or "leaving after the next step" in running.output
+    assert f"{ROOT}/train.py" not in running.output and "gloo" not in running.output

@@ -19,6 +19,8 @@ from typing import BinaryIO
 from neox_native.errors import UserError
 
 TEMPORARY = ".tmp-"
+REPLACED = TEMPORARY + "replaced"
+"""Ends the name of a folder that makes way, until its replacement is there; see `put_back`."""
 
 
 @contextmanager
@@ -98,12 +100,43 @@ def remove_folder(path: Path) -> None:
     """Removes a folder so that it is there as a whole or not at all; `sweep` ends what a kill cut short."""
     removed = temporary_name(path)
     path.rename(removed)
-    shutil.rmtree(removed)
+    sync_folder(path.parent)  # else the disk may lose the files and keep the name
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def put_in_place(finished: Path, path: Path) -> None:
+    """Gives a folder whose files are on the disk its final name; one that stands there makes way first.
+
+    A crash leaves the old one or the new one, the old one perhaps under the name from which `put_back` takes it.
+    """
+    sync_folder(finished)
+    replaced = path.with_name(path.name + REPLACED)
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
+        sync_folder(path.parent)
+    finished.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def put_back(folder: Path, names: str) -> None:
+    """Gives what made way its name again, where its replacement never came; `names` is a pattern."""
+    for replaced in sorted(folder.glob(names + REPLACED)):
+        path = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if not path.exists():
+            replaced.rename(path)
+            sync_folder(folder)
 
 
 def sweep(path: Path) -> None:
     """Removes what killed writers of `path` left; its lock must be held."""
-    for leftover in path.parent.glob(glob.escape(path.name + TEMPORARY) + "*"):
+    sweep_all(path.parent, glob.escape(path.name))
+
+
+def sweep_all(folder: Path, names: str) -> None:
+    """`sweep` for all paths in a folder that match a pattern."""
+    for leftover in folder.glob(names + TEMPORARY + "*"):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

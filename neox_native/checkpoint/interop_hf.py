@@ -25,6 +25,7 @@ from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.interop_hf_config import OURS, from_config, to_config
 from neox_native.checkpoint.tokenizer_files import tokenizer_files
 from neox_native.config.schema import Model
+from neox_native.durable import make_folder, put_in_place
 from neox_native.errors import UserError
 
 HEAD_NAMES = ("embed_out.weight", "lm_head.weight")
@@ -33,6 +34,8 @@ BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""The names that a .safetensors file has for them."""
 
 
 def _safetensors() -> ModuleType:
@@ -199,16 +202,16 @@ def write_folder(
         if not replace:
             interop.require_new(folder)
         if ranks.rank == 0:
-            temporary.mkdir(parents=True)
+            make_folder(temporary.parent)
+            temporary.mkdir()
     try:
         _write_weights(temporary, shapes, read, ranks, dtype, shard_bytes, doing)
         with ranks.together(doing):
             if ranks.rank == 0:
                 for file_name, content in small_files.items():
-                    (temporary / file_name).write_bytes(content)
-                if folder.exists():
-                    shutil.rmtree(folder)
-                temporary.rename(folder)
+                    with files.ChecksumStream(temporary / file_name) as stream:
+                        stream.write(content)
+                put_in_place(temporary, folder)
     except BaseException:
         if ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -249,8 +252,7 @@ def _write_weights(
             del whole
         with ranks.together(doing):
             if tensors:
-                _safetensors().torch.save_file(tensors, folder / file_name, metadata={"format": "pt"})
-                (folder / file_name).chmod(folder.stat().st_mode & 0o666)  # save_file makes it private
+                _write_shard(folder / file_name, tensors)
     with ranks.together(doing):
         if ranks.rank == 0:
             sizes = {name: size for each in held for name, size in each.items()}
@@ -260,6 +262,24 @@ def _write_weights(
             files.write_json(
                 folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             )
+
+
+def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A .safetensors file, on the disk when this returns: the length of a header, the header, the tensors' bytes in order.
+
+    The library's own writer does not flush the file, and a full disk is no `OSError` of it.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": STORED_AS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with files.ChecksumStream(path) as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            stream.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
 
 
 def export_state(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from neox_native.checkpoint import files, store
 from neox_native.checkpoint.agree import Ranks
 from neox_native.config.schema import Checkpoint
+from neox_native.durable import put_back, sweep_all
 from neox_native.errors import UserError
 
 
@@ -67,17 +67,10 @@ def _named(setting: str, path: str, ranks: Ranks) -> Path:
     return Path(path)
 
 
-def put_back(directory: Path, names: str) -> None:
-    """Give a checkpoint that made way its name again, where its replacement never came; `names` is a pattern."""
-    for path in sorted(Path(directory).glob(names + files.TEMPORARY + store.REPLACED)):
-        final = path.with_name(path.name.split(files.TEMPORARY)[0])
-        if not final.exists():
-            path.rename(final)
-
-
 def tidy(run: Path) -> None:
-    """Remove from a run's folder what killed saves, exports and deletions left behind."""
-    for directory, names in (run / "checkpoints", "step_*"), (run, "weights"), (run / "hugging_face", "step_*"):
-        put_back(directory, names)
-        for path in directory.glob(names + files.TEMPORARY + "*"):
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove from a run's folder what killed saves, exports, deletions and logs left behind."""
+    own = "weights", "config.toml", ".begun", "metrics.jsonl", "events.jsonl"
+    places = [(run, name) for name in own] + [(run / "checkpoints", "step_*"), (run / "hugging_face", "step_*")]
+    for folder, names in places:
+        put_back(folder, names)
+        sweep_all(folder, names)

@@ -9,7 +9,6 @@ rank writes.
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from neox_native.checkpoint import files, store
 from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.retention import to_delete
 from neox_native.config.schema import Checkpoint
-from neox_native.durable import temporary_name
+from neox_native.durable import remove_folder
 from neox_native.errors import UserError
 from neox_native.zero.state import Boxes
 
@@ -217,12 +216,10 @@ def delete_old(directory: Path, saved_step: int, keep_last: int, keep_every: int
     earlier = {step: path for path in files.finished(directory) if (step := files.step_of(path) or 0) <= saved_step}
     gone = []
     for step in to_delete([step for step, path in earlier.items() if _has_its_files(path)], keep_last, keep_every):
-        doomed = temporary_name(earlier[step])
         try:
-            earlier[step].rename(doomed)
+            remove_folder(earlier[step])
         except OSError as error:
             return tuple(gone), f"step {step}: {error.strerror}"
-        shutil.rmtree(doomed, ignore_errors=True)
         gone.append(step)
     return tuple(gone), ""
 

@@ -29,14 +29,12 @@ from torch.distributed.tensor import DTensor
 from neox_native.checkpoint import files
 from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.safe import INDEX, SafeLoadPlanner, SafeReader, read_index
-from neox_native.durable import sync_folder
+from neox_native.durable import make_folder, put_in_place
 from neox_native.errors import UserError, in_words
 from neox_native.zero.state import Boxes
 
 State = dict[str, torch.Tensor]
 NAMES_SHOWN = 5
-REPLACED = "replaced"
-"""Ends the temporary name of a checkpoint whose step is being saved again."""
 
 
 class _RecordingFileSystem(FileSystem):
@@ -133,7 +131,8 @@ def write(
     try:
         with ranks.together(doing):
             if ranks.rank == 0:
-                temporary.mkdir(parents=True)
+                make_folder(temporary.parent)
+                temporary.mkdir()
         with ranks.together(doing):
             if not temporary.is_dir():
                 raise UserError(f"{temporary}, made by rank 0, is not seen here; all nodes must share run.dir")
@@ -142,8 +141,7 @@ def write(
             if ranks.rank == 0:
                 records[files.METADATA] = files.write_json(temporary / files.METADATA, metadata)
                 files.write_json(temporary / files.MANIFEST, {"files": records})
-                sync_folder(temporary)
-                _rename(temporary, final)
+                put_in_place(temporary, final)
     except BaseException:
         if ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -159,17 +157,6 @@ def _write(
     with ranks.together(doing), _dcp(ranks):
         dcp.save(state, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.group is None)
     return {name: record for records in ranks.gather(writer.fs.records) for name, record in records.items()}
-
-
-def _rename(temporary: Path, final: Path) -> None:
-    """Give a finished folder its final name; one that is there already (damaged, or saved before) makes way first."""
-    replaced = final.with_name(final.name + files.TEMPORARY + REPLACED)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    temporary.rename(final)
-    sync_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from neox_native.data.order import Arrays, Draw, Facts
-from neox_native.durable import remove_folder, replacing, sync_folder, temporary_name, writing
+from neox_native.durable import put_in_place, replacing, temporary_name, writing
 from neox_native.errors import UserError
 
 NAMES = "names.json"
@@ -63,9 +63,6 @@ def _write(place: Path, arrays: Arrays) -> None:
                 np.save(file, array)
         with replacing(temporary / NAMES) as file:
             file.write(json.dumps(list(arrays)).encode())
-        if place.exists():
-            remove_folder(place)
-        temporary.rename(place)
-        sync_folder(place.parent)
+        put_in_place(temporary, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from neox_native.durable import make_folder, replacing, sync_folder
 from neox_native.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -64,49 +65,34 @@ def console_line(record: StepRecord, total_steps: int, extra: dict[str, Any] | N
 
 
 def cut_off(file: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl beyond `step` and a line torn by a kill, so that a resumed run writes no step
+    """Drop the lines of metrics.jsonl beyond `step` and lines torn by a crash, so that a resumed run writes no step
     twice."""
-    if not file.is_file():
-        return
-    lines = file.read_text().splitlines(keepends=True)
-    _keep(file, lines, [line for line in lines if _step_of(line) <= step])
+    _keep(file, lambda line: _step_of(line) <= step)
 
 
 def cut_off_repeated(file: Path, step: int) -> None:
-    """Drop what steps beyond `step` say of events.jsonl's `OF_A_STEP`, because they will be taken again, and a torn line, so
-    that the next one is not glued to it. Whatever else happened to the run stays."""
+    """Drop what steps beyond `step` say of events.jsonl's `OF_A_STEP`, because they will be taken again, and lines torn by a
+    crash, so that the next one is not glued to one. Whatever else happened to the run stays."""
+    _keep(file, lambda line: _step_of(line) <= step or (_step_of(line) < math.inf and json.loads(line).get("kind") not in OF_A_STEP))
+
+
+def _keep(file: Path, is_kept: Callable[[bytes], bool]) -> None:
+    """Replace a file by one of those of its lines that are kept."""
     if not file.is_file():
         return
-    lines = file.read_text().splitlines(keepends=True)
-    _keep(file, lines, [line for line in lines if line.endswith("\n") and not (_kind_of(line) in OF_A_STEP and _step_of(line) > step)])
+    lines = file.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if is_kept(line)]
+    if len(kept) < len(lines):
+        with replacing(file) as stream:
+            stream.writelines(kept)
 
 
-def _keep(file: Path, lines: list[str], kept: list[str]) -> None:
-    """Replace a file of `lines` by one of those that are kept."""
-    if len(kept) == len(lines):
-        return
-    temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "w") as stream:
-        stream.writelines(kept)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(file)
-
-
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """The line's step; infinity for a line that is not whole."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
-
-
-def _kind_of(line: str) -> str | None:
-    """An event's kind; None for a line that is none."""
-    try:
-        return json.loads(line)["kind"]
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 class Writers:
@@ -136,11 +122,12 @@ class Writers:
         self._folder, self._total_steps, self._show = folder, total_steps, show
         self._board = None
         with self._writing():
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             cut_off(folder / METRICS, resumed_step)
             cut_off_repeated(folder / EVENTS, resumed_step)
             self._metrics: TextIO = open(folder / METRICS, "a", buffering=1)
             self._events: TextIO = open(folder / EVENTS, "a", buffering=1)
+            sync_folder(folder)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # half a second that other processes need not spend
 
@@ -180,6 +167,12 @@ class Writers:
         for name, value in values.items():
             if name != "step" and isinstance(value, (int, float)):
                 self._board.add_scalar(f"{prefix}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Flush the lines to the disk: before a checkpoint is, since a run that goes on from there will not write them again."""
+        with self._writing():
+            for file in self._metrics, self._events:
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Flush and close all files."""

@@ -15,7 +15,7 @@ from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.resume import tidy
 from neox_native.config.load import dump
 from neox_native.config.schema import Config
-from neox_native.durable import Lock, replacing
+from neox_native.durable import Lock, make_folder, replacing, sync_folder
 from neox_native.errors import UserError
 from neox_native.mesh import Launch
 
@@ -38,7 +38,7 @@ class RunFolder:
         self.config, self.ranks, self.path = config, ranks, Path(config.run.dir)
         with ranks.together(f"Opening run.dir = {config.run.dir!r}"):
             if ranks.rank == 0:
-                self.path.mkdir(parents=True, exist_ok=True)
+                make_folder(self.path)
                 self._lock()
 
     def _lock(self) -> None:
@@ -102,8 +102,10 @@ class RunFolder:
         aside = self.path / f"before-{max(numbers, default=0) + 1}"
         for path in abandoned:
             moved = aside / path.relative_to(self.path)
-            moved.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(moved.parent)
             path.rename(moved)
+            sync_folder(moved.parent)
+            sync_folder(path.parent)
         print(f"set aside in {aside}: {', '.join(path.name for path in abandoned)}", flush=True)
 
 

@@ -202,6 +202,7 @@ class Trainer:
     def write_checkpoint(self) -> None:
         """Save what is known of this step. While updates are skipped, the checkpoints before them do not make way."""
         self.watchdog.at(self.step, "save")
+        self.report.sync()
         self.saver.save(self.step, self.state(), self.metadata(), keep_all=self.bad_steps.count > 0)
 
     def finish_saves(self) -> None:

@@ -122,6 +122,11 @@ class Report:
         if self.writers:
             self.writers.event(kind, step, message, **values)
 
+    def sync(self) -> None:
+        """Flush what is written to the disk."""
+        if self.writers:
+            self.writers.sync()
+
     def close(self) -> None:
         """Flush and close the files."""
         if self.writers:

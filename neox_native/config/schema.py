@@ -159,7 +159,7 @@ class Training:
     activation_checkpointing: Literal["none", "full"] = "none"
     """"full" keeps only each block's input and recomputes the rest in the backward pass (4/3 of the FLOPs)."""
     initial_loss_scale: float = 4096.0
-    """fp16: first dynamic loss scale."""
+    """fp16: first dynamic loss scale, of the mean loss of a microbatch."""
     loss_scale_window: int = 1000
     """fp16: steps without overflow after which the loss scale doubles [steps]."""
     loss_scale_hysteresis: int = 2
@@ -195,7 +195,8 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class LrSchedule:
-    """Learning rate over the steps."""
+    """Learning rate over the steps, update for update GPT-NeoX's: update k has the schedule's value after k - 1 updates, so
+    that with warmup the first has rate zero; a step that overflows in fp16 does not count."""
 
     kind: Literal["cosine", "linear", "exponential", "constant", "inverse_sqrt", "wsd"] = "cosine"
     """Shape after warmup."""
@@ -204,7 +205,7 @@ class LrSchedule:
     decay_steps: int = 0
     """Steps over which the schedule's shape extends; 0 means training.steps [steps]."""
     min_lr: float = 0.0
-    """Rate that cosine, linear and wsd end at and that no schedule falls below."""
+    """Rate that cosine and wsd end at and that no schedule falls below after warmup."""
     cooldown_fraction: float = 0.1
     """wsd: share of decay_steps in which the rate falls at the end [fraction]."""
 

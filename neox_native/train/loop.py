@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.checkpoint import store
@@ -23,7 +24,7 @@ from neox_native.metrics.health import Watchdog
 from neox_native.metrics.preemption import LeaveRequest, Requests
 from neox_native.metrics.replicas import check_replicas
 from neox_native.model.transformer import Transformer
-from neox_native.optim.schedule import learning_rate
+from neox_native.optim.schedule import Rates
 from neox_native.train import state as run_states
 from neox_native.train.build import build_engine, build_step
 from neox_native.train.evaluate import evaluate, evaluation_number
@@ -104,8 +105,10 @@ class Trainer:
         exported = self.export_if_due(missing_only=True)
         if self.step >= total_steps and not exported and self.ranks.rank == 0:
             print(f"nothing to do: step {self.step} of training.steps = {total_steps}; raise it to go on")
+        overflows = self.loss_scale.overflows if self.loss_scale else None
+        rates = Rates(settings.lr_schedule, settings.optimizer.lr, total_steps, overflows)
         for batch in self.batches("train", self.consumed_samples, total_steps - self.step):
-            rate = learning_rate(self.step + 1, settings.lr_schedule, settings.optimizer.lr, total_steps)
+            rate = rates(self.step + 1)
             self.watchdog.at(self.step + 1, self.phase)
             run_states.seed_dropout(settings, self.mesh, self.step + 1)
             result = self.train_step(batch, rate)
@@ -142,7 +145,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
 
-    def log_if_due(self, batch: StepBatch, result: StepResult, rate: float) -> None:
+    def log_if_due(self, batch: StepBatch, result: StepResult, rate: float | Tensor) -> None:
         """Write the step down where it is due, and what was noticed since the last time."""
         logging, size = self.config.logging, self.config.training.global_batch_size
         self.bad_steps.record(self.step, tuple(range(batch.consumed_samples - size, batch.consumed_samples)), result.skipped)

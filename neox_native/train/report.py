@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.checkpoint.agree import Ranks
@@ -64,7 +65,9 @@ class Report:
         self.steps_since_stragglers = 0
         self.compute_seconds = 0.0
 
-    def step(self, step: int, batch: StepBatch, result: StepResult, rate: float, extra: dict[str, Any]) -> float:
+    def step(
+        self, step: int, batch: StepBatch, result: StepResult, rate: float | Tensor, extra: dict[str, Any]
+    ) -> float:
         """Write a step; returns the seconds a step took since the last call."""
         read = torch.tensor([batch.row_hash, batch.num_targets], device=self.device)
         dist.all_reduce(read, group=self.mesh.get_group("dp"))
@@ -78,7 +81,7 @@ class Report:
             step=step,
             loss=loss,
             grad_norm=result.grad_norm.item(),
-            learning_rate=rate,
+            learning_rate=float(rate),
             consumed_samples=batch.consumed_samples,
             tokens_per_second=speed.tokens_per_second,
             step_seconds=speed.step_seconds,

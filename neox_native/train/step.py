@@ -80,10 +80,12 @@ class TrainStep:
         self.engine, self.optimizer, self.losses = engine, optimizer, losses
         self.clip_grad_norm, self.loss_scale, self.spike_guard = clip_grad_norm, loss_scale, spike_guard
 
-    def __call__(self, batch: StepBatch, learning_rate: float) -> StepResult:
+    def __call__(self, batch: StepBatch, learning_rate: float | Tensor) -> StepResult:
         """Train on one step's batch. Nothing waits for the device."""
         inputs, targets, extras = to_device(batch, self.losses.device)
-        scale = self.loss_scale.scale.clone() if self.loss_scale else None
+        scale = None
+        if self.loss_scale:
+            scale = self.loss_scale.of_step(len(inputs) * dist.get_world_size(self.losses.dp_group))
         function = self.losses.function(batch.num_targets, 1.0 if scale is None else scale)
         loss = self.engine.forward_backward(inputs, targets, extras, function)
         if scale is not None:

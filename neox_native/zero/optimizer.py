@@ -180,7 +180,7 @@ class ShardedOptimizer:
     @torch.no_grad()
     def step(
         self,
-        lr: float,
+        lr: float | Tensor,
         clip: float,
         loss_scale: Tensor | None = None,
         loss: Tensor | None = None,
@@ -189,7 +189,7 @@ class ShardedOptimizer:
         """Update the weights with the gradients that were collected since the last step.
 
         Args:
-            lr: learning rate.
+            lr: learning rate, perhaps a scalar on the device.
             clip: largest global L2 norm of the gradient; 0 does not clip.
             loss_scale: what the loss was multiplied by, a scalar on the device.
             loss: this rank's share of the loss: not finite on any rank, it makes the norm not finite on all.
@@ -293,11 +293,11 @@ class ShardedOptimizer:
             dist.all_reduce(square)
         return square.sqrt().float()
 
-    def _set_learning_rate(self, lr: float) -> None:
+    def _set_learning_rate(self, lr: float | Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def _update(self, lr: float, divisor: Tensor | None, found_inf: Tensor) -> None:
+    def _update(self, lr: float | Tensor, divisor: Tensor | None, found_inf: Tensor) -> None:
         """Update the masters with the gradients over `divisor`, unless `found_inf`."""
         self._set_learning_rate(lr)
         if self.fused:  # the kernel divides, and skips

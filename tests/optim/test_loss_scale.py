@@ -55,3 +55,4 @@ def test_state_resumes() -> None:
     for name, tensor in second.state_dict().items():
         tensor.copy_(first.state_dict()[name])
     assert begun + after(second, "....x") == expected
+    assert second.overflows == whole.overflows == 3

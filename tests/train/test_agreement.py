@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from neox_native.config.schema import Config, Parallel
+from neox_native.config.schema import Config, Parallel, Training
 from neox_native.mesh import AXES, build_mesh
 from neox_native.metrics.guards import SpikeGuard
 from neox_native.optim.loss_scale import LossScale
@@ -15,7 +15,7 @@ from neox_native.train.build import build_engine, build_model
 from neox_native.train.state import seed_dropout
 from neox_native.train.step import Losses, TrainStep
 from tests.ranks import run_ranks
-from tests.train.runs import CPU, batch, config_of, shards
+from tests.train.runs import CPU, batch, close, config_of, serial, shards, train
 
 THREE_AXES = Parallel(pp=2, dp=2, tp=2, zero_stage=1)
 
@@ -46,6 +46,33 @@ def test_an_fp16_overflow_is_agreed_by_all_ranks():
     config = config_of(THREE_AXES, precision="fp16", initial_loss_scale=2.0**40, loss_scale_hysteresis=1)
     outcomes = run_ranks(8, first_step, config)
     assert all(skipped == 1 and scale == 2.0**39 and not moved for skipped, scale, _, moved in outcomes)
+
+
+def flushed_logit_gradients(num_tokens: int) -> list[float]:
+    """Share of the logits' gradients that are zero in a step of so many tokens, with the loss scale of a whole step and
+    with that of its microbatches of 8192 tokens. Logits are those of a trained model: of deviation 2, over 50304 tokens."""
+    losses, scale = Losses(build_mesh(Parallel(dp=1), CPU), CPU), LossScale(Training(), CPU)
+    logits = torch.randn(1, 64, 50304, generator=torch.Generator().manual_seed(0)).mul(2.0).half().requires_grad_()
+    found = []
+    for factor in (scale.scale, scale.of_step(num_tokens // 8192)):
+        loss = losses.function(num_tokens, factor)(logits, torch.zeros(1, 64, dtype=torch.int64))
+        (gradient,) = torch.autograd.grad(loss, logits)
+        found.append((gradient == 0).float().mean().item())
+    return found
+
+
+def test_gradients_of_a_long_step_stay_within_fp16():
+    ((flushed_before, flushed),) = run_ranks(1, flushed_logit_gradients, 2**21)
+    assert flushed_before > 0.8 and flushed < 0.03
+
+
+@pytest.mark.parametrize("parallel", [Parallel(dp=1), Parallel(dp=2, zero_stage=2), Parallel(pp=2, dp=2)], ids=str)
+def test_the_loss_scale_means_the_same_in_every_layout(parallel):
+    """It is small enough here for gradients to flush to zero if it acted on the mean of the step's 8 microbatches."""
+    config = config_of(parallel, precision="fp16", initial_loss_scale=2.0**-12, min_loss_scale=2.0**-12)
+    for outcome in run_ranks(parallel.pp * parallel.dp, train, config):
+        close(outcome.losses, serial("parallel", "sgd", False)[0].losses, relative=2e-4)
+        close(outcome.norms, serial("parallel", "sgd", False)[0].norms, relative=5e-3)
 
 
 def test_a_loss_that_is_not_finite_on_one_replica_skips_the_update_on_all():

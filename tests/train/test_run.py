@@ -95,6 +95,20 @@ def test_a_killed_and_resumed_run_logs_bitwise_what_an_undisturbed_one_does(corp
     assert whole[-1]["loss"] < whole[0]["loss"] - 0.5
 
 
+def test_an_overflow_in_fp16_takes_no_learning_rate_before_and_after_a_resume(corpus, tmp_path):
+    low = ["--parallel.dp=1", "--training.precision=fp16", "--training.initial_loss_scale=1e6", "--training.loss_scale_window=3"]
+    low += ["--lr_schedule.warmup_fraction=0.5", "--training.steps=12"]
+    whole = run(settings(corpus, tmp_path / "whole", *low))
+    broken = settings(corpus, tmp_path / "broken", *low, "--checkpoint.save_every=6")
+    run(broken, stop_after=8)
+    assert curve(run(broken), "loss", "learning_rate") == curve(whole, "loss", "learning_rate")
+    updates = 0
+    for line in whole:
+        assert line["learning_rate"] == pytest.approx(1e-2 * updates / 6)
+        updates += line["grad_norm"] is not None
+    assert 2 <= updates <= 6, "too few or too many overflows to show anything"
+
+
 def test_a_run_continues_in_any_other_layout(corpus, tmp_path):
     fast = "--run.determinism=fast"
     looped = ["--parallel.virtual_stages=2", "--parallel.pipeline_schedule=interleaved_1f1b", "--parallel.stage_layers=[1,1,1,1]"]

@@ -30,7 +30,7 @@ class Run:
     """Limit of what has no step time: opening data, the first steps, which compile, evaluation and saving [seconds]. A
     process that stands still is noticed after 300 seconds, whatever it does."""
     check_replicas_every: int = 0
-    """Compare the weights and random states of replicas after every so many steps, by hash; 0 never does [steps]. With
+    """Compare what replicas hold alike after every so many steps and before each save, by hash; 0 never does [steps]. With
     ZeRO, data-parallel ranks have no copies that could drift apart, but for frozen weights."""
 
 

@@ -91,6 +91,7 @@ class Trainer:
         try:
             self.train()
         finally:
+            self.watchdog.at(self.step, "save")
             self.saver.close()
             self.requests.end_within()
             self.watchdog.close()
@@ -156,11 +157,14 @@ class Trainer:
             self.look_at_bad_steps()
         if logging.stragglers_every and self.ranks.size > 1 and self.step % logging.stragglers_every == 0:
             self.report.stragglers(self.step)
-        every = self.config.run.check_replicas_every
-        if every and self.step % every == 0:
-            copies = run_states.copies(self.config, self.mesh, self.optimizer)
-            if found := check_replicas(copies, self.ranks.gather):
-                raise UserError(f"step {self.step}: {found}; resume from the last checkpoint before it.")
+        if (every := self.config.run.check_replicas_every) and self.step % every == 0:
+            self.check_replicas()
+
+    def check_replicas(self) -> None:
+        """End the run where ranks differ in what they should hold alike: a restart goes on before that."""
+        copies = run_states.copies(self.config, self.mesh, self.optimizer)
+        if found := check_replicas(copies, self.ranks.gather):
+            raise UserError(f"step {self.step}: {found}; the run goes on from its last checkpoint, whose replicas agreed.")
 
     def look_at_bad_steps(self) -> None:
         """Name the steps without a target and the updates that were skipped since the last call, with their samples; too many
@@ -200,6 +204,8 @@ class Trainer:
         """Write a checkpoint of this step, unless there is one."""
         if self.saver.last_step != self.step:
             self.look_at_bad_steps()
+            if (every := self.config.run.check_replicas_every) and self.step % every:  # else they have just been checked
+                self.check_replicas()
             self.write_checkpoint()
 
     def write_checkpoint(self) -> None:

@@ -250,13 +250,15 @@ def test_rank_with_another_config_is_named_before_anything_is_written(corpus, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_changed_weight_of_one_replica_is_named(corpus, tmp_path):
+@pytest.mark.parametrize("every, found_at", [(2, 6), (100, 8)])
+def test_changed_weight_of_one_replica_is_named_before_it_is_saved(corpus, tmp_path, every, found_at):
     def change(step: TrainStep) -> None:
         master = next(t for t in step.optimizer.trained if t.spec.name == "layers.2.mlp.dense_h_to_4h.weight")
         master.shard.view(-1)[3] += 1e-3
 
-    with pytest.raises(RankError, match=r"step 6: layers.2.mlp.dense_h_to_4h.weight differs between the dp replicas"):
-        run(settings(corpus, tmp_path, TWO_RANKS, "--run.check_replicas_every=2"), at_step(5, 1, change))
+    with pytest.raises(RankError, match=rf"step {found_at}: layers.2.mlp.dense_h_to_4h.weight differs between the dp replicas"):
+        run(settings(corpus, tmp_path, TWO_RANKS, f"--run.check_replicas_every={every}"), at_step(5, 1, change))
+    assert saved(tmp_path) == ["step_000000004"]
 
 
 def test_rank_that_sleeps_for_ever_ends_the_job_with_a_report(corpus, tmp_path, capfd):

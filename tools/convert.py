@@ -4,7 +4,7 @@
     python tools/convert.py from-hf FOLDER OUT                              Hugging Face -> ours
     python tools/convert.py from-neox global_step150000 OUT --config configs/20b.toml    GPT-NeoX (DeepSpeed) -> ours
 
-OUT of the last two is a checkpoint; train from it with --checkpoint.initialize_from OUT.
+Weights that are not finite are refused by name. OUT of the last two is a checkpoint; train from it with --checkpoint.initialize_from OUT.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from neox_native.checkpoint import interop
 from neox_native.checkpoint.agree import Ranks
@@ -29,18 +32,29 @@ from neox_native.errors import UserError, report_user_errors
 def to_hf(options: argparse.Namespace) -> None:
     """Our checkpoint -> a Hugging Face folder."""
     reader = interop.CheckpointReader(interop.find_checkpoint(options.source))
-    tokenizer = options.tokenizer or reader.metadata.get("tokenizer", "")
+    tokenizer, dtype = options.tokenizer or there_is(reader.metadata.get("tokenizer", "")), DTYPES[options.dtype]
     remarks = write_folder(
         options.out,
         reader.model,
         reader.shapes,
-        reader,
+        checked(reader, options, dtype),
         Ranks(),
-        DTYPES[options.dtype],
+        dtype,
         tokenizer,
         int(options.shard_gb * 1e9),
     )
     print(*remarks, sep="\n", end="\n" if remarks else "")
+
+
+def there_is(tokenizer: str) -> str:
+    """A checkpoint's own tokenizer, or "" with a notice where it is gone."""
+    try:
+        if tokenizer:
+            load_tokenizer(tokenizer)
+        return tokenizer
+    except UserError as error:
+        print(f"The checkpoint's own tokenizer cannot be read, name it with --tokenizer: {error}")
+        return ""
 
 
 def from_hf(options: argparse.Namespace) -> None:
@@ -54,14 +68,14 @@ def from_hf(options: argparse.Namespace) -> None:
             tokenizer = reader.tokenizer
         except UserError as error:
             print(f"The folder's own tokenizer is left out: {error}")
-    write(options.out, reader.model, reader, tokenizer)
+    write(options, reader.model, reader, tokenizer)
 
 
 def from_neox(options: argparse.Namespace) -> None:
     """A checkpoint of GPT-NeoX -> our checkpoint."""
     interop.require_new(options.out)
     reader = NeoxReader(options.source, neox_model(options))
-    write(options.out, reader.model, reader, options.tokenizer)
+    write(options, reader.model, reader, options.tokenizer)
 
 
 def neox_model(options: argparse.Namespace) -> Model:
@@ -85,11 +99,30 @@ def neox_model(options: argparse.Namespace) -> Model:
     return replace(smallest, vocab_size=rows)
 
 
-def write(out: Path, model: Model, read: interop.Read, tokenizer: str) -> None:
+def write(options: argparse.Namespace, model: Model, read: interop.Read, tokenizer: str) -> None:
     """Write our checkpoint, with the tokenizer's name in it where it is known."""
     if tokenizer:
         fitting_tokenizer(tokenizer, model, "--tokenizer")
-    interop.write_checkpoint(out, model, read, {"tokenizer": tokenizer} if tokenizer else {})
+    interop.write_checkpoint(options.out, model, checked(read, options), {"tokenizer": tokenizer} if tokenizer else {})
+
+
+def checked(read: interop.Read, options: argparse.Namespace, dtype: torch.dtype = torch.float32) -> interop.Read:
+    """The same tensors, of which the first that is not finite in `dtype` is refused, or told with `--allow-nonfinite`."""
+    told = False
+
+    def read_checked(name: str) -> Tensor:
+        nonlocal told
+        tensor = read(name)
+        if not told and not tensor.to(dtype).isfinite().all():
+            way_out = "take another --dtype" if tensor.isfinite().all() else "take a checkpoint from before they broke"
+            found = f"{name} of {options.source} holds numbers that are not finite in {dtype}"
+            if not options.allow_nonfinite:
+                raise UserError(f"{found}; {way_out}, or convert it as it is with --allow-nonfinite.")
+            told = True
+            print(f"{found}; it is converted as it is.")
+        return tensor
+
+    return read_checked
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -104,6 +137,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         added.add_argument("out", metavar="OUT", type=Path, help="a new folder")
         added.add_argument(
             "--tokenizer", default="", help='"byte", a tokenizer.json or "tiktoken:NAME", where it is not known'
+        )
+        added.add_argument(
+            "--allow-nonfinite", action="store_true", help="convert weights that are infinite or no numbers, too"
         )
         return added
 

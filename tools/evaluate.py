@@ -23,7 +23,7 @@ import numpy as np
 import torch.distributed as dist
 
 from neox_native.data.indexed import IndexedDataset
-from neox_native.data.tokenizers import Tokenizer
+from neox_native.data.tokenizers import Tokenizer, load_tokenizer
 from neox_native.errors import UserError, report_user_errors
 from neox_native.generate.choices import accuracy, read_questions
 from neox_native.generate.command import add_model_options, model_from, tokenizer_of
@@ -79,11 +79,22 @@ def text_document(path: Path, tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate((np.array([tokenizer.eod_id], np.int64), tokenizer.encode(text).astype(np.int64)))
 
 
+def tokenizer_if_any(options: argparse.Namespace, loaded: Loaded) -> Tokenizer | None:
+    """The checkpoint's own tokenizer; None, with a notice on the error stream, where it names one that is gone."""
+    try:
+        if loaded.tokenizer:
+            load_tokenizer(loaded.tokenizer)
+    except UserError as error:
+        if dist.get_rank() == 0:
+            print(f"Bytes and words are not counted: {error}", file=sys.stderr)
+        return None
+    return tokenizer_of(options, loaded) if loaded.tokenizer else None
+
+
 def perplexity(options: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     """Of `--data` or `--text`."""
     scorer = Scorer(Runner(loaded), options.batch_size)
-    known = bool(options.tokenizer or loaded.tokenizer)
-    tokenizer = tokenizer_of(options, loaded) if known or options.text else None
+    tokenizer = tokenizer_of(options, loaded) if options.text or options.tokenizer else tokenizer_if_any(options, loaded)
     stride = options.stride or scorer.context
     if options.text:
         return measure(scorer, [text_document(options.text, tokenizer)], stride, tokenizer).report()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from neox_native.checkpoint import files, interop, store
 from neox_native.checkpoint.agree import Ranks
@@ -23,6 +23,7 @@ from neox_native.parallel import tensor
 from neox_native.parallel.assemble import assemble, local_slice
 from neox_native.parallel.cuts import rows_of_rank, rows_of_whole
 from neox_native.zero.state import Boxes
+from neox_native.zero.unit import local
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def load_model(path: str | Path, mesh: DeviceMesh, dtype: str, device: torch.dev
         dtype: "fp32", "bf16" or "fp16".
 
     Raises:
-        UserError: where the checkpoint is missing, damaged or of another architecture, or cannot be cut so.
+        UserError: where the checkpoint is missing, damaged or of another architecture, cannot be cut so, or holds weights
+            that are not finite in `dtype`.
     """
     ranks = Ranks()
     with ranks.together(f"Opening {path}"):
@@ -71,8 +73,7 @@ def load_model(path: str | Path, mesh: DeviceMesh, dtype: str, device: torch.dev
     if isinstance(source, HuggingFaceReader):
         with ranks.together(f"Loading {path}"):
             for name, weight in weights.items():
-                local = weight.to_local() if isinstance(weight, DTensor) else weight
-                local.copy_(local_slice(source(part.global_name(name)), weight, rows[name]))
+                local(weight).copy_(local_slice(source(part.global_name(name)), weight, rows[name]))
         tokenizer = source.tokenizer
     else:
         state = {
@@ -82,10 +83,21 @@ def load_model(path: str | Path, mesh: DeviceMesh, dtype: str, device: torch.dev
             for name, weight in weights.items()
         }
         tokenizer = store.load(source, state, ranks, only=interop.PREFIX).get("tokenizer", "")
+    _require_finite(path, {part.global_name(name): weight for name, weight in weights.items()}, dtype, ranks)
     part.build_tables(device)
     if mesh["tp"].size() > 1:
         tensor.shard_tables(part, mesh["tp"])
     return Loaded(model, part.eval(), tokenizer, mesh, device)
+
+
+def _require_finite(path: str | Path, weights: Mapping[str, Tensor], dtype: str, ranks: Ranks) -> None:
+    """Raise `UserError` on all ranks, naming the first tensor of the first rank that is not finite."""
+    broken = next((name for name, weight in weights.items() if not local(weight).isfinite().all()), None)
+    if found := [name for name in ranks.gather(broken) if name]:
+        raise UserError(
+            f"{path} cannot be run: {found[0]} holds numbers that are not finite in {dtype}; take a checkpoint from before "
+            "they broke, or another --dtype."
+        )
 
 
 def _open(path: Path) -> HuggingFaceReader | Path:

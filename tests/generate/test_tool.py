@@ -22,7 +22,7 @@ EIGHT = ["--max-new-tokens", "8", "--ignore-end", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    return checkpoint(tmp_path_factory.mktemp("run") / "checkpoints" / "step_000000007", tokenizer="byte")
+    return checkpoint(tmp_path_factory.mktemp("run") / "checkpoints" / "step_000000007", tokenizer="byte", step=7)
 
 
 @pytest.fixture(scope="module")

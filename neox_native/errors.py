@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,9 +34,14 @@ def naming(path: object) -> Iterator[None]:
 
 @contextmanager
 def report_user_errors(prefix: str = "error") -> Iterator[None]:
-    """Print a `UserError`, or what the system refused, as a sentence and exit with status 1."""
+    """Print a `UserError`, or what the system refused, as a sentence and exit with status 1. Where the reader of the
+    output has left, as `head` does, nobody is to be told; the status is a shell's for that."""
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (UserError, OSError) as error:
         sentence = f"{in_words(error)}." if isinstance(error, OSError) else str(error)
         print(f"{prefix}: {sentence}", file=sys.stderr, flush=True)

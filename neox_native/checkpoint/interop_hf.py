@@ -43,7 +43,7 @@ def _safetensors() -> ModuleType:
         import safetensors.torch
     except ImportError:
         raise UserError(
-            "Hugging Face folders need the package safetensors, an optional extra: pip install 'neox-native[hf]'."
+            "Hugging Face folders need the package safetensors, an optional extra: pip install -e '.[hf]'."
         ) from None
     return safetensors
 

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from neox_native import shipped_folder
 from neox_native.config.schema import Config
 from neox_native.config.settings import SECTIONS, SETTINGS, Setting, help_text, nearest
 from neox_native.config.values import Mismatch, convert, describe, from_text, to_toml
 from neox_native.errors import UserError
 
-CONFIGS_FOLDER = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS_FOLDER = shipped_folder("configs")
 COMMAND_LINE = "the command line"
 GPUS_OF_A_NODE = 8
 """As most machines for training have; only an example on a command line rests on it."""
@@ -32,7 +33,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
 
     Raises UserError for a file that cannot be read, an unknown setting or a value of the wrong type.
     """
-    values = {} if path is None else _read(Path(path))
+    values = {} if path is None else _read(_found(Path(path)))
     values |= _overrides(overrides)
     sections = {
         section: section_class(
@@ -100,6 +101,12 @@ def _launch(config: Config) -> str:
     if ranks % GPUS_OF_A_NODE:
         return "--nnodes NODES --nproc-per-node GPUS"
     return f"--nnodes {ranks // GPUS_OF_A_NODE} --nproc-per-node {GPUS_OF_A_NODE}"
+
+
+def _found(path: Path) -> Path:
+    """The file, or the one that is shipped under this name: away from the clone, configs/20b.toml means that one."""
+    shipped = CONFIGS_FOLDER.parent / path
+    return shipped if not path.exists() and path.parts[:1] == ("configs",) and shipped.is_file() else path
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ try:
 except ImportError:
     raise UserError(
         "The tasks of lm-evaluation-harness need the package lm_eval, an optional extra: "
-        "pip install 'neox-native[eval]'."
+        "pip install -e '.[eval]'."
     ) from None
 
 DEFAULT_ANSWER_TOKENS = 256

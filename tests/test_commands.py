@@ -1,0 +1,52 @@
+"""An installed package has the clone's tools and configs, and commands for them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from neox_native import __version__, commands
+from neox_native.config.load import load
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_folder_of_code_is_installed() -> None:
+    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in (ROOT / "neox_native").rglob("*.py")}
+    shipped = {"neox_native.configs", "neox_native.tools", "neox_native.tools.benchmarks"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders | shipped
+
+
+def test_every_tool_has_a_command() -> None:
+    functions = {target.partition(":")[2] for target in PROJECT["project"]["scripts"].values()}
+    assert {path.stem for path in (ROOT / "tools").glob("*.py")} == {name.replace("prepare", "prepare_data") for name in functions}
+
+
+def test_a_command_runs_its_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["neox-plan", "validate"])
+    commands.plan()
+    assert "Pythia 1B" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["neox-plan", "--version"])
+    commands.plan()
+    assert capsys.readouterr().out == f"neox_native {__version__}\n"
+
+
+def test_a_shipped_config_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = load("configs/20b.toml")
+    monkeypatch.chdir(tmp_path)
+    assert load("configs/20b.toml") == here
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    code = "from neox_native.errors import report_user_errors\nwith report_user_errors():\n    print('x' * 100_000)"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, cwd=ROOT, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")

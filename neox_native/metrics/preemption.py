@@ -95,7 +95,7 @@ class Requests:
             self._end(0 if number == ANNOUNCEMENT else 128 + number)
         elif self._first in REQUESTS:
             if number in REQUESTS and self._clock() - self._first_heard > SAME_SECONDS:
-                self._say(f"{name_of(number)} after {name_of(self._first)}: leaving at once. The last checkpoint stands.")
+                self._say(f"{name_of(number)} after {name_of(self._first)}: leaving at once. What is saved stands.")
                 self._end(128 + number)
         elif number in REQUESTS or not self._first:
             self.reason = self._first = number
@@ -143,7 +143,7 @@ class Requests:
         """Who was asked to leave and lost its peers, because they left first, needs no traceback."""
         self.end_within()
         if self.reason and isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError)):
-            self._say(f"{name_of(self.reason)}: leaving at once, as other ranks have left. The last checkpoint stands.")
+            self._say(f"{name_of(self.reason)}: leaving at once, as other ranks have left. What is saved stands.")
             raise SystemExit(128 + self.reason) from None
 
 
@@ -164,7 +164,8 @@ class LeaveRequest:
         self._work: dist.Work | None = None
 
     def after_step(self, failed: bool = False) -> str | None:
-        """What to leave for ("SIGTERM"), or None; call once per step on every rank, which all get the same answer.
+        """What to leave for ("SIGTERM"), or None; call once per step, or batch of an evaluation, on every rank, which all get
+        the same answer.
 
         A request is answered one step after the one during which it came, and so is `failed`: something on this rank
         went wrong beside the steps, and all ranks must hear of it (`self.failed`).

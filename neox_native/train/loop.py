@@ -117,12 +117,10 @@ class Trainer:
             self.report.step_done()
             self.log_if_due(batch, result, rate)
             with self.report.throughput.paused():
-                signal = self.leave.after_step(self.saver.failed)
-                if signal:
-                    self.save()  # at once: a launcher may not wait for an evaluation
                 self.evaluate_if_due()
+                signal = self.leave.after_step(self.saver.failed)
                 lacking = self.leave.failed and self.saver.settle()
-                if lacking or should_save(self.step, settings.checkpoint, total_steps):
+                if signal or lacking or should_save(self.step, settings.checkpoint, total_steps):
                     self.save()
                 if signal or self.step == total_steps:
                     self.finish_saves()
@@ -179,6 +177,14 @@ class Trainer:
             self.finish_saves()
             raise found
 
+    def while_listening(self, batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
+        """The batches of an evaluation. A request to leave that comes meanwhile is answered by a save: the launcher may not
+        wait for the end."""
+        for batch in batches:
+            yield batch
+            if self.leave.after_step(self.saver.failed):
+                self.save()
+
     def evaluate_if_due(self) -> None:
         """Loss on the validation data, into the log."""
         settings, last = self.config.evaluation, self.step == self.config.training.steps
@@ -187,7 +193,7 @@ class Trainer:
         self.phase = "evaluate"
         size = settings.batches * self.config.training.global_batch_size
         first = evaluation_number(self.step, settings.every) * size
-        batches = self.batches("valid", first, settings.batches)
+        batches = self.while_listening(self.batches("valid", first, settings.batches))
         share, num_targets = evaluate(self.engine, self.parts.values(), self.losses, batches)
         loss = self.losses.total(share).item() if num_targets else None
         found = f"no validation loss: none of the tokens in its {settings.batches} batches is to be predicted"

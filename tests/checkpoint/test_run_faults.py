@@ -20,7 +20,7 @@ from neox_native.checkpoint import files
 from neox_native.config.check import require
 from neox_native.config.schema import Config, Run
 from neox_native.metrics import health
-from neox_native.train import start
+from neox_native.train import loop, start
 from neox_native.train.step import TrainStep
 from tests.checkpoint.small_runs import curve, events, run, saved, settings, write_corpus
 from tests.ranks import RankError, run_ranks
@@ -275,6 +275,22 @@ def test_rank_that_sleeps_for_ever_ends_the_job_with_a_report(corpus, tmp_path, 
         "collectives_rank_0.json", "collectives_rank_1.json",
     ]  # fmt: skip
     assert saved(tmp_path) == ["step_000000004"]
+
+
+def test_request_during_an_evaluation_saves_before_its_end(corpus, tmp_path, monkeypatch):
+    evaluate = loop.evaluate
+
+    def interrupted(*args):
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        share = evaluate(*args)
+        assert saved(tmp_path) == ["step_000000004"]
+        return share
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    evaluation = ("--evaluation.every=4", "--evaluation.batches=3", "--data.split=80,20,0")
+    run(settings(corpus, tmp_path, TWO_RANKS, "--checkpoint.save_every=100", *evaluation))
+    assert [event["step"] for event in events(tmp_path, "evaluation") + events(tmp_path, "signal")] == [4, 4]
 
 
 def test_rank_that_is_stopped_while_data_is_opened_is_named(corpus, tmp_path, capfd, monkeypatch):

@@ -22,6 +22,15 @@ from tests.ranks import RankError, run_ranks
 
 
 @pytest.fixture(autouse=True)
+def usual_signals() -> Iterator[None]:
+    """Not those of a test run in the background, where Ctrl-C is ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in preemption.REQUESTS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
 def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rank that never ends, in some tests here, need not be waited for."""
     monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.1)
@@ -109,7 +118,7 @@ def test_a_second_request_leaves_at_once(first: int, second: int, status: int | 
         assert requests.ends == ([status] if status else [])
     sentences = capsys.readouterr().err.splitlines()
     assert "leaving after the next step, when the state is saved" in sentences[0]
-    assert status is None or sentences[1].endswith("leaving at once. The last checkpoint stands.") and len(sentences) == 2
+    assert status is None or sentences[1].endswith("leaving at once. What is saved stands.") and len(sentences) == 2
 
 
 def test_before_the_first_step_is_done_a_request_leaves_at_once(capsys) -> None:

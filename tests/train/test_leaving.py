@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
+import train as entry
 from neox_native.checkpoint import files
+from neox_native.config.check import require
 from neox_native.config.load import dump
+from neox_native.mesh import Launch
+from neox_native.metrics.preemption import Requests, end_of_process
 from tests.checkpoint.small_runs import events, settings, write_corpus
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -109,3 +117,30 @@ def test_ctrl_c_in_start_up_leaves_with_a_sentence(job, moment: str) -> None:
     running.read_until(None)
     assert "there is nothing to save" in running.output or "leaving after the next step" in running.output
     assert f"{ROOT}/train.py" not in running.output and "gloo" not in running.output
+
+
+LAYOUTS = [
+    ["--parallel.dp=2"], ["--parallel.dp=1", "--parallel.tp=2"], ["--parallel.dp=1", "--parallel.pp=2"],
+    ["--parallel.dp=2", "--parallel.tp=2", "--parallel.zero_stage=1"],
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_ranks_interrupted_at_any_moment_all_leave(tmp_path: Path, seed: int, capfd) -> None:
+    draw = random.Random(seed)
+    changes = [*draw.choice(LAYOUTS), f"--checkpoint.async={draw.choice(['true', 'false'])}", "--checkpoint.save_every=5"]
+    validation = ["--evaluation.every=4", "--evaluation.batches=4", "--data.split=80,20,0"]
+    config = settings(write_corpus(tmp_path), tmp_path, *changes, *validation, "--training.steps=1000000")
+    size, seconds = config.parallel.pp * config.parallel.dp * config.parallel.tp, draw.uniform(0.0, 3.0)
+
+    def rank() -> None:
+        with end_of_process(), Requests(Launch.from_environment()) as requests:
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            entry.train(require(config, size), torch.device("cpu"), requests)
+
+    with pytest.raises(FileNotFoundError):  # they end without a result, not by a TimeoutError
+        run_ranks(size, rank, timeout_seconds=60)
+    output = "".join(capfd.readouterr())
+    assert "Traceback" not in output
+    assert "there is nothing to save" in output or "leaving after SIGTERM; the state is saved" in output

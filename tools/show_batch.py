@@ -6,7 +6,8 @@
     python tools/show_batch.py --config configs/quickstart.toml --hash 1:20               the steps' batch_hash
 
 Steps count from 1, as in metrics.jsonl, whose `batch_hash` is the one shown here. `--json` prints one object a line.
-Any setting of the config may be overridden as in train.py.
+A run that went on with another batch size or more steps reads on in the order of the checkpoint it resumed: name that
+with `--checkpoint` to see what came after it. Any setting of the config may be overridden as in train.py.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import json
 import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
+from neox_native.checkpoint.files import read_metadata
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
-from neox_native.data.build import build_data
+from neox_native.data.build import Position, build_data
 from neox_native.data.dataset import Dataset
 from neox_native.data.loader import as_signed, format_hash, hash_row
 from neox_native.data.order import rows_of_rank
@@ -49,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--consumed", type=int, metavar="SAMPLES", help="with --step: samples before it, if the batch size changed"
     )
+    options.add_argument("--checkpoint", metavar="FOLDER", help="checkpoint that the run resumed, to see the steps after it")
     options.add_argument("--json", action="store_true", help="one JSON object a line")
     return options
 
@@ -62,8 +66,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
-def training_data(config: Config) -> Dataset:
-    """The training data, as training opens it."""
+def training_data(config: Config, position: Position = Position()) -> Dataset:
+    """The training data, as training opens it that goes on from `position`."""
     training = config.training
     return build_data(
         config.data,
@@ -77,12 +81,17 @@ def training_data(config: Config) -> Dataset:
         is_writer=True,
         wait=lambda: None,
         log=partial(print, file=sys.stderr),
+        position=position,
     ).train
 
 
-def first_sample(config: Config, dataset: Dataset, step: int, consumed: int | None = None) -> int:
+def first_sample(
+    config: Config, dataset: Dataset, step: int, consumed: int | None = None, position: Position = Position()
+) -> int:
     """The first sample of a step. Raises `UserError` for a step or a position that the data does not reach."""
     size = config.training.global_batch_size
+    if consumed is None and step > position.step > 0:
+        consumed = position.consumed_samples + (step - 1 - position.step) * size
     if consumed is not None:
         if step < 1 or not 0 <= consumed <= dataset.num_samples - size:
             raise UserError(
@@ -111,10 +120,10 @@ def rows_of(config: Config, rank: int | None) -> list[int]:
 
 
 def step_rows(
-    config: Config, dataset: Dataset, step: int, rank: int | None, consumed: int | None
+    config: Config, dataset: Dataset, step: int, rank: int | None, consumed: int | None, position: Position = Position()
 ) -> Iterator[dict[str, object]]:
     """One object a row; document and offset are those of its first token."""
-    start = first_sample(config, dataset, step, consumed)
+    start = first_sample(config, dataset, step, consumed, position)
     for row in rows_of(config, rank):
         place = dataset.locate(start + row)
         document, offset, _ = place.segments[0]
@@ -146,7 +155,7 @@ def document_rows(config: Config, dataset: Dataset, document: int, prefix: str |
         yield {"step": sample // size + 1, "row": sample % size, "sample": sample}
 
 
-def step_hashes(config: Config, dataset: Dataset, steps: str) -> Iterator[dict[str, object]]:
+def step_hashes(config: Config, dataset: Dataset, steps: str, position: Position) -> Iterator[dict[str, object]]:
     """One object a step, the last one included."""
     try:
         first, last = (int(step) for step in steps.split(":"))
@@ -155,7 +164,7 @@ def step_hashes(config: Config, dataset: Dataset, steps: str) -> Iterator[dict[s
     if first > last:
         raise UserError(f"--hash {steps!r} ends before it starts; say {last}:{first}.")
     for step in range(first, last + 1):
-        start = first_sample(config, dataset, step)
+        start = first_sample(config, dataset, step, position=position)
         total = sum(hash_row(row, start + row, dataset.sample(start + row)) for row in rows_of(config, None))
         yield {"step": step, "batch_hash": format_hash(as_signed(total))}
 
@@ -175,13 +184,14 @@ def main(arguments: list[str]) -> None:
     """Answers one question."""
     options, rest = parse(arguments)
     config = from_command_line(rest)
-    dataset = training_data(config)
+    position = Position.of(read_metadata(Path(options.checkpoint))) if options.checkpoint else Position()
+    dataset = training_data(config, position)
     if options.step is not None:
-        answers = step_rows(config, dataset, options.step, options.rank, options.consumed)
+        answers = step_rows(config, dataset, options.step, options.rank, options.consumed, position)
     elif options.document is not None:
         answers = document_rows(config, dataset, options.document, options.dataset)
     else:
-        answers = step_hashes(config, dataset, options.hash)
+        answers = step_hashes(config, dataset, options.hash, position)
     tokenizer = None if options.json or options.step is None else load_tokenizer(config.data.tokenizer)
     for answer in answers:
         if options.json:

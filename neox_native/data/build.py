@@ -20,6 +20,27 @@ from neox_native.errors import UserError
 PARTS = ("train", "valid", "test")
 
 
+class Position(NamedTuple):
+    """How far a run has read its training data."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    begun: dict[str, object] = {}
+    """Fingerprint of the data in the order in which the run has been reading it."""
+
+    @classmethod
+    def of(cls, metadata: dict[str, object]) -> Position:
+        """As a checkpoint tells it; one that does not tells of a start."""
+        step, consumed, begun = (metadata.get(name) for name in ("step", "consumed_samples", "data"))
+        told = isinstance(step, int) and isinstance(consumed, int) and min(step, consumed) >= 0 and isinstance(begun, dict)
+        return cls(step, consumed, begun) if told else cls()  # type: ignore[arg-type]
+
+    def begun_of(self, number: int) -> dict[str, object]:
+        """The part of the fingerprint on one dataset of a mixture."""
+        prefix = f"{number}."
+        return {name.removeprefix(prefix): value for name, value in self.begun.items() if name.startswith(prefix)}
+
+
 @dataclass(frozen=True)
 class Datasets:
     """Training, validation and test data; each index is computed when first asked for."""
@@ -56,11 +77,15 @@ def parse_split(split: str) -> list[float]:
     return shares + [0.0] * (3 - len(shares))
 
 
-def samples_needed(part: str, steps: int, global_batch_size: int, eval_every: int, eval_batches: int) -> int:
+def samples_needed(
+    part: str, steps: int, global_batch_size: int, eval_every: int, eval_batches: int, position: Position
+) -> int:
     """Samples of one part that a whole run reads, as GPT-NeoX counts them: evaluations within the run and one at its
-    end."""
-    evaluations = {"train": 0, "valid": steps // max(1, eval_every or steps) + 1, "test": 1}[part]
-    return (steps if part == "train" else evaluations * eval_batches) * global_batch_size
+    end. Of the training data those that were consumed, maybe in batches of another size, and those of the steps left."""
+    if part == "train":
+        return position.consumed_samples + max(0, steps - position.step) * global_batch_size
+    evaluations = steps // max(1, eval_every or steps) + 1 if part == "valid" else 1
+    return evaluations * eval_batches * global_batch_size
 
 
 class Source(NamedTuple):
@@ -106,11 +131,12 @@ def build_data(
     is_writer: bool,
     wait: Callable[[], None],
     log: Callable[[str], None] = print,
+    position: Position = Position(),
 ) -> Datasets:
     """The run's datasets; training data is opened at once, validation data if the run evaluates.
 
     `is_writer` tells the one rank that prepares built-in corpora, `wait` is a barrier over all ranks, `log` prints
-    progress. Raises `UserError` for everything that is wrong with the files or the settings.
+    progress, `position` is where a run that goes on stands in its training data. Raises `UserError` for everything that is wrong with the files or the settings.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"run.seed = {seed} must lie between 0 and 2^32 - 1 = {2**32 - 1}.")
@@ -131,7 +157,7 @@ def build_data(
             config.document_positions, kept_orders=str(Path(config.cache_dir).expanduser() / "orders"),
         )  # fmt: skip
         entries = sources[settings[part]]
-        num_samples = samples_needed(part, steps, global_batch_size, eval_every, eval_batches)
+        num_samples = samples_needed(part, steps, global_batch_size, eval_every, eval_batches, position)
 
         def make(number: int, num_samples: int) -> TokenDataset:
             files = open_files(entries[number].path)
@@ -140,7 +166,8 @@ def build_data(
             documents = (
                 whole if own[part] and part != "train" else split_documents(shares, len(files))[PARTS.index(part)]
             )
-            return TokenDataset(files, documents, reading, num_samples, labels)
+            begun = position.begun_of(number) if len(entries) > 1 else position.begun
+            return TokenDataset(files, documents, reading, num_samples, labels, begun if part == "train" else None)
 
         return make(0, num_samples) if len(entries) == 1 else Mixture(make, [e.weight for e in entries], num_samples)
 

@@ -91,7 +91,8 @@ class Dataset(Protocol):
 class TokenDataset:
     """Some documents of one token file in an order, with labels if a parallel file of the same sizes holds them.
 
-    `num_samples` is what the run needs; the order "stored" offers its rows, be they fewer. Raises `UserError` where the
+    `num_samples` is what the run needs; the order "stored" offers its rows, be they fewer. `begun` is the fingerprint of
+    what the run has been reading, whose order goes on. Raises `UserError` where the
     documents do not make one sample, where stored rows have another length, and where labels and tokens do not fit
     together.
     """
@@ -103,8 +104,9 @@ class TokenDataset:
         reading: Reading,
         num_samples: int,
         labels: IndexedDataset | None = None,
+        begun: Facts | None = None,
     ) -> None:
-        self.files, self.labels, self.reading = files, labels, reading
+        self.files, self.labels, self.reading, self.begun = files, labels, reading, begun
         self.seq_length, self.vocab_size = reading.seq_length, reading.vocab_size
         if labels is not None and not np.array_equal(labels.sizes, files.sizes):
             raise UserError(
@@ -146,7 +148,7 @@ class TokenDataset:
 
     def _arrange(self, num_samples: int) -> Order:
         if self.reading.order == "neox":
-            return NeoxOrder(self.corpus, num_samples, self.reading.seed, self._keep)
+            return NeoxOrder(self.corpus, num_samples, self.reading.seed, self._keep, self.begun)
         if self.reading.order == "epoch":
             return EpochOrder(self.corpus, self.reading.seed)
         sizes = self.files.sizes[self.corpus.documents.start : self.corpus.documents.stop]
@@ -300,13 +302,20 @@ def _sha256(path: Path) -> str:
 
 
 def check_fingerprint(saved: dict[str, object], current: dict[str, object], what: str) -> None:
-    """Raises `UserError` that names every entry in which the data of a checkpoint and of this run differ."""
+    """Raises `UserError` that names every entry in which the data of a checkpoint and of this run differ.
+
+    "samples" may have grown: the order goes on behind those that the checkpoint knew.
+    """
+
+    def goes_on(name: str) -> bool:
+        before, now = saved.get(name), current.get(name)
+        if name.split(".")[-1] == "samples" and isinstance(now, list):
+            before = before if isinstance(before, list) else [before]
+            return now[: len(before)] == before
+        return before == now
+
     names = sorted(saved.keys() | current.keys())
-    changed = [
-        f"{name} was {saved.get(name)!r}, is {current.get(name)!r}"
-        for name in names
-        if saved.get(name) != current.get(name)
-    ]
+    changed = [f"{name} was {saved.get(name)!r}, is {current.get(name)!r}" for name in names if not goes_on(name)]
     if changed:
         raise UserError(
             f"the {what} data is not in the order that the checkpoint was reading: {'; '.join(changed)}. Continue with "

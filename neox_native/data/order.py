@@ -114,6 +114,11 @@ def _numbers(documents: range) -> np.ndarray:
     return np.arange(documents.start, documents.stop, dtype=np.int32)
 
 
+def _counts(told: object) -> list[int]:
+    """The counts that an entry of a fingerprint tells, one or a list of them."""
+    return [count for count in (told if isinstance(told, list) else [told]) if isinstance(count, int) and count > 0]
+
+
 def draw_at_once(_facts: Facts, draw: Draw) -> Arrays:
     """Keeps nothing."""
     return draw()
@@ -128,16 +133,28 @@ class NeoxOrder:
 
     Args:
         keep: where long orders of packed samples are kept, for shuffling 1e8 numbers takes many seconds.
+        begun: fingerprint of the order that the run has been reading, which goes on as far as it reaches. Beyond it, packed
+            samples are drawn anew; of whole documents the further samples follow, shuffled among themselves.
     """
 
-    def __init__(self, corpus: Corpus, num_samples: int, seed: int, keep: Keep = draw_at_once) -> None:
+    def __init__(
+        self, corpus: Corpus, num_samples: int, seed: int, keep: Keep = draw_at_once, begun: Facts | None = None
+    ) -> None:
         self.packing = corpus.packing
+        begun = begun if begun and begun.get("order") == "neox" else {}
         if corpus.packing == "packed":
-            self.epochs = epochs_needed(corpus.num_tokens, corpus.seq_length, num_samples)
+            needed = epochs_needed(corpus.num_tokens, corpus.seq_length, num_samples)
+            self.epochs = max([needed, *_counts(begun.get("epochs"))])
             self._lay_out_packed(corpus, seed, keep)
         else:
+            self.legs = _counts(begun.get("samples"))
+            if not self.legs or self.legs[-1] < num_samples:
+                self.legs.append(num_samples)
             rng = np.random.RandomState(seed)
-            self.shuffle = shuffled_samples(num_samples, rng)
+            self.shuffle = shuffled_samples(self.legs[0], rng)
+            for first, stop in zip(self.legs, self.legs[1:]):
+                further = first + shuffled_samples(stop - first, np.random.RandomState([seed, first])).astype(np.int64)
+                self.shuffle = np.concatenate([self.shuffle, further])
             self._lay_out_whole_documents(corpus, rng)
         self.num_samples = len(self.shuffle)
 
@@ -181,8 +198,9 @@ class NeoxOrder:
 
     def fingerprint(self) -> dict[str, object]:
         """See `Order.fingerprint`."""
-        packed = self.packing == "packed"
-        return {"order": "neox", "epochs": self.epochs} if packed else {"order": "neox", "samples": self.num_samples}
+        if self.packing == "packed":
+            return {"order": "neox", "epochs": self.epochs}
+        return {"order": "neox", "samples": self.legs if len(self.legs) > 1 else self.num_samples}
 
 
 class EpochOrder:

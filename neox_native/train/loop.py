@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.checkpoint import store
 from neox_native.checkpoint.agree import Ranks
-from neox_native.checkpoint.resume import find_start
+from neox_native.checkpoint.resume import Start
 from neox_native.checkpoint.retention import should_save
 from neox_native.checkpoint.saver import NotSaved, Saver
 from neox_native.config.check import other_model
@@ -46,6 +46,7 @@ class Trainer:
         data: what to read.
         ranks: for agreement over saving and loading.
         folder: of the run.
+        start: the checkpoint to start from.
         watchdog: has watched since the ranks met.
         requests: to leave.
     """
@@ -60,11 +61,12 @@ class Trainer:
         data: Datasets,
         ranks: Ranks,
         folder: RunFolder,
+        start: Start | None,
         watchdog: Watchdog,
         requests: Requests,
     ):
         self.config, self.mesh, self.device, self.data, self.ranks = config, mesh, device, data, ranks
-        self.parts, self.optimizer, self.folder = parts, optimizer, folder
+        self.parts, self.optimizer, self.folder, self.start = parts, optimizer, folder, start
         self.watchdog, self.requests = watchdog, requests
         training = config.training
         self.engine = build_engine(config, mesh, device, parts, optimizer)
@@ -251,12 +253,11 @@ class Trainer:
                 self.report.event("checkpoint", saved.step, str(saved), stall_seconds=saved.stall_seconds)
 
     def resume(self) -> None:
-        """Start from what the [checkpoint] section says: a checkpoint, another run's weights, or anew."""
+        """Start from what was found: a checkpoint, another run's weights, or anew."""
         show = print if self.ranks.rank == 0 else lambda message: None
-        start = find_start(self.config.checkpoint, self.saver.directory, self.ranks, show)
-        if start is None:
+        if self.start is None:
             return
-        state = self.state()
+        start, state = self.start, self.state()
         if start.weights_only:
             weights = {name: value for name, value in state.items() if name.startswith("model.")}
             saved = store.load(start.path, weights, self.ranks, only="model.", verified=True)

@@ -13,10 +13,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.checkpoint.agree import Ranks
+from neox_native.checkpoint.files import read_metadata
+from neox_native.checkpoint.resume import Start, find_start
 from neox_native.config.check import notices
 from neox_native.config.schema import Config, Run
 from neox_native.config.settings import SETTINGS
-from neox_native.data.build import Datasets, build_data
+from neox_native.data.build import Datasets, Position, build_data
 from neox_native.mesh import Launch, build_mesh, start_process_group
 from neox_native.metrics.health import Watchdog, enable_flight_recorder, job_store
 from neox_native.metrics.startup import check_agreement, check_axes, code_version, describe_mesh
@@ -59,6 +61,13 @@ def lay_out_ranks(config: Config, device: torch.device) -> tuple[DeviceMesh, Ran
     return mesh, ranks, folder
 
 
+def choose_start(config: Config, ranks: Ranks, folder: RunFolder, watchdog: Watchdog) -> tuple[Config, Start | None]:
+    """The settings as they hold for this start, and the checkpoint to start from, if any."""
+    watchdog.at(0, "find the start")
+    config = after_restart(config, ranks)
+    return config, find_start(config.checkpoint, folder.path / "checkpoints", ranks)
+
+
 def after_restart(config: Config, ranks: Ranks) -> Config:
     """The settings of a job that its launcher has restarted: once begun, it goes on where it stood, whatever
     `checkpoint.resume` was. A named checkpoint stays the start until the run has saved one of its own."""
@@ -78,9 +87,14 @@ def choose_determinism(run: Run) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def open_data(config: Config, ranks: Ranks, watchdog: Watchdog) -> Datasets:
-    """The run's data, the same on all ranks; rank 0 prepares what is built in."""
+def open_data(config: Config, ranks: Ranks, start: Start | None, watchdog: Watchdog) -> Datasets:
+    """The run's data, the same on all ranks, in the order that the checkpoint it goes on from was reading; rank 0 prepares
+    what is built in."""
     watchdog.at(0, "open data")
+    saved = {}
+    with ranks.together("Opening the data"):
+        if start and not start.weights_only and ranks.rank == 0:
+            saved = read_metadata(start.path)
     data = build_data(
         config.data,
         seq_length=config.model.seq_length,
@@ -92,6 +106,7 @@ def open_data(config: Config, ranks: Ranks, watchdog: Watchdog) -> Datasets:
         eval_batches=config.evaluation.batches,
         is_writer=ranks.rank == 0,
         wait=dist.barrier,
+        position=Position.of(ranks.from_first(saved)),
     )
     check_agreement({name: str(value) for name, value in data.train.fingerprint().items()}, ranks.gather)
     if ranks.rank == 0:

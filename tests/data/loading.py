@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from neox_native.config.schema import Data
-from neox_native.data.build import Datasets, build_data
+from neox_native.data.build import Datasets, Position, build_data
 from neox_native.data.loader import StepBatch, build_loader
 
 SEQ_LENGTH, SEED = 8, 1234
 
 
 def datasets(
-    prefix: str, steps: int = 6, eval_every: int = 0, vocab_size: int = 300, batch: int = 12, **data: object
+    prefix: str,
+    steps: int = 6,
+    eval_every: int = 0,
+    vocab_size: int = 300,
+    batch: int = 12,
+    position: Position = Position(),
+    **data: object,
 ) -> Datasets:
     return build_data(
         Data(train=prefix, **data),
@@ -23,6 +29,7 @@ def datasets(
         2,
         is_writer=True,
         wait=lambda: None,  # type: ignore[arg-type]
+        position=position,
     )
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from neox_native.config.schema import Data
-from neox_native.data.build import build_data
-from neox_native.data.dataset import check_fingerprint
+from neox_native.data.build import Position, build_data
+from neox_native.data.dataset import Dataset, check_fingerprint
 from neox_native.errors import UserError
 from tests.data.corpora import blend, neox_samples, random_documents, write_files
 from tests.data.loading import SEED, SEQ_LENGTH, datasets, steps_of
@@ -180,6 +180,51 @@ def test_in_epoch_order_a_longer_run_continues_a_shorter_one(prefix: str, packin
     assert [step.row_hash for step in steps_of(long, steps=600)[:6]] == [step.row_hash for step in short]
     saved = datasets(prefix, order="epoch", packing=packing).train.fingerprint()
     check_fingerprint(saved, long.train.fingerprint(), "training")
+
+
+def mixture_of(prefix: str, kind: str) -> str | list[dict[str, object]]:
+    return prefix if kind == "one" else [{"path": prefix, "weight": 1.0}, {"path": prefix, "weight": 2.0}]
+
+
+@pytest.mark.parametrize("packing", ["packed", "pack_until_overflow", "unpacked"])
+@pytest.mark.parametrize("kind", ["one", "mixture"])
+@pytest.mark.parametrize("batch, steps", [(4, 6), (4, 20), (24, 4), (12, 2)])
+def test_a_run_goes_on_in_its_order_with_another_batch_size_or_number_of_steps(
+    prefix: str, packing: str, kind: str, batch: int, steps: int
+) -> None:
+    data = mixture_of(prefix, kind)
+    whole = datasets(data, packing=packing, steps=30).train  # type: ignore[arg-type]
+    position = Position(3, 36, whole.fingerprint())
+    resumed = datasets(data, packing=packing, batch=batch, steps=steps, position=position)  # type: ignore[arg-type]
+    check_fingerprint(whole.fingerprint(), resumed.train.fingerprint(), "training")
+    read = steps_of(resumed, consumed=36, batch=batch, micro=2, steps=max(0, steps - 3))
+    ids = [sample for step in read for sample in step.sample_ids.flatten().tolist()]
+    assert len(ids) == batch * max(0, steps - 3)
+    assert all(resumed.train.sample(number).tolist() == whole.sample(number).tolist() for number in ids)
+
+
+@pytest.mark.parametrize("packing", ["pack_until_overflow", "unpacked"])
+@pytest.mark.parametrize("kind", ["one", "mixture"])
+def test_more_steps_of_whole_documents_follow_those_of_the_checkpoint(prefix: str, packing: str, kind: str) -> None:
+    data = mixture_of(prefix, kind)
+
+    def go_on(steps: int, before: Dataset, consumed: int) -> Dataset:
+        position = Position(consumed // 12, consumed, before.fingerprint())
+        found = datasets(data, packing=packing, steps=steps, position=position).train  # type: ignore[arg-type]
+        check_fingerprint(before.fingerprint(), found.fingerprint(), "training")
+        assert all(found.sample(n).tolist() == before.sample(n).tolist() for n in range(before.num_samples))
+        return found
+
+    short = datasets(data, packing=packing, steps=6).train  # type: ignore[arg-type]
+    longer = go_on(9, short, 24)
+    longest = go_on(14, longer, 96)
+    assert longest.num_samples >= 14 * 12
+    again = go_on(14, longer, 96)
+    assert all(again.sample(n).tolist() == longest.sample(n).tolist() for n in range(14 * 12))
+    if kind == "one":
+        assert sorted(longest.order.shuffle) == list(range(14 * 12))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="samples was"):
+        check_fingerprint(longest.fingerprint(), datasets(data, packing=packing, steps=14).train.fingerprint(), "training")  # type: ignore[arg-type]
 
 
 def test_stored_rows_are_read_in_the_order_of_the_file(tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ import torch
 import train as entry
 from neox_native.checkpoint.agree import Ranks
 from neox_native.config.check import require
-from neox_native.config.load import load
+from neox_native.config.load import dump, load
 from neox_native.config.schema import Config
 from neox_native.data.indexed import IndexedWriter
 from neox_native.train import state as run_states
 from neox_native.train.folder import RunFolder
 from neox_native.train.step import TrainStep
 from tests.ranks import RankError, run_ranks
+from tools import show_batch
 
 CPU = torch.device("cpu")
 BASE = [
@@ -147,6 +148,23 @@ def test_replicas_drop_alike_after_each_change_of_layout(corpus, tmp_path, monke
                 patched.setattr(run_states, "run_state", lambda *a: state(*a) | {"rng.cpu.pp0.dp0.tp0": torch.get_rng_state()})
             metrics = run(settings(corpus, tmp_path, *layout, *common, *DROPOUT))
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_goes_on_with_a_smaller_batch_and_with_more_steps(corpus, tmp_path, capsys):
+    mixture = f'--data.train=[{{path = "{corpus}", weight = 1.0}}, {{path = "{corpus}", weight = 2.0}}]'
+    common = ["--parallel.dp=1", "--run.determinism=fast", "--data.packing=unpacked", mixture]
+    run(settings(corpus, tmp_path, *common, "--training.steps=4"))
+    smaller = settings(corpus, tmp_path, *common, "--training.steps=7", "--training.global_batch_size=4")
+    consumed = [line["consumed_samples"] for line in run(smaller)]
+    assert consumed == [8, 16, 24, 32, 36, 40, 44]
+    more = settings(corpus, tmp_path, *common, "--training.steps=30", "--training.global_batch_size=4")
+    logged = {line["step"]: line["batch_hash"] for line in run(more)}
+    assert len(logged) == 30
+    tmp_path.joinpath("more.toml").write_text(dump(more))
+    checkpoint = str(tmp_path / "checkpoints" / "step_000000007")
+    show_batch.main(["--config", str(tmp_path / "more.toml"), "--checkpoint", checkpoint, "--hash", "8:30", "--json"])
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["step"]: line["batch_hash"] for line in shown} == {step: logged[step] for step in range(8, 31)}
 
 
 def test_bitwise_refuses_to_resume_in_another_layout(corpus, tmp_path):

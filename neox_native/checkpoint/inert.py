@@ -8,7 +8,6 @@ to the file.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +74,7 @@ class _Machine:
             raise
         except KeyError:
             raise UserError(f"its byte {self.at - 1} is no operation that DCP's index needs" if code else "it ends too early") from None
-        except (IndexError, ValueError, TypeError, struct.error):
+        except (IndexError, ValueError, TypeError):
             raise UserError(f"its operations do not fit together at byte {self.at}") from None
         if len(self.stack) != 1 or self.below or self.at + 1 != len(data):
             raise UserError("it holds more than one object")
@@ -89,9 +88,9 @@ class _Machine:
         self.at += count
         return taken
 
-    def number(self, form: str) -> int:
+    def number(self, size: int, signed: bool = False) -> int:
         """The next number, little-endian."""
-        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
+        return int.from_bytes(self.take(size), "little", signed=signed)
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -122,9 +121,9 @@ class _Machine:
         self.push(self.take(size).decode("utf-8", "surrogatepass"))
 
     def push_integer(self) -> None:
-        if (size := self.number("B")) > MAX_INTEGER_BYTES:
+        if (size := self.number(1)) > MAX_INTEGER_BYTES:
             raise UserError(f"it holds a number of {size} bytes")
-        self.push(int.from_bytes(self.take(size), "little", signed=True))
+        self.push(self.number(size, signed=True))
 
     def append(self, values: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
@@ -165,12 +164,12 @@ OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     b"N": lambda machine: machine.push(None),
     b"\x88": lambda machine: machine.push(True),
     b"\x89": lambda machine: machine.push(False),
-    b"K": lambda machine: machine.push(machine.number("B")),
-    b"M": lambda machine: machine.push(machine.number("H")),
-    b"J": lambda machine: machine.push(machine.number("i")),
+    b"K": lambda machine: machine.push(machine.number(1)),
+    b"M": lambda machine: machine.push(machine.number(2)),
+    b"J": lambda machine: machine.push(machine.number(4, signed=True)),
     b"\x8a": _Machine.push_integer,
-    b"\x8c": lambda machine: machine.push_text(machine.number("B")),
-    b"X": lambda machine: machine.push_text(machine.number("I")),
+    b"\x8c": lambda machine: machine.push_text(machine.number(1)),
+    b"X": lambda machine: machine.push_text(machine.number(4)),
     b"(": _Machine.mark,
     b")": lambda machine: machine.push(()),
     b"\x85": lambda machine: machine.push_tuple(1),
@@ -184,8 +183,8 @@ OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     b"s": lambda machine: machine.set_items(machine.pop(2)),
     b"u": lambda machine: machine.set_items(machine.since_mark()),
     b"\x94": lambda machine: machine.memo.append(machine.stack[-1]),
-    b"h": lambda machine: machine.push(machine.memo[machine.number("B")]),
-    b"j": lambda machine: machine.push(machine.memo[machine.number("I")]),
+    b"h": lambda machine: machine.push(machine.memo[machine.number(1)]),
+    b"j": lambda machine: machine.push(machine.memo[machine.number(4)]),
     b"\x93": _Machine.find,
     b"\x81": _Machine.make,
     b"R": _Machine.make,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from neox_native.durable import make_folder, replacing, sync_folder
 from neox_native.errors import UserError
+from neox_native.plain_files import append_to
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -64,35 +65,30 @@ def console_line(record: StepRecord, total_steps: int, extra: dict[str, Any] | N
     return "  ".join(parts)
 
 
-def cut_off(file: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl beyond `step` and lines torn by a crash, so that a resumed run writes no step
-    twice."""
-    _keep(file, lambda line: _step_of(line) <= step)
-
-
-def cut_off_repeated(file: Path, step: int) -> None:
-    """Drop what steps beyond `step` say of events.jsonl's `OF_A_STEP`, because they will be taken again, and lines torn by a
-    crash, so that the next one is not glued to one. Whatever else happened to the run stays."""
-    _keep(file, lambda line: _step_of(line) <= step or (_step_of(line) < math.inf and json.loads(line).get("kind") not in OF_A_STEP))
-
-
-def _keep(file: Path, is_kept: Callable[[bytes], bool]) -> None:
-    """Replace a file by one of those of its lines that are kept."""
+def cut_off(file: Path, keeps: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the lines of a log that `keeps` does not want, and what is no whole line: torn by a kill, or no JSON object."""
     if not file.is_file():
         return
-    lines = file.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if is_kept(line)]
+    lines = list(io.BytesIO(file.read_bytes()))
+    kept = [line for line in lines if (said := _said(line)) is not None and keeps(said)]
     if len(kept) < len(lines):
         with replacing(file) as stream:
             stream.writelines(kept)
 
 
-def _step_of(line: bytes) -> float:
-    """The line's step; infinity for a line that is not whole."""
+def _said(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None for one that is not whole."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return math.inf
+        said = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return said if isinstance(said, dict) else None
+
+
+def _step_of(said: dict[str, Any]) -> float:
+    """The line's step; infinity where it tells none."""
+    step = said.get("step")
+    return step if type(step) is int else math.inf
 
 
 class Writers:
@@ -121,18 +117,20 @@ class Writers:
     ) -> None:
         self._folder, self._total_steps, self._show = folder, total_steps, show
         self._board = None
-        with self._writing():
+        with self._writing(), ExitStack() as opened:
             make_folder(folder)
-            cut_off(folder / METRICS, resumed_step)
-            cut_off_repeated(folder / EVENTS, resumed_step)
-            self._metrics: TextIO = open(folder / METRICS, "a", buffering=1)
-            self._events: TextIO = open(folder / EVENTS, "a", buffering=1)
+            # Steps beyond the resumed one will be taken again; whatever else happened to the run stays.
+            cut_off(folder / METRICS, lambda said: _step_of(said) <= resumed_step)
+            cut_off(folder / EVENTS, lambda said: said.get("kind") not in OF_A_STEP or _step_of(said) <= resumed_step)
+            self._metrics: TextIO = opened.enter_context(append_to(folder / METRICS))
+            self._events: TextIO = opened.enter_context(append_to(folder / EVENTS))
             sync_folder(folder)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # half a second that other processes need not spend
 
                 self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
                 self._board.add_text("config", "```toml\n" + config_text + "\n```", resumed_step)
+            opened.pop_all()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from neox_native.config.schema import Config
 from neox_native.durable import Lock, make_folder, replacing, sync_folder
 from neox_native.errors import UserError
 from neox_native.mesh import Launch
+from neox_native.plain_files import read_text
 
 OF_A_RUN = ("checkpoints", "hugging_face", "weights", "metrics.jsonl", "events.jsonl", "tensorboard")
 BEGUN = ".begun"
@@ -46,7 +47,7 @@ class RunFolder:
         try:
             self.lock = Lock(self.path / ".lock")
         except BlockingIOError:
-            owner = (self.path / ".lock").read_text().strip() or "another process"
+            owner = read_text(self.path / ".lock").strip()[:100] or "another process"
             raise UserError(f"run.dir = {str(self.path)!r} is in use by {owner}; choose another run.dir.") from None
         if self.lock.refusal:
             print(f"run.dir = {str(self.path)!r} cannot be locked ({self.lock.refusal}): start one run at a time in it", flush=True)
@@ -116,8 +117,8 @@ def has_begun(config: Config) -> bool:
     """
     folder = Path(config.run.dir)
     try:
-        begun = (folder / BEGUN).read_text() == _name_of_start(config)
-    except OSError:
+        begun = read_text(folder / BEGUN) == _name_of_start(config)
+    except UserError:
         return False
     return begun and (config.checkpoint.resume == "none" or bool(files.finished(folder / "checkpoints")))
 

@@ -72,7 +72,11 @@ def after_restart(config: Config, ranks: Ranks) -> Config:
     """The settings of a job that its launcher has restarted: once begun, it goes on where it stood, whatever
     `checkpoint.resume` was. A named checkpoint stays the start until the run has saved one of its own."""
     restarted = max(ranks.gather(Launch.from_environment().restarts)) > 0
-    if not restarted or not ranks.from_first(has_begun(config)):
+    if not restarted:
+        return config
+    with ranks.together(f"Looking for the run in run.dir = {config.run.dir!r}"):
+        begun = ranks.rank == 0 and has_begun(config)
+    if not ranks.from_first(begun):
         return config
     return replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,9 +100,32 @@ def test_restart_before_an_evaluation_leaves_it_to_be_written_once(tmp_path: Pat
     assert [step for kind, step in kinds if kind == "checkpoint"] == [2, 4, 6, 6]  # it was saved twice indeed
 
 
-def test_full_disk_is_one_sentence(tmp_path: Path) -> None:
+def test_junk_in_the_logs_is_dropped(tmp_path: Path) -> None:
+    junk = b"\xff\xfe\x00\r\n" + b"[" * 100_000 + b'\n{"step": 1e999}\n[1]\n{"step": ' + b"9" * 5000 + b"}\n\x00"
     for name in "metrics.jsonl", "events.jsonl":
-        (tmp_path / name).symlink_to("/dev/full")
+        (tmp_path / name).write_bytes(b'{"step": 1}\n' + junk)
+    writer, _ = writers(tmp_path, resumed_step=1)
+    writer.close()
+    assert lines(tmp_path) == [{"step": 1}]
+    assert [event["step"] for event in lines(tmp_path, "events.jsonl")] == [1, math.inf]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_logs_that_lead_elsewhere_are_refused_in_a_sentence(tmp_path: Path, name: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text('{"step": 0}\n')
+    (tmp_path / name).symlink_to(elsewhere)
+    with pytest.raises(UserError, match=f"Writing the log in {tmp_path} failed"):
+        writers(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"Writing the log in {tmp_path} failed"):
+        writers(tmp_path)
+    assert elsewhere.read_text() == '{"step": 0}\n'
+
+
+def test_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neox_native.metrics.writers.append_to", lambda path: open("/dev/full", "a", buffering=1))
     writer, _ = writers(tmp_path)
     attempts = lambda: writer.step(RECORD), lambda: writer.event("checkpoint", 10, "saved"), writer.close
     for attempt in attempts:

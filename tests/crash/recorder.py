@@ -216,7 +216,8 @@ class Calls:
         inode = recorder.disk.find(name) if name is not None else None
         if inode is None and _path_of(descriptor) == str(recorder.root):
             inode = recorder.disk.root
-        if inode is not None:
+        is_read = inode in recorder.disk.files and not flags & (os.O_WRONLY | os.O_RDWR)
+        if inode is not None and not is_read:
             recorder.open[descriptor] = inode
             if flags & os.O_TRUNC and recorder.disk.files[inode]:
                 recorder.done("truncate", inode, 0)

@@ -58,17 +58,32 @@ def run_state(
 def copies(
     config: Config, mesh: DeviceMesh, optimizer: ShardedOptimizer
 ) -> Iterator[tuple[str, dist.ProcessGroup, list[tuple[str, Tensor]]]]:
-    """What several ranks hold alike, by mesh axis: replicated weights, and over tp the random state that drops the
-    same elements of the same residual stream. Stages 1 and 2 copy trained weights anew from their one owner in every
-    step, so that over dp only frozen ones can drift apart; in stage 3 each has one owner."""
-    if optimizer.stage != ZeroStage.PARAMETERS:
-        parameters = {spec.name: spec.parameter for spec in optimizer.specs()}
-        kept = {name: p for name, p in parameters.items() if optimizer.stage == ZeroStage.NONE or not p.requires_grad}
-        yield "dp", mesh.get_group("dp"), [(name, local(parameter)) for name, parameter in kept.items()]
-    replicated = [(t.spec.name, t.shard) for t in optimizer.trained if isinstance(t.spec.placement, Replicate)]
+    """What several ranks hold alike, by mesh axis: over dp weights, over tp replicated ones and the random state that drops
+    the same elements of the same residual stream, over neighbours in tp shared heads, over pp the embedding of the first and
+    the last stage where it is tied.
+
+    Stages 1 and 2 copy trained weights anew from their one owner in every step, so that over dp only frozen ones can drift
+    apart; in stage 3 each has one owner.
+    """
+    specs, tp_group = optimizer.specs(), mesh.get_group("tp")
+    state = optimizer.state_dict()
+    masters = {spec.name: state[f"model.{spec.name}"].to_local() for spec in specs}
+    if optimizer.stage == ZeroStage.NONE:
+        yield "dp", mesh.get_group("dp"), [(spec.name, masters[spec.name]) for spec in specs]
+    elif optimizer.stage != ZeroStage.PARAMETERS:
+        frozen = [(spec.name, local(spec.parameter)) for spec in specs if not spec.parameter.requires_grad]
+        yield "dp", mesh.get_group("dp"), frozen
+    replicated = [(spec.name, masters[spec.name]) for spec in specs if isinstance(spec.placement, Replicate)]
     if not config.parallel.sequence_parallel:
         replicated.append(("the random state", torch.get_rng_state()))
-    yield "tp", mesh.get_group("tp"), replicated
+    yield "tp", tp_group, replicated
+    for spec in specs:
+        if spec.shared is not None:
+            own, _ = state[f"model.{spec.name}"].ranges
+            yield "tp", spec.shared.group, [(spec.name, masters[spec.name][len(own) :])]
+        for group in spec.sum_over:
+            if group.group_name != tp_group.group_name:
+                yield "pp", group, [(spec.name, masters[spec.name])]
 
 
 def metadata(config: Config, step: int, consumed_samples: int, fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -250,14 +250,24 @@ def test_rank_with_another_config_is_named_before_anything_is_written(corpus, tm
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("every, found_at", [(2, 6), (100, 8)])
-def test_changed_weight_of_one_replica_is_named_before_it_is_saved(corpus, tmp_path, every, found_at):
+@pytest.mark.parametrize(
+    "layout, name, axis, every, found_at",
+    [
+        (["--parallel.dp=2"], "layers.2.mlp.dense_h_to_4h.weight", "dp", 2, 6),
+        (["--parallel.dp=2", "--training.precision=bf16"], "layers.2.mlp.dense_h_to_4h.weight", "dp", 100, 8),
+        (["--parallel.dp=1", "--parallel.tp=2"], "layers.1.input_layernorm.bias", "tp", 2, 6),
+        (["--parallel.dp=1", "--parallel.tp=2", "--model.num_kv_heads=1"], "layers.0.attention.query_key_value.weight", "tp", 2, 6),
+        (["--parallel.dp=1", "--parallel.pp=2", "--model.tie_embeddings=true"], "embed_in.weight", "pp", 2, 6),
+    ],
+    ids=["dp", "dp bf16, at a save", "tp", "tp shared heads", "pp"],
+)
+def test_changed_weight_of_one_replica_is_named_before_it_is_saved(corpus, tmp_path, layout, name, axis, every, found_at):
     def change(step: TrainStep) -> None:
-        master = next(t for t in step.optimizer.trained if t.spec.name == "layers.2.mlp.dense_h_to_4h.weight")
-        master.shard.view(-1)[3] += 1e-3
+        master = next(t for t in step.optimizer.trained if t.spec.name == name)
+        master.shard.view(-1)[-3] += 1e-5  # bf16 would round the change away
 
-    with pytest.raises(RankError, match=rf"step {found_at}: layers.2.mlp.dense_h_to_4h.weight differs between the dp replicas"):
-        run(settings(corpus, tmp_path, TWO_RANKS, f"--run.check_replicas_every={every}"), at_step(5, 1, change))
+    with pytest.raises(RankError, match=rf"step {found_at}: {name} differs between the {axis} replicas \[0, 1\]"):
+        run(settings(corpus, tmp_path, *layout, f"--run.check_replicas_every={every}"), at_step(5, 1, change))
     assert saved(tmp_path) == ["step_000000004"]
 
 

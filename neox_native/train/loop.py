@@ -77,7 +77,7 @@ class Trainer:
         self.saver = Saver(folder.path / "checkpoints", config.checkpoint)
         self.exports = Exports(config, folder.path, ranks, self.saver)
         self.leave = LeaveRequest(requests)
-        self.fingerprint = data.train.fingerprint()
+        self.fingerprint, self.runtime = data.train.fingerprint(), run_states.runtime_of(device, ranks.gather)
         self.step, self.consumed_samples = 0, 0
         self.phase = "start"
 
@@ -231,7 +231,7 @@ class Trainer:
 
     def metadata(self) -> dict[str, Any]:
         """What a checkpoint of this step says about itself."""
-        metadata = run_states.metadata(self.config, self.step, self.consumed_samples, self.fingerprint)
+        metadata = run_states.metadata(self.config, self.step, self.consumed_samples, self.fingerprint, self.runtime)
         return metadata | {BAD_STEPS: self.bad_steps.count}
 
     def export_if_due(self, missing_only: bool = False) -> bool:
@@ -267,7 +267,7 @@ class Trainer:
             show(f"starts from the weights of {start.path}")
             return
         saved = store.load(start.path, state, self.ranks, lenient=run_states.OPTIONAL, verified=True)
-        run_states.check_fits(saved, self.config, self.fingerprint)
+        run_states.check_fits(saved, self.config, self.fingerprint, self.runtime)
         go_on(self.bad_steps, saved, self.config, self.saver.directory)
         self.optimizer.after_load()
         self.step, self.consumed_samples = saved["step"], saved["consumed_samples"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 
 from neox_native.config.check import incompatible
+from neox_native.config.layout_rules import in_use
 from neox_native.config.schema import Config
 from neox_native.config.settings import SECTIONS, SETTINGS
 from neox_native.data.dataset import check_fingerprint
 from neox_native.errors import UserError
 from neox_native.mesh import AXES
 from neox_native.metrics.guards import SpikeGuard
+from neox_native.metrics.throughput import device_name
 from neox_native.model.initialize import seed_of
 from neox_native.optim.loss_scale import LossScale
 from neox_native.zero.layout import ZeroStage
@@ -86,9 +88,23 @@ def copies(
                 yield "pp", group, [(spec.name, masters[spec.name])]
 
 
-def metadata(config: Config, step: int, consumed_samples: int, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says about itself."""
-    parallel = config.parallel
+def runtime_of(device: torch.device, gather: Callable[[Any], list[Any]]) -> dict[str, str]:
+    """What decides how numbers are rounded, besides the settings: torch, and the kinds of device of all ranks. A CPU's
+    instructions and threads cut its sums.
+
+    Args:
+        gather: collects a value of every rank of the job.
+    """
+    name = device_name(device)
+    if device.type == "cpu":
+        name = f"cpu ({torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()})"
+    return {"torch": str(torch.__version__), "device": " + ".join(sorted(set(gather(name))))}
+
+
+def metadata(
+    config: Config, step: int, consumed_samples: int, fingerprint: dict[str, Any], runtime: dict[str, str]
+) -> dict[str, Any]:
+    """What a checkpoint says about itself; `runtime` is `runtime_of` its ranks."""
     return {
         "step": step,
         "consumed_samples": consumed_samples,
@@ -96,16 +112,14 @@ def metadata(config: Config, step: int, consumed_samples: int, fingerprint: dict
         "model": asdict(config.model),
         "config": asdict(config),
         "tokenizer": config.data.tokenizer,
-        "layout": {"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp, "zero_stage": parallel.zero_stage},
-        "torch": torch.__version__,
+        "layout": {name: getattr(config.parallel, name) for name in LAYOUT},
+        **runtime,
     }
 
 
-def check_fits(saved: dict[str, Any], config: Config, fingerprint: dict[str, Any]) -> None:
-    """Raise `UserError` where resuming from a checkpoint would not continue its run.
-
-    In bitwise mode a change of layout is refused too: sums are then taken in another order.
-    """
+def check_fits(saved: dict[str, Any], config: Config, fingerprint: dict[str, Any], runtime: dict[str, str]) -> None:
+    """Raise `UserError` where resuming from a checkpoint would not continue its run, in bitwise mode also where it would
+    continue it but for rounding or for the elements that dropout drops."""
     kinds = {"step": int, "consumed_samples": int, "data": dict, "layout": dict}
     lacking = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
     if lacking:
@@ -116,14 +130,35 @@ def check_fits(saved: dict[str, Any], config: Config, fingerprint: dict[str, Any
     if found := incompatible(config_of(saved), config):
         raise UserError(" ".join(found))
     check_fingerprint(saved["data"], fingerprint, "training")
-    here, there = metadata(config, 0, 0, fingerprint)["layout"], saved["layout"]
-    if there.get("dp") == 1:
-        there = there | {"zero_stage": 0}  # checkpoints once told the setting, which one rank ignores
-    if config.run.determinism == "bitwise" and there != here:
+    if config.run.determinism == "bitwise" and (found := _rounded_otherwise(saved, config, runtime)):
         raise UserError(
-            f'run.determinism = "bitwise", but the checkpoint of step {saved["step"]} was written by {there} and '
-            f'this run is {here}; numbers would agree to rounding only. Start it in the old layout, or set run.determinism = "fast".'
+            f'run.determinism = "bitwise", but the run was changed since the checkpoint of step {saved["step"]}: {", ".join(found)}; '
+            'numbers would agree to rounding only. Go on as it was, or set run.determinism = "fast".'
         )
+
+
+LAYOUT = ("pp", "dp", "tp", "zero_stage")
+"""Of [parallel], what a checkpoint tells beside its config, which the oldest ones do not have."""
+ROUNDING = ("training.micro_batch_size", "training.precision", "compile.enabled")
+"""With all of [parallel], the settings that cut sums or draw masks in another way and are not meant to change what is
+trained. Recomputation is none of them: it repeats the same operations."""
+
+
+def _rounded_otherwise(saved: dict[str, Any], config: Config, runtime: dict[str, str]) -> list[str]:
+    """What of a checkpoint's layout, other `ROUNDING` settings and runtime is not this run's, as far as it tells."""
+    layout = {name: value for name, value in saved["layout"].items() if name in LAYOUT and isinstance(value, int)}
+    trained = config_of(saved)
+    # Earlier versions wrote settings that a mesh ignores as the user gave them.
+    trained = replace(trained, parallel=in_use(replace(trained.parallel, **layout)))
+    told = [
+        setting
+        for dotted, setting in SETTINGS.items()
+        if setting.section == "parallel" or dotted in ROUNDING
+        if "config" in saved or setting.name in layout
+    ]
+    changed = {setting.dotted: (setting.of(trained), setting.of(config)) for setting in told}
+    changed |= {name: (saved.get(name, here), here) for name, here in runtime.items()}
+    return [f"{name} was {was} and is now {now}" for name, (was, now) in changed.items() if was != now]
 
 
 def config_of(saved: dict[str, Any]) -> Config:

@@ -138,11 +138,11 @@ def test_metadata_that_is_no_json_object_is_refused(path: Path, content: bytes) 
 
 def test_metadata_without_what_a_run_needs_is_refused_by_name() -> None:
     config = Config()
-    whole = state.metadata(config, 3, 24, {"order": "epoch"})
-    state.check_fits(whole, config, {"order": "epoch"})
+    whole = state.metadata(config, 3, 24, {"order": "epoch"}, {})
+    state.check_fits(whole, config, {"order": "epoch"}, {})
     for missing in "step", "consumed_samples", "data", "layout":
         with pytest.raises(UserError, match=f"does not tell {missing}, which a run needs"):
-            state.check_fits({name: value for name, value in whole.items() if name != missing}, config, {"order": "epoch"})
+            state.check_fits({name: value for name, value in whole.items() if name != missing}, config, {"order": "epoch"}, {})
     for told in {}, {"config": 3}, {"config": {}}, {"model": None}:
         with pytest.raises(UserError, match="does not describe its model"):
             state.config_of(told)

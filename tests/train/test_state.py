@@ -1,0 +1,94 @@
+"""Which checkpoints a run may go on from in bitwise mode: those whose sums and masks it repeats, and no others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from neox_native.config.check import require
+from neox_native.config.load import load
+from neox_native.config.schema import Config
+from neox_native.config.settings import SETTINGS
+from neox_native.errors import UserError
+from neox_native.train.state import check_fits, metadata, runtime_of
+
+BASE = [
+    "--run.determinism=bitwise", "--model.num_layers=8", "--parallel.pp=2", "--parallel.dp=2", "--parallel.tp=2",
+    "--parallel.pipeline_schedule=interleaved_1f1b", "--parallel.virtual_stages=2",
+]  # fmt: skip
+OTHER = {
+    "parallel.pp": ["--parallel.pp=1"],
+    "parallel.dp": ["--parallel.dp=4"],
+    "parallel.tp": ["--parallel.tp=4"],
+    "parallel.sequence_parallel": ["--parallel.sequence_parallel=true"],
+    "parallel.pipeline_schedule": ["--parallel.pipeline_schedule=looped_bfs"],
+    "parallel.virtual_stages": ["--parallel.virtual_stages=4"],
+    "parallel.stage_layers": ["--parallel.stage_layers=[3, 1, 2, 2]"],
+    "parallel.zero_stage": ["--parallel.zero_stage=1"],
+    "training.micro_batch_size": ["--training.micro_batch_size=2"],
+    "training.precision": ["--training.precision=bf16"],
+    "compile.enabled": [],
+}
+RUNTIME = runtime_of(torch.device("cpu"), lambda value: [value, value])
+
+
+def checked(*settings: str, unchecked: bool = False) -> Config:
+    config = load(None, settings)
+    parallel = config.parallel
+    return config if unchecked else require(config, parallel.pp * max(parallel.dp, 1) * parallel.tp)
+
+
+def resume(saved: dict[str, Any], config: Config, **runtime: str) -> None:
+    check_fits(saved, config, {"order": "epoch"}, RUNTIME | runtime)
+
+
+def written_by(config: Config) -> dict[str, Any]:
+    return metadata(config, 3, 24, {"order": "epoch"}, RUNTIME)
+
+
+@pytest.mark.parametrize("dotted", OTHER)
+def test_bitwise_refuses_what_rounds_or_drops_otherwise_and_fast_does_not(dotted: str) -> None:
+    run = checked(*BASE)
+    other = checked(*BASE, *OTHER[dotted])
+    if dotted == "compile.enabled":  # bitwise refuses it by itself: a checkpoint of a fast run
+        other = replace(other, compile=replace(other.compile, enabled=True))
+    with pytest.raises(UserError, match=rf"bitwise.* step 3: .*{dotted} was .* agree to rounding only"):
+        resume(written_by(other), run)
+    resume(written_by(other), replace(run, run=replace(run.run, determinism="fast")))
+
+
+def test_every_setting_of_the_layout_is_tried() -> None:
+    assert {dotted for dotted in SETTINGS if dotted.startswith("parallel.")} <= set(OTHER)
+
+
+@pytest.mark.parametrize("name, other", [("torch", "1.0"), ("device", "cpu (AVX2, threads: 99)"), ("device", "NVIDIA H100")])
+def test_bitwise_refuses_another_torch_or_device_where_the_checkpoint_tells(name: str, other: str) -> None:
+    saved = written_by(checked(*BASE))
+    with pytest.raises(UserError, match=f"{name} was .* and is now "):
+        resume(saved, checked(*BASE), **{name: other})
+    del saved[name]
+    resume(saved, checked(*BASE), **{name: other})
+
+
+def test_bitwise_goes_on_with_settings_that_say_what_is_trained_or_logged() -> None:
+    free = ["--optimizer.lr=1e-4", "--training.steps=9", "--logging.every=3", "--training.activation_checkpointing=full"]
+    resume(written_by(checked(*BASE)), checked(*BASE, *free))
+
+
+def test_settings_that_the_mesh_ignores_are_not_compared() -> None:
+    idle = ["--parallel.virtual_stages=2", "--parallel.pipeline_schedule=zbv", "--parallel.sequence_parallel=true"]
+    idle += ["--parallel.zero_stage=3", "--parallel.dp=1"]
+    alone = checked("--run.determinism=bitwise", "--parallel.dp=1")
+    resume(written_by(checked("--run.determinism=bitwise", *idle, unchecked=True)), alone)
+    resume(written_by(alone), checked("--run.determinism=bitwise", *idle))
+
+
+def test_a_checkpoint_without_its_config_is_compared_by_its_layout() -> None:
+    saved = written_by(checked(*BASE, "--training.micro_batch_size=2"))
+    del saved["config"]
+    resume(saved, checked(*BASE))
+    with pytest.raises(UserError, match="parallel.zero_stage was 0 and is now 1"):
+        resume(saved, checked(*BASE, "--parallel.zero_stage=1"))

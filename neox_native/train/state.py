@@ -77,7 +77,8 @@ def copies(
         yield "dp", mesh.get_group("dp"), frozen
     replicated = [(spec.name, masters[spec.name]) for spec in specs if isinstance(spec.placement, Replicate)]
     if not config.parallel.sequence_parallel:
-        replicated.append(("the random state", torch.get_rng_state()))
+        on_gpu = optimizer.device.type == "cuda"
+        replicated.append(("the random state", torch.cuda.get_rng_state(optimizer.device) if on_gpu else torch.get_rng_state()))
     yield "tp", tp_group, replicated
     for spec in specs:
         if spec.shared is not None:

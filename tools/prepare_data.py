@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from neox_native.data import documents
 from neox_native.data.part import Recipe, Report
 from neox_native.data.prepare import already_there, join, prepare
 from neox_native.errors import UserError, report_user_errors
@@ -44,6 +45,12 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument(
         "--response-key", default="response", help="with --prompt: key of the response (default: response)"
+    )
+    options.add_argument(
+        "--max-line-mb",
+        type=float,
+        default=documents.LONGEST_LINE_BYTES / 1e6,
+        help="a longer .jsonl line is faulty [MB] (default: %(default)g)",
     )
     options.add_argument(
         "--workers", type=int, default=1, help="processes (default: 1); the result is the same for any"
@@ -76,6 +83,8 @@ def main(arguments: list[str]) -> None:
         return
     if options.workers < 1:
         raise UserError(f"--workers {options.workers} must be at least 1.")
+    if not options.max_line_mb >= 1e-6 or options.max_line_mb == float("inf"):
+        raise UserError(f"--max-line-mb {options.max_line_mb:g} must be a number above 0.")
     recipe = Recipe(
         tokenizer=options.tokenizer,
         text_key=options.key,
@@ -83,6 +92,7 @@ def main(arguments: list[str]) -> None:
         allow_special=options.allow_special,
         prompt=options.prompt.replace("\\n", "\n"),
         response_key=options.response_key,
+        max_line_bytes=int(options.max_line_mb * 1e6),
     )
     start = time.monotonic()
     report = prepare(options.input, output, recipe, workers=options.workers, max_bad_share=options.max_bad)

@@ -24,6 +24,9 @@ from neox_native.errors import UserError
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+)"
 """GPT-2's contractions, words, numbers and signs, in the form that tiktoken's engine runs fastest."""
 SPACE_OUTSIDE_RUNS = r"(?:[^\S ]| (?! ))"
+MOST_IDS = 2**24
+"""Bound on token ids: a table has an entry for each id up to the largest."""
+NAME_OF_TYPE = {dict: "a JSON object", list: "a list", str: "a text"}
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 LATER_THAN_UNICODE_9 = (
     "5c8-5c9 7fd 897-89f 8ca-8d3 9fe c3c d3b-d3c eba 1715 1abf-1af0 1df6-1dfa a82c 105c9 105d2 105da 105e4 10d24-10d27 "
@@ -61,12 +64,48 @@ class BpeFile(NamedTuple):
     has_nfc: bool
 
 
-def read_bpe_file(content: dict[str, Any], name: str) -> BpeFile:
+def _check_types(content: Any) -> None:
+    """Raises `ValueError` that names what is not of the type that the format gives it, and ids out of range."""
+
+    def check(value: Any, kind: type, what: str) -> Any:
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"its {what} is {str(value)[:40]!r}, not {NAME_OF_TYPE[kind]}")
+        return kind() if value is None else value
+
+    def check_id(token: str, number: Any) -> None:
+        if type(number) is not int or not 0 <= number < MOST_IDS:
+            raise ValueError(f"its token {token[:40]!r} has the id {str(number)[:40]}; ids go from 0 to {MOST_IDS - 1:,}")
+
+    content = check(content, dict, "content")
+    model, pre = (check(content.get(key), dict, key) for key in ("model", "pre_tokenizer"))
+    check(content.get("normalizer"), dict, "normalizer")
+    for step in check(pre.get("pretokenizers"), list, "list of pretokenizers"):
+        pattern = check(check(step, dict, "pretokenizer").get("pattern"), dict, "pattern")
+        check(pattern.get("Regex"), str, "regular expression")
+    for token in check(content.get("added_tokens"), list, "list of added_tokens"):
+        text = check(check(token, dict, "added token").get("content"), str, "added token's content")
+        if not text:
+            raise ValueError("one of its added_tokens is empty")
+        text.encode()  # half a surrogate pair is a ValueError
+        check_id(text, token.get("id"))
+    for token, number in check(model.get("vocab"), dict, "vocab").items():
+        check_id(token, number)
+    for merge in check(model.get("merges"), list, "list of merges"):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
+            raise ValueError(f"its merge {str(merge)[:40]!r} is not a pair of tokens")
+
+
+def read_bpe_file(content: Any, name: str) -> BpeFile:
     """The parsed `content` of the tokenizer.json `name`. Raises `UserError` that says what in it is not supported."""
 
     def refuse(what: str) -> UserError:
         return UserError(f"data.tokenizer = {name!r} cannot be loaded exactly: {what}. Use another tokenizer.json.")
 
+    try:
+        _check_types(content)
+    except ValueError as error:
+        raise refuse(str(error)) from error
     model = content.get("model") or {}
     if model.get("type") != "BPE":
         raise refuse(f"its model is {model.get('type')!r}, only a byte-level BPE is supported")
@@ -94,21 +133,21 @@ def read_bpe_file(content: dict[str, Any], name: str) -> BpeFile:
     if runs and (words != GPT2_WORDS or sorted(runs) != list(range(2, max(runs) + 1))):
         raise refuse(f"its runs of {sorted(runs)} spaces do not go from 2 on, or its words are not GPT-2's")
     try:
-        ranks, id_of_rank = _ranks(model["vocab"], model["merges"], special)
+        ranks, id_of_rank = _ranks(model.get("vocab") or {}, model.get("merges") or [], special)
     except ValueError as error:
         raise refuse(str(error)) from error
     return BpeFile(
         pattern=_pattern(words, max(runs, default=0)),
         special=special,
         has_nfc=normalizer is not None,
-        bytes_of_id=_bytes_of_ids(model["vocab"], special, runs),
+        bytes_of_id=_bytes_of_ids(model.get("vocab") or {}, special, runs),
         **_with_runs(ranks, id_of_rank, runs),
     )
 
 
 def _words(pre: dict[str, Any]) -> str | None:
     """The regular expression that splits text into words, or None where the splitting is of another kind."""
-    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
+    steps = pre.get("pretokenizers") or [] if pre.get("type") == "Sequence" else [pre]
     if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
     uses_regex = steps[-1].get("use_regex", True)
@@ -116,7 +155,7 @@ def _words(pre: dict[str, Any]) -> str | None:
         return GPT2_WORDS if uses_regex else None
     split = steps[0]
     is_plain = split.get("type") == "Split" and split.get("behavior") == "Isolated" and not split.get("invert")
-    return split["pattern"].get("Regex") if len(steps) == 2 and is_plain and not uses_regex else None
+    return (split.get("pattern") or {}).get("Regex") if len(steps) == 2 and is_plain and not uses_regex else None
 
 
 def _pattern(words: str, longest_run: int) -> str:
@@ -142,6 +181,8 @@ BYTE_OF_CHARACTER = _byte_of_character()
 
 
 def _bytes(token: str) -> bytes:
+    if not set(token) <= BYTE_OF_CHARACTER.keys():
+        raise ValueError(f"its token {token[:40]!r} holds a character that stands for no byte")
     return bytes(BYTE_OF_CHARACTER[character] for character in token)
 
 

@@ -3,7 +3,7 @@
 A line of a `.jsonl` file is a document; any other file is one document as a whole. `.gz`, `.xz` and `.zst` files are
 unpacked on the fly, `.zst` by the program `zstd`.
 
-A line is held in memory as a whole, another file in chunks. A file that has no place to cut it in 64 MiB is left out,
+A line is held in memory as a whole, up to a limit, another file in chunks. A file that has no place to cut it in 64 MiB is left out,
 with that reason.
 
 [Note: exact cuts] A text is cut where the word patterns of GPT-2, GPT-NeoX-20B, GPT-4, GPT-4o and Llama 3 begin a
@@ -35,6 +35,7 @@ from neox_native.errors import UserError
 PACKED_SUFFIXES = (".gz", ".xz", ".zst")
 SMALLEST_PART_BYTES, LARGEST_PART_BYTES, PARTS_WANTED = 4 << 20, 256 << 20, 256
 CHUNK_BYTES = 1 << 20
+LONGEST_LINE_BYTES = 256_000_000
 LONGEST_CHUNKS = 64
 """Held at once of a text that cannot be cut."""
 LETTERS = r"0-9A-Za-z\u0410-\u044f\u0621-\u063a\u0641-\u064a\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
@@ -131,19 +132,29 @@ def unpacked(path: str) -> Iterator[BinaryIO]:
         raise UserError(f"{path} cannot be unpacked ({error}); it is damaged or truncated, fetch it again.") from error
 
 
-def lines_of(piece: Piece) -> Iterator[bytes]:
-    """The lines that begin in the piece, with their ends."""
+def lines_of(piece: Piece, longest: int = LONGEST_LINE_BYTES) -> Iterator[bytes]:
+    """The lines that begin in the piece, with their ends. Of a longer line, the first `longest` + 1 bytes."""
     with unpacked(piece.path) as file:
-        if piece.path.endswith(".jsonl"):
-            if piece.start:
-                file.seek(piece.start - 1)
-                file.readline()
-            position = file.tell()
-            while position < piece.stop and (line := file.readline()):
-                position += len(line)
-                yield line
-        else:
-            yield from file
+        is_plain = piece.path.endswith(".jsonl")
+        if is_plain and piece.start:
+            file.seek(piece.start - 1)
+            _skip_line(file)
+        position = file.tell() if is_plain else 0
+        while not (is_plain and position >= piece.stop) and (line := file.readline(longest + 1)):
+            position += len(line)
+            if len(line) > longest and not line.endswith(b"\n"):
+                position += _skip_line(file)
+            yield line
+
+
+def _skip_line(file: BinaryIO) -> int:
+    """Reads up to the next line; returns how many bytes that took."""
+    skipped = 0
+    while block := file.readline(CHUNK_BYTES):
+        skipped += len(block)
+        if block.endswith(b"\n"):
+            break
+    return skipped
 
 
 def texts_of(path: str) -> Iterator[str]:
@@ -204,9 +215,12 @@ def prompt_and_response(line: bytes, template: str, key: str) -> tuple[str, str]
 
 
 def _object(line: bytes) -> dict[str, object]:
+    text = _utf8(line)
     try:
-        content = json.loads(_utf8(line))
-    except json.JSONDecodeError as error:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise BadLine("nested too deeply") from error
+    except ValueError as error:  # not JSON, or a number that Python refuses to read
         raise BadLine("not JSON") from error
     if not isinstance(content, dict):
         raise BadLine("not a JSON object")

@@ -42,6 +42,8 @@ class Recipe:
     too."""
     response_key: str = "response"
     """Key of the response, which alone is to be predicted."""
+    max_line_bytes: int = documents.LONGEST_LINE_BYTES
+    """A longer line of a .jsonl file is faulty [bytes]."""
 
 
 @dataclass
@@ -138,6 +140,8 @@ class PartWriter:
 
     def add_line(self, line: bytes) -> None:
         """The document of a .jsonl line. Raises `BadLine`."""
+        if len(line) > self.recipe.max_line_bytes:
+            raise BadLine(f"longer than {self.recipe.max_line_bytes:,} bytes")
         texts: tuple[str, ...]
         if self.recipe.prompt:
             texts = documents.prompt_and_response(line, self.recipe.prompt, self.recipe.response_key)
@@ -171,7 +175,7 @@ def prepare_part(pieces: list[Piece], recipe: Recipe, prefix: Path) -> Report:
             found = PieceReport(piece.path)
             writer.report.pieces.append(found)
             whole = not documents.is_jsonl(piece.path)
-            for line in [None] if whole else documents.lines_of(piece):
+            for line in [None] if whole else documents.lines_of(piece, recipe.max_line_bytes):
                 found.lines += 1
                 try:
                     writer.add_file(piece.path) if line is None else writer.add_line(line)

@@ -17,8 +17,11 @@ import tiktoken
 
 from neox_native.data.bpe_file import BpeFile, nfc, read_bpe_file
 from neox_native.errors import UserError
+from neox_native.plain_files import read_bytes
 
 END_OF_DOCUMENT = "<|endoftext|>"
+MOST_BYTES_OF_A_FILE = 1 << 28
+"""Of a tokenizer.json: the largest in use have some 30 MB."""
 
 
 class Tokenizer(Protocol):
@@ -84,9 +87,15 @@ class FileTokenizer:
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, by_length)) + ")")
         # Without a special token tiktoken would look for the empty one at every character, at half the speed.
         unused = {END_OF_DOCUMENT: len(file.id_of_rank)}
-        self._encoding = tiktoken.Encoding(
-            name, pat_str=file.pattern, mergeable_ranks=file.ranks, special_tokens=unused
-        )
+        try:
+            self._encoding = tiktoken.Encoding(
+                name, pat_str=file.pattern, mergeable_ranks=file.ranks, special_tokens=unused
+            )
+        except ValueError as error:
+            raise UserError(
+                f"data.tokenizer: the pattern of {name} is no regular expression that can be used ({error}); use another "
+                "tokenizer.json."
+            ) from error
         self._id_of_rank = np.array(file.id_of_rank, np.uint32)
         self._bytes_of_id = file.bytes_of_id
 
@@ -149,10 +158,10 @@ def load_tokenizer(name: str) -> Tokenizer:
             f'data.tokenizer = {name!r} is neither "byte" nor "tiktoken:NAME" nor the path of a tokenizer.json '
             "that exists."
         )
-    raw = path.read_bytes()
+    raw = read_bytes(path, limit=MOST_BYTES_OF_A_FILE)
     try:
         content = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"data.tokenizer = {name!r} is no JSON file: {error}.") from error
     stem = path.parent.name if path.stem == "tokenizer" else path.stem
     return FileTokenizer(f"{stem}-{hashlib.sha256(raw).hexdigest()[:8]}", read_bpe_file(content, name))

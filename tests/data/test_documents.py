@@ -8,6 +8,7 @@ import lzma
 import random
 import shutil
 import subprocess
+import tracemalloc
 import unicodedata
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,29 @@ def test_packed_lines_are_unpacked(tmp_path: Path, suffix: str) -> None:
     path = write_packed(tmp_path / f"some{suffix}", b"a\nb\n")
     assert documents.is_jsonl(path)
     assert list(documents.lines_of(Piece(path, 0, Path(path).stat().st_size))) == [b"a\n", b"b\n"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"])
+@pytest.mark.parametrize("longest", [1, 2, 3, 7, 40])
+def test_a_line_is_cut_behind_the_limit_and_the_next_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, longest: int
+) -> None:
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 4)
+    lines = [b"a\n", b"b" * 30 + b"\n", b"\n", b"cc\n", b"d" * 7]
+    path = write_packed(tmp_path / f"some{suffix}", b"".join(lines))
+    cuts = range(0, sum(map(len, lines)) + 1) if suffix == ".jsonl" else [0, 1]
+    read = [line for start in cuts[:-1] for line in documents.lines_of(Piece(path, start, start + 1), longest)]
+    assert read == [line[: longest + 1] for line in lines]
+
+
+def test_a_line_without_end_takes_bounded_memory(tmp_path: Path) -> None:
+    path = write_packed(tmp_path / "some.jsonl.gz", b"0" * 30_000_000 + b"\nnext\n")
+    tracemalloc.start()
+    try:
+        assert [len(line) for line in documents.lines_of(Piece(path, 0, 1), 1000)] == [1001, 5]
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])

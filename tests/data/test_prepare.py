@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
@@ -16,14 +15,12 @@ import pytest
 from neox_native.data import documents
 from neox_native.data import prepare as module
 from neox_native.data.indexed import IndexedDataset
-from neox_native.data.part import PieceReport, Recipe, Report, write_json
+from neox_native.data.part import PieceReport, Recipe, Report
 from neox_native.data.prepare import join, prepare
-from neox_native.durable import temporary_name, writing
 from neox_native.errors import UserError
 from tests.data.corpora import file_bytes, random_documents, write_files
 from tests.data.loading import datasets, steps_of
 from tests.data.test_documents import write_packed
-from tests.data.test_indexed import largest_file
 from tools import prepare_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -134,6 +131,23 @@ def test_faulty_lines_are_counted_and_named_across_parts(tmp_path: Path) -> None
     )
 
 
+def test_a_line_that_is_too_large_to_read_is_a_faulty_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(documents, "SMALLEST_PART_BYTES", 1 << 20)
+    digits, brackets = b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n", b'{"text": ' + b"[" * 200_000 + b"\n"
+    write_packed(tmp_path / "a.jsonl", jsonl(["one"]) + digits + brackets + jsonl(["x" * 300_000]) + jsonl(["two"]))
+    arguments = ["--input", str(tmp_path / "a.jsonl"), "--max-bad", "1", "--output", str(tmp_path / "out")]
+    prepare_data.main([*arguments, "--max-line-mb", "0.25"])
+    assert files_of(tmp_path / "out") == file_bytes([[*b"one"], [*b"two"]])
+    printed = capsys.readouterr().out
+    for fault in "not JSON (line 2)", "nested too deeply (line 3)", "longer than 250,000 bytes (line 4)":
+        assert f"a.jsonl: 1 dropped, {fault}" in printed
+    for size in "0", "-1", "nan", "inf":
+        with pytest.raises(UserError, match="--max-line-mb .* must be a number above 0"):
+            prepare_data.main([*arguments, f"--max-line-mb={size}"])
+
+
 def test_many_faults_are_counted_and_the_first_named() -> None:
     piece = PieceReport("a.jsonl")
     for _ in range(7):
@@ -188,99 +202,6 @@ def test_a_file_that_is_not_utf8_is_dropped_whole(tmp_path: Path, monkeypatch: p
     assert files_of(tmp_path / "out") == file_bytes([list(b"one"), list(b"four")])
     assert report.dropped() == [f"{tmp_path}/src/2: 1 dropped, not UTF-8", f"{tmp_path}/src/3: 1 dropped, empty"]
     assert report.text_bytes == 7
-
-
-def test_parts_of_another_preparation_are_refused(tmp_path: Path) -> None:
-    write_packed(tmp_path / "a.jsonl", jsonl(texts(1, 6)) + b"{\n")
-    with pytest.raises(UserError, match="are faulty"):
-        quietly([tmp_path / "a.jsonl"], tmp_path / "out")
-    with pytest.raises(UserError, match="out.parts holds parts of a preparation with other inputs or settings"):
-        quietly([tmp_path / "a.jsonl"], tmp_path / "out", Recipe(append_eod=True), share=1.0)
-
-
-def test_two_preparations_of_one_prefix_at_a_time_are_refused(tmp_path: Path) -> None:
-    write_packed(tmp_path / "a.jsonl", jsonl(["x"]))
-    with writing(tmp_path / "out.parts"):
-        with pytest.raises(UserError, match="out.parts is being written by another process"):
-            quietly([tmp_path / "a.jsonl"], tmp_path / "out")
-
-
-def test_finished_files_are_not_overwritten(tmp_path: Path) -> None:
-    write_packed(tmp_path / "a.jsonl", jsonl(["x"]))
-    quietly([tmp_path / "a.jsonl"], tmp_path / "out")
-    with pytest.raises(UserError, match="out.idx exists already; remove it or choose another --output"):
-        quietly([tmp_path / "a.jsonl"], tmp_path / "out")
-
-
-def test_a_preparation_killed_after_joining_ends_well_when_run_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_packed(tmp_path / "a.jsonl", jsonl(texts(1, 60)))
-
-    def killed(_: Path) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "remove_folder", killed)
-        quietly([tmp_path / "a.jsonl"], tmp_path / "out")
-    (tmp_path / "out.lock").touch()
-    with pytest.raises(UserError, match="other inputs or settings"):
-        quietly([tmp_path / "a.jsonl"], tmp_path / "out", Recipe(append_eod=True))
-    assert quietly([tmp_path / "a.jsonl"], tmp_path / "out").documents == 60
-    assert files_of(tmp_path / "out") == file_bytes([list(text.encode()) for text in texts(1, 60)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.bin", "out.idx"]
-
-
-def test_files_of_another_origin_are_not_taken_for_the_joined_parts(tmp_path: Path) -> None:
-    write_packed(tmp_path / "a.jsonl", jsonl(["x"]) + b"{\n")
-    with pytest.raises(UserError, match="are faulty"):
-        quietly([tmp_path / "a.jsonl"], tmp_path / "out")
-    write_files(tmp_path / "out", [[1, 2]])
-    with pytest.raises(UserError, match="out.idx exists already"):
-        quietly([tmp_path / "a.jsonl"], tmp_path / "out", share=1.0)
-    assert files_of(tmp_path / "out") == file_bytes([[1, 2]])
-
-
-@pytest.mark.parametrize("name", ["out.parts/part-000000.bin", "out.bin", "out.idx", "out.parts"])
-def test_what_a_killed_preparation_left_is_removed_by_the_next(tmp_path: Path, name: str) -> None:
-    write_packed(tmp_path / "a.jsonl", jsonl(["x"]))
-    leftover = temporary_name(tmp_path / name)
-    leftover.parent.mkdir(exist_ok=True)
-    leftover.touch()
-    quietly([tmp_path / "a.jsonl"], tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.bin", "out.idx"]
-
-
-def test_a_full_disk_in_a_worker_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_packed(tmp_path / "a.jsonl", jsonl(texts(1, 60)))
-    parent, sync = os.getpid(), os.fsync
-
-    def full(descriptor: int) -> None:
-        if os.getpid() != parent:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="part-.* could not be written: No space left on device"):
-        quietly([tmp_path / "a.jsonl"], tmp_path / "out", workers=2)
-    assert not list(tmp_path.glob("out.idx")) and not list((tmp_path / "out.parts").glob("*.tmp"))
-    monkeypatch.setattr(os, "fsync", sync)
-    quietly([tmp_path / "a.jsonl"], tmp_path / "out", workers=2)
-    assert files_of(tmp_path / "out") == file_bytes([list(text.encode()) for text in texts(1, 60)])
-
-
-def test_a_disk_that_fills_at_the_report_leaves_no_temporary_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="report.json could not be written: File too large"), largest_file(10):
-        write_json(tmp_path / "report.json", list(range(100)))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_killed_worker_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_packed(tmp_path / "a.jsonl", jsonl(texts(1, 60)))
-    parent, sync = os.getpid(), os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: sync(file) if os.getpid() == parent else os._exit(9))
-    with pytest.raises(UserError, match="a worker process was killed.* finished parts are kept"):
-        quietly([tmp_path / "a.jsonl"], tmp_path / "out", workers=2)
 
 
 def test_progress_names_rates_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

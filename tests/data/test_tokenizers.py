@@ -227,6 +227,35 @@ def token(**changes: object) -> list[dict[str, object]]:
             "merge 'ab' 'a' is not how the merges before it",
         ),
         (edit("added_tokens", value=[]), "has no special token '<|endoftext|>'"),
+        (edit("model", "vocab", "a", value=2**31), "token 'a' has the id 2147483648; ids go from 0 to 16,777,215"),
+        (edit("model", "vocab", "a", value=-1), "token 'a' has the id -1"),
+        (edit("model", "vocab", "a", value="7"), "token 'a' has the id 7"),
+        (edit("added_tokens", 0, "id", value=2**31), "'<|endoftext|>' has the id 2147483648"),
+        (edit("added_tokens", 0, "content", value=3), "its added token's content is '3', not a text"),
+        (edit("added_tokens", 0, "content", value=""), "one of its added_tokens is empty"),
+        (edit("added_tokens", 0, "content", value="\ud800"), "surrogates not allowed"),
+        (edit("added_tokens", value={"a": 1}), "its list of added_tokens is .* not a list"),
+        (edit("added_tokens", 0, value=[]), "its added token is '..', not a JSON object"),
+        (edit("model", value=[]), "its model is '..', not a JSON object"),
+        (edit("model", "vocab", value=["a"]), "its vocab is .* not a JSON object"),
+        (edit("model", "vocab", value=None), "its vocabulary lacks the byte 0x00"),
+        (edit("model", "merges", value=[["a", 1]]), "its merge .* is not a pair of tokens"),
+        (edit("model", "merges", value=["a b c"]), "its merge 'a b c' is not a pair of tokens"),
+        (edit("model", "merges", value="ab"), "its list of merges is 'ab', not a list"),
+        (
+            lambda content: content["model"].update(merges=["a \u20ac"])
+            or content["model"]["vocab"].update({"\u20ac": 500, "a\u20ac": 501}),
+            "token '\u20ac' holds a character that stands for no byte",
+        ),
+        (edit("normalizer", value="NFC"), "its normalizer is 'NFC', not a JSON object"),
+        (edit("pre_tokenizer", value=7), "its pre_tokenizer is '7', not a JSON object"),
+        (edit("pre_tokenizer", "pretokenizers", value=7), "its list of pretokenizers is '7', not a list"),
+        (edit("pre_tokenizer", "pretokenizers", 0, value="x"), "its pretokenizer is 'x', not a JSON object"),
+        (edit("pre_tokenizer", "pretokenizers", 0, "pattern", value="x"), "its pattern is 'x', not a JSON object"),
+        (edit("pre_tokenizer", "pretokenizers", 0, "pattern", value=None), "its pre_tokenizer is neither ByteLevel"),
+        (edit("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", value=1), "its regular expression is '1', not a text"),
+        (edit("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", value="("), "is no regular expression that can be used"),
+        (edit("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", value="[z-a]"), "is no regular expression that can be used"),
     ],
 )
 def test_a_file_that_cannot_be_exact_is_refused(
@@ -246,8 +275,9 @@ def test_a_merge_that_earlier_merges_forestall_is_refused(tmp_path: Path) -> Non
     assert load(tmp_path, tokenizer_json([(b"a", b"a"), (b"aa", b"a")]))
 
 
-def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "bad.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 200_000, "9" * 5000])
+def test_a_file_that_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.json").write_text(text)
     with pytest.raises(UserError, match="bad.json' is no JSON file"):
         load_tokenizer(str(tmp_path / "bad.json"))
 

@@ -81,6 +81,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._tries_again = False
+        self._passed_over: set[int] = set()
         self._reports: list[Saved | NotSaved] = []
 
     def save(self, step: int, state: store.State, metadata: dict[str, Any], keep_all: bool = False) -> None:
@@ -103,6 +104,11 @@ class Saver:
         arguments = (step, state, metadata, copies, start, stall_seconds, keep_all)
         self._thread = threading.Thread(target=self._write_in_thread, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
+
+    def pass_over(self, step: int) -> None:
+        """The run goes on from `step`: whatever is in the folder from later steps is damaged, and not counted among those that
+        are kept until it is saved anew."""
+        self._passed_over = {later for path in files.finished(self.directory) if (later := files.step_of(path) or 0) > step}
 
     @property
     def failed(self) -> bool:
@@ -191,11 +197,12 @@ class Saver:
         """Write one checkpoint, then delete what retention lets go; without `stall_seconds` all of it was a stall."""
         path = store.save(self.directory, step, state, metadata, self._ranks, host_copies)
         size, deleted, kept_because = 0, (), ""
+        self._passed_over.discard(step)
         with self._ranks.together("Deleting old checkpoints"):
             if self._ranks.rank == 0:  # alone: the others' view of a network disk may be older
                 size = sum(record["bytes"] for record in files.read_manifest(path).values())
                 if not keep_all:
-                    deleted, kept_because = delete_old(self.directory, step, self.config.keep_last, self.config.keep_every)
+                    deleted, kept_because = delete_old(self.directory, step, self.config, self._passed_over)
         size, deleted, kept_because = self._ranks.from_first((size, deleted, kept_because))
         self._tries_again = False
         seconds = time.perf_counter() - start
@@ -203,19 +210,20 @@ class Saver:
         self._reports.append(Saved(step, path, size, stall, seconds, deleted, kept_because))
 
 
-def delete_old(directory: Path, saved_step: int, keep_last: int, keep_every: int) -> tuple[tuple[int, ...], str]:
+def delete_old(directory: Path, saved_step: int, config: Checkpoint, damaged: set[int]) -> tuple[tuple[int, ...], str]:
     """Delete the checkpoints that retention lets go after the save of `saved_step`; returns their steps, and why one could
     not be deleted: the save is none the worse for it.
 
     Later steps are no successors of this one (a damaged checkpoint that was skipped, a run that was rewound), and nobody
-    could resume from one that lacks a file: they are not counted and not touched. A folder loses its final name first, so
-    that a kill in between leaves none that looks complete.
+    could resume from one that lacks a file or is known as `damaged`: they are not counted and not touched. A folder loses
+    its final name first, so that a kill in between leaves none that looks complete.
     """
-    if keep_last <= 0:
+    if config.keep_last <= 0:
         return (), ""
     earlier = {step: path for path in files.finished(directory) if (step := files.step_of(path) or 0) <= saved_step}
+    whole = [step for step, path in earlier.items() if step not in damaged and _has_its_files(path)]
     gone = []
-    for step in to_delete([step for step, path in earlier.items() if _has_its_files(path)], keep_last, keep_every):
+    for step in to_delete(whole, config.keep_last, config.keep_every):
         try:
             remove_folder(earlier[step])
         except OSError as error:

@@ -19,7 +19,7 @@ from neox_native.plain_files import append_to
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
-OF_A_STEP = ("evaluation", "bad step")
+OF_A_STEP = ("evaluation", "bad step", "empty step")
 """Kinds of events that a step has once, however often the run is restarted before it."""
 
 

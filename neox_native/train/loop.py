@@ -121,9 +121,7 @@ class Trainer:
             with self.report.throughput.paused():
                 self.evaluate_if_due()
                 signal = self.leave.after_step(self.saver.failed)
-                lacking = self.leave.failed and self.saver.settle()
-                if signal or lacking or should_save(self.step, settings.checkpoint, total_steps):
-                    self.save()
+                self.save_if_due(signal)
                 if signal or self.step == total_steps:
                     self.finish_saves()
                 self.export_if_due()
@@ -208,6 +206,12 @@ class Trainer:
         """The tensors of a checkpoint; they alias what they show."""
         return run_states.run_state(self.optimizer, self.loss_scale, self.spike_guard)
 
+    def save_if_due(self, signal: str | None) -> None:
+        """Save where the [checkpoint] section says so, before leaving, and where a rank has seen a save in the background fail."""
+        failed = self.leave.failed and self.saver.settle()
+        if signal or failed or should_save(self.step, self.config.checkpoint, self.config.training.steps):
+            self.save()
+
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
         if self.saver.last_step != self.step:
@@ -271,4 +275,5 @@ class Trainer:
         go_on(self.bad_steps, saved, self.config, self.saver.directory)
         self.optimizer.after_load()
         self.step, self.consumed_samples = saved["step"], saved["consumed_samples"]
+        self.saver.pass_over(self.step)
         show(f"resumed {start.path} at step {self.step}")

@@ -169,6 +169,20 @@ def test_nothing_makes_way_while_updates_are_skipped(tmp_path: Path) -> None:
         assert len(steps(tmp_path)) == {1: 1, 2: 2, 3: 3, 4: 4, 5: 2}[step]
 
 
+def test_checkpoint_that_the_start_passed_over_is_not_counted_among_those_kept(tmp_path: Path) -> None:
+    for step in (20, 30, 33):
+        store.save(tmp_path, step, one_tensor(step), {}, Ranks())
+    flip(files.step_folder(tmp_path, 33))
+    keeper = saver.Saver(tmp_path, Checkpoint(keep_last=2))
+    keeper.pass_over(30)
+    keeper.save(40, one_tensor(40.0), {})
+    assert steps(tmp_path) == [f"step_{step:09d}" for step in (30, 33, 40)]
+    keeper.save(33, one_tensor(33.0), {})  # a run that was rewound comes by again
+    assert steps(tmp_path) == [f"step_{step:09d}" for step in (30, 33, 40)]
+    keeper.save(50, one_tensor(50.0), {})
+    assert steps(tmp_path) == [f"step_{step:09d}" for step in (40, 50)]
+
+
 def test_checkpoint_that_lacks_a_file_is_not_counted_among_those_kept(tmp_path: Path) -> None:
     keeper = saver.Saver(tmp_path, Checkpoint(keep_last=2))
     for step in (1, 2):

@@ -45,6 +45,8 @@ FREE_WITHIN = (
     "data.test",
     "data.cache_dir",
 )
+# What weights that start another run can learn to live with.
+LEARNED_AGAIN = ("model.rotary_base", "model.norm_eps")
 
 
 def problems(config: Config, world_size: int) -> list[str]:
@@ -150,11 +152,36 @@ def incompatible(trained: Config, new: Config) -> list[str]:
 def other_model(trained: Config, new: Config) -> list[str]:
     """A sentence for each setting that makes weights trained with `trained` mean something else in `new`.
 
-    Names and shapes are the checkpoint's to compare; the context and the vocabulary may differ.
+    Names and shapes are the checkpoint's to compare; the context and the vocabulary may differ, and what weights can learn
+    to live with.
     """
-    free = (*FREE_WITHIN, "model.seq_length", "model.vocab_size", "model.vocab_multiple_of")
+    free = (*FREE_WITHIN, *LEARNED_AGAIN, "model.seq_length", "model.vocab_size", "model.vocab_multiple_of")
     model = [setting for dotted, setting in SETTINGS.items() if setting.section == "model" and dotted not in free]
     return _differences(model, trained, new)
+
+
+def kept_rows(trained: Config, new: Config) -> int:
+    """Rows of the trained embedding and head that a model with a vocabulary as large or larger takes over: where there are
+    more ids, the padding above the old ones is not kept, which training has made improbable."""
+    old = trained.model
+    return old.vocab_size if new.model.vocab_size > old.vocab_size else old.padded_vocab_size
+
+
+def adaptations(trained: Config, new: Config) -> list[str]:
+    """A sentence for each thing that a run which starts from weights trained with `trained` must learn anew."""
+    found = [
+        f"{setting.dotted} is {to_toml(setting.of(new))}, where the weights were trained with {to_toml(setting.of(trained))}; "
+        "the first steps' loss may be higher."
+        for setting in map(SETTINGS.__getitem__, LEARNED_AGAIN)
+        if setting.of(trained) != setting.of(new)
+    ]
+    first, rows = kept_rows(trained, new), new.model.padded_vocab_size
+    if first < rows:
+        found.append(
+            f"model.vocab_size is {new.model.vocab_size}, where the weights were trained with {trained.model.vocab_size}: rows "
+            f"{first} to {rows - 1} of the embedding and the head are a new model's, drawn from run.seed and their names."
+        )
+    return found
 
 
 def _differences(settings: list[Setting], trained: Config, new: Config) -> list[str]:

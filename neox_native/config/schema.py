@@ -256,7 +256,8 @@ class Checkpoint:
     resume: str = "auto"
     """"auto" continues the run folder's newest complete checkpoint, "none" starts anew, else the path of a checkpoint."""
     initialize_from: str = ""
-    """Path of a checkpoint whose weights alone start a new run (fine-tuning); a run that resumes ignores it."""
+    """Path of a checkpoint whose weights alone start a new run (fine-tuning); a run that resumes ignores it. The vocabulary
+    may be larger: rows of new tokens start as a new model's."""
     async_: bool = False
     """Write in a background thread while training goes on; costs a copy of the state in host memory."""
     export: Literal["none", "fp32", "bf16"] = "none"

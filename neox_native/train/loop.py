@@ -14,7 +14,6 @@ from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.resume import Start
 from neox_native.checkpoint.retention import should_save
 from neox_native.checkpoint.saver import NotSaved, Saver
-from neox_native.config.check import other_model
 from neox_native.config.schema import Config
 from neox_native.data.build import Datasets
 from neox_native.data.loader import StepBatch, build_loader
@@ -263,12 +262,9 @@ class Trainer:
             return
         start, state = self.start, self.state()
         if start.weights_only:
-            weights = {name: value for name, value in state.items() if name.startswith("model.")}
-            saved = store.load(start.path, weights, self.ranks, only="model.", verified=True)
-            if found := other_model(run_states.config_of(saved), self.config):
-                raise UserError(" ".join(found))
+            remarks = run_states.load_weights(start.path, state, self.config, self.ranks)
             self.optimizer.after_load()
-            show(f"starts from the weights of {start.path}")
+            show(" ".join([f"starts from the weights of {start.path}", *(f"({remark})" for remark in remarks)]))
             return
         saved = store.load(start.path, state, self.ranks, lenient=run_states.OPTIONAL, verified=True)
         run_states.check_fits(saved, self.config, self.fingerprint, self.runtime)

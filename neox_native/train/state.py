@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 
-from neox_native.config.check import incompatible
+from neox_native.checkpoint import files, store
+from neox_native.checkpoint.agree import Ranks
+from neox_native.checkpoint.interop import PREFIX
+from neox_native.config.check import adaptations, incompatible, kept_rows, other_model
 from neox_native.config.layout_rules import in_use
 from neox_native.config.schema import Config
 from neox_native.config.settings import SECTIONS, SETTINGS
@@ -25,7 +29,12 @@ from neox_native.model.initialize import seed_of
 from neox_native.optim.loss_scale import LossScale
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.optimizer import ShardedOptimizer
+from neox_native.zero.state import first_rows
 from neox_native.zero.unit import local
+
+
+VOCABULARY = ("model.embed_in.weight", "model.embed_out.weight")
+"""What has a row for each token id."""
 
 
 def seed_dropout(config: Config, mesh: DeviceMesh, step: int) -> None:
@@ -116,6 +125,28 @@ def metadata(
         "layout": {name: getattr(config.parallel, name) for name in LAYOUT},
         **runtime,
     }
+
+
+def load_weights(path: Path, state: store.State, config: Config, ranks: Ranks) -> list[str]:
+    """Fill the weights of `state` from a verified checkpoint of the same model, whose vocabulary may be smaller; returns a
+    sentence for each thing that the run must learn anew. A collective.
+
+    Rows of the embedding and the head that the checkpoint does not have keep their values.
+    Raises `UserError` on all ranks where the checkpoint is of another model.
+    """
+    with ranks.together(f"Opening {path}"):
+        trained = config_of(files.read_metadata(path))
+    if found := other_model(trained, config):
+        raise UserError(" ".join(found))
+    rows, kept = trained.model.padded_vocab_size, kept_rows(trained, config)
+    grows = kept < config.model.padded_vocab_size
+    weights = {
+        name: first_rows(value, kept, rows) if grows and name in VOCABULARY else value
+        for name, value in state.items()
+        if name.startswith(PREFIX)
+    }
+    store.load(path, weights, ranks, only=PREFIX, verified=True)
+    return adaptations(trained, config)
 
 
 def check_fits(saved: dict[str, Any], config: Config, fingerprint: dict[str, Any], runtime: dict[str, str]) -> None:

@@ -108,6 +108,15 @@ def as_global(spec: ParameterSpec, shard: Tensor, mesh: DeviceMesh, sharded: boo
     )
 
 
+def first_rows(value: Tensor, count: int, num_rows: int) -> Boxes:
+    """This rank's part of the first `count` rows of a global tensor from `as_global`, as boxes of another one that has
+    `num_rows` rows."""
+    (chunk,) = value.__create_chunk_list__()
+    start, local = chunk.offsets[0], value.to_local()
+    held = range(start, start + len(local))[: max(0, count - start)]
+    return Boxes(local[: len(held)], [held], num_rows)
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer, shard: Tensor) -> dict[str, Tensor]:
     """State of one shard by name: tensors of its shape, and scalars, which are the same for all shards."""
     state = optimizer.state[shard]

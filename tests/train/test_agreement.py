@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from neox_native.checkpoint.agree import Ranks
 from neox_native.config.schema import Config, Parallel, Training
 from neox_native.mesh import AXES, build_mesh
 from neox_native.metrics.guards import SpikeGuard
+from neox_native.metrics.replicas import check_replicas
 from neox_native.optim.loss_scale import LossScale
 from neox_native.train.build import build_engine, build_model
-from neox_native.train.state import seed_dropout
+from neox_native.train.state import copies, seed_dropout
 from neox_native.train.step import Losses, TrainStep
 from tests.ranks import run_ranks
 from tests.train.runs import CPU, batch, close, config_of, serial, shards, train
@@ -85,6 +87,23 @@ def test_a_spike_skips_the_update_on_all_ranks():
     outcomes = run_ranks(8, first_step, config, 0.0, True)
     assert all(skipped == 1 and not moved for skipped, _, _, moved in outcomes)
     assert all(skipped == 0 and moved for skipped, _, _, moved in run_ranks(8, first_step, config))
+
+
+def test_copies_of_a_key_value_head_are_compared():
+    config = config_of(Parallel(dp=1, tp=4), "grouped odd tied")
+
+    def first_difference() -> str | None:
+        mesh = build_mesh(config.parallel, CPU)
+        _, optimizer = build_model(config, mesh, CPU)
+        ranks = Ranks()
+        assert check_replicas(copies(config, mesh, optimizer), ranks.gather) is None
+        if ranks.rank == 3:
+            (projection,) = [t.shard for t in optimizer.trained if t.spec.name == "layers.2.attention.query_key_value.weight"]
+            projection[-1, -1] += 1
+        return check_replicas(copies(config, mesh, optimizer), ranks.gather)
+
+    for found in run_ranks(4, first_difference):
+        assert found.startswith("layers.2.attention.query_key_value.weight differs between the tp replicas [2, 3]")
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

@@ -16,10 +16,12 @@ import torch
 
 import train as entry
 from neox_native.checkpoint.agree import Ranks
+from neox_native.checkpoint.interop import CheckpointReader
 from neox_native.config.check import require
 from neox_native.config.load import dump, load
 from neox_native.config.schema import Config
 from neox_native.data.indexed import IndexedWriter
+from neox_native.model import initialize
 from neox_native.train import state as run_states
 from neox_native.train.folder import RunFolder
 from neox_native.train.step import TrainStep
@@ -252,6 +254,30 @@ def test_fine_tuning_starts_from_weights_alone(corpus, tmp_path):
     start = tmp_path / "base" / "checkpoints" / "step_000000010"
     tuned = run(settings(corpus, tmp_path / "tuned", "--parallel.dp=1", f"--checkpoint.initialize_from={start}"))
     assert tuned[0]["step"] == 1 and tuned[0]["loss"] < pretrained[4]["loss"]
+
+
+def test_weights_start_a_larger_vocabulary_another_rotary_base_and_another_epsilon(corpus, tmp_path, capfd):
+    run(settings(corpus, tmp_path / "base", "--parallel.dp=1", "--training.steps=1", "--model.vocab_multiple_of=16"))
+    start = tmp_path / "base" / "checkpoints" / "step_000000001"
+    changes = ["--model.vocab_size=67", "--model.vocab_multiple_of=1", "--model.rotary_base=5e5", "--model.norm_eps=1e-6"]
+    layout = ["--parallel.dp=2", "--parallel.tp=2", "--parallel.zero_stage=3", "--training.steps=1", "--checkpoint.save_steps=[0]"]
+    config = settings(corpus, tmp_path / "tuned", *layout, *changes, f"--checkpoint.initialize_from={start}", "--run.seed=9")
+    run(config)
+    shown = capfd.readouterr().out
+    assert "model.rotary_base is 500000.0, where the weights were trained with 10000.0" in shown
+    assert "model.norm_eps is 1e-06, where the weights were trained with 1e-05" in shown
+    old, new = CheckpointReader(start), CheckpointReader(tmp_path / "tuned" / "checkpoints" / "step_000000000")
+    first = 60  # of 64 rows, of which the last four have no token
+    assert "rows 60 to 66 of the embedding and the head are a new model's, drawn from run.seed" in shown
+    for name in new.shapes:
+        expected = old(name)
+        if name in ("embed_in.weight", "embed_out.weight"):
+            expected = initialize.draw(name, new.shapes[name], config.model, 9)
+            expected[:first] = old(name)[:first]
+        assert torch.equal(new(name), expected), name
+    fewer = settings(corpus, tmp_path / "fewer", "--parallel.dp=1", f"--checkpoint.initialize_from={tmp_path / 'tuned/checkpoints/step_000000000'}")
+    with pytest.raises(RankError, match="does not fit this model: different shapes: model.embed_in.weight"):
+        run(fewer)
 
 
 def test_pythia_steps_are_saved(corpus, tmp_path):

@@ -25,7 +25,7 @@ from neox_native.metrics.preemption import Requests, end_of_process
 from neox_native.train.build import build_model
 from neox_native.train.dryrun import report_of
 from neox_native.train.loop import Trainer
-from neox_native.train.start import choose_start, joined_ranks, lay_out_ranks, open_data, watch
+from neox_native.train.start import choose_start, joined_ranks, lay_out_ranks, open_data, watched
 
 DRY_RUN = "--dry-run"
 
@@ -45,12 +45,12 @@ def main(arguments: list[str]) -> None:
 
 def train(config: Config, device: torch.device, requests: Requests | None = None) -> None:
     """Train on the ranks of the process group, until done or asked to leave; `config` has passed `require`."""
-    requests, watchdog = requests or Requests(Launch.from_environment()), watch(config)
-    mesh, ranks, folder = lay_out_ranks(config, device)
-    config, start = choose_start(config, ranks, folder, watchdog)
-    data = open_data(config, ranks, start, watchdog)
-    parts, optimizer = build_model(config, mesh, device)
-    Trainer(config, mesh, device, parts, optimizer, data, ranks, folder, start, watchdog, requests).run()
+    with watched(config, requests) as (watchdog, requests):
+        mesh, ranks, folder = lay_out_ranks(config, device)
+        config, start = choose_start(config, ranks, folder, watchdog)
+        data = open_data(config, ranks, start, watchdog)
+        parts, optimizer = build_model(config, mesh, device)
+        Trainer(config, mesh, device, parts, optimizer, data, ranks, folder, start, watchdog, requests).run()
 
 
 if __name__ == "__main__":

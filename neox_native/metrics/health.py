@@ -171,12 +171,10 @@ class Watchdog:
         return max(self.run.watchdog_min_seconds, self.run.watchdog_factor * statistics.median(self._step_seconds))
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching. Does not wait for a store that does not answer, as that of a torchrun that Ctrl-Z has stopped."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join()
-        with contextlib.suppress(dist.DistError):  # nobody is left to ask
-            self._store.add(f"awake/{self.rank}", LEFT)
+            self._thread.join(GRACE_SECONDS)
 
     def _watch(self) -> None:
         while not self._stop.wait(self._poll_seconds):
@@ -187,6 +185,8 @@ class Watchdog:
                     self._report(f"{traceback.format_exc()}{report_hang([self._position()], self.world_size)}")
                 finally:
                     os._exit(EXIT_STATUS)
+        with contextlib.suppress(dist.DistError):  # nobody is left to ask
+            self._store.add(f"awake/{self.rank}", LEFT)
 
     def look(self) -> bool:
         """Whether the job hangs, as far as this rank can tell or another has told it."""

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TextIO
@@ -76,9 +77,11 @@ class Requests:
         wanted = [number for number in (*REQUESTS, ANNOUNCEMENT) if signal.getsignal(number) is not signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._note) for number in wanted}
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=self.close)  # a child's signals are its own
+        itself = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: (heard := itself()) and heard.close())  # a child's signals are its own
         self._listening = True
-        threading.Thread(target=self._listen, name="requests to leave", daemon=True).start()
+        self.thread = threading.Thread(target=self._listen, name="requests to leave", daemon=True)
+        self.thread.start()
 
     def step_done(self) -> None:
         """From now on there is something to save."""
@@ -119,6 +122,7 @@ class Requests:
             signal.set_wakeup_fd(-1)
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
+            os.close(self._wakeup)  # which ends the thread
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """A signal's handler in Python, often faster than the thread but never to be relied upon."""
@@ -129,12 +133,15 @@ class Requests:
             print(sentence, file=sys.stderr, flush=True)
 
     def _listen(self) -> None:
+        pipe = select.poll()
+        pipe.register(self._pipe, select.POLLIN)
         while self._listening:
-            ready, _, _ = select.select([self._pipe], [], [], POLL_SECONDS)
-            for number in os.read(self._pipe, 64) if ready else b"":
+            for number in os.read(self._pipe, 64) if pipe.poll(1000 * POLL_SECONDS) else b"":
                 if number in self._previous:
                     self.hear(number)
-            self.look()
+            if self._listening:
+                self.look()
+        os.close(self._pipe)
 
     def __enter__(self) -> Requests:
         return self

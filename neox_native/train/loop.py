@@ -95,7 +95,6 @@ class Trainer:
             self.watchdog.at(self.step, "save")
             self.saver.close()
             self.requests.end_within()
-            self.watchdog.close()
             self.report.close()
 
     def train(self) -> None:

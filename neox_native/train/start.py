@@ -21,6 +21,7 @@ from neox_native.config.settings import SETTINGS
 from neox_native.data.build import Datasets, Position, build_data
 from neox_native.mesh import Launch, build_mesh, start_process_group
 from neox_native.metrics.health import Watchdog, enable_flight_recorder, job_store
+from neox_native.metrics.preemption import Requests
 from neox_native.metrics.startup import check_agreement, check_axes, code_version, describe_mesh
 from neox_native.train.folder import RunFolder, has_begun
 
@@ -38,9 +39,18 @@ def joined_ranks(config: Config, device: torch.device, launch: Launch) -> Iterat
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may never come
 
 
-def watch(config: Config) -> Watchdog:
-    """This rank's watchdog, which sees to it that nothing from here on waits for ever."""
-    return Watchdog(config.run, dist.get_rank(), dist.get_world_size(), flight_recorder_folder(config), job_store())
+@contextmanager
+def watched(config: Config, requests: Requests | None) -> Iterator[tuple[Watchdog, Requests]]:
+    """This rank's watchdog, which sees to it that nothing in the body waits for ever, and requests to leave, heard from
+    here on unless they are already."""
+    own = Requests(Launch.from_environment()) if requests is None else None
+    watchdog = Watchdog(config.run, dist.get_rank(), dist.get_world_size(), flight_recorder_folder(config), job_store())
+    try:
+        yield watchdog, own or requests
+    finally:
+        watchdog.close()
+        if own is not None:
+            own.close()
 
 
 def lay_out_ranks(config: Config, device: torch.device) -> tuple[DeviceMesh, Ranks, RunFolder]:

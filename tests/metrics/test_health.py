@@ -134,9 +134,9 @@ class Times:
     """A clock that is set by hand, for watchdogs without a thread."""
 
     def __init__(self, ranks: int = 1) -> None:
-        self.now, store = 0.0, dist.HashStore()
+        self.now, self.store = 0.0, dist.HashStore()
         run = Run(watchdog_factor=0.0, watchdog_startup_seconds=1000.0, watchdog_min_seconds=10.0)
-        self.dogs = [Watchdog(run, rank, ranks, Path(), store, clock=lambda: self.now) for rank in range(ranks)]
+        self.dogs = [Watchdog(run, rank, ranks, Path(), self.store, clock=lambda: self.now) for rank in range(ranks)]
 
     def pass_by(self, seconds: int, watching: list[Watchdog]) -> bool:
         """Whether one of those that look every second has raised an alarm."""
@@ -172,5 +172,5 @@ def test_stopped_rank_is_noticed_though_its_phase_may_take_long() -> None:
 def test_rank_that_ended_in_good_order_is_not_missed() -> None:
     times = Times(ranks=2)
     assert not times.pass_by(10, times.dogs)
-    times.dogs[1].close()
+    Watchdog(Run(), 1, 2, Path(), times.store, poll_seconds=0.01).close()
     assert not times.pass_by(500, times.dogs[:1])

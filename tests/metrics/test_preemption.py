@@ -213,3 +213,15 @@ def test_console_outlives_its_reader() -> None:
         for _ in range(2):
             print("nobody reads this", file=console, flush=True)
         assert console.fileno() == stream.fileno() and sys.stdout is not console
+
+
+def test_nothing_of_it_stays_when_it_is_closed() -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = open_files(), threading.active_count()
+    for _ in range(3):
+        requests = Heard()
+        requests.close()
+        requests.thread.join()
+    assert (open_files(), threading.active_count()) == before

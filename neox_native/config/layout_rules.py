@@ -175,18 +175,12 @@ def _count_in_words(config: Config, count: int) -> str:
 
 
 def zero_bubble(config: Config, world_size: int) -> Iterator[str]:
-    """A backward pass split in two cannot be recomputed, compiled or reduced as it runs."""
+    """A backward pass split in two cannot be compiled, or reduced as it runs."""
     parallel = config.parallel
     if parallel.pipeline_schedule not in ZERO_BUBBLE:
         return
     name = f'parallel.pipeline_schedule = "{parallel.pipeline_schedule}"'
     other = 'or take the schedule "interleaved_1f1b"'
-    if config.training.activation_checkpointing != "none":
-        yield (
-            f"{name} splits the backward pass, and training.activation_checkpointing = "
-            f'"{config.training.activation_checkpointing}" would recompute a block once for every group of '
-            f'parameters; set it to "none", {other}.'
-        )
     if config.compile.enabled:
         yield f"{name} splits the backward pass, which compile.enabled = true cannot; set it to false, {other}."
     if parallel.zero_stage >= 2:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from neox_native.config.layout_rules import ZERO_BUBBLE
 from neox_native.config.schema import Compile, Model, Parallel, Training
 from neox_native.model.transformer import Transformer
 from neox_native.parallel import tensor
@@ -41,7 +42,8 @@ def assemble(
                 block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
             # Outside of the graph: inside, what it keeps of DTensors for backward includes their meshes, which torch refuses.
             if training.activation_checkpointing == "full":
-                recompute(block, has_dropout=model.hidden_dropout > 0 or model.attention_dropout > 0)
+                has_dropout = model.hidden_dropout > 0 or model.attention_dropout > 0
+                recompute(block, has_dropout, split=parallel.pipeline_schedule in ZERO_BUBBLE)
         parts[number] = part
     if model.tie_embeddings and 0 in parts and num_stages - 1 in parts:
         parts[num_stages - 1].embed_out.weight = parts[0].embed_in.weight

@@ -167,14 +167,15 @@ class _Sizes:
         return FP32_BYTES * self.logits
 
     def held(self, moment: Moment) -> int:
-        """Activations of all microbatches in flight. The input half of a backward pass frees the loss alone and leaves
-        gradients for the weight half, and that of its input at the receive buffer, where it stays until the step is
+        """Activations of all microbatches in flight. The input half of a backward pass frees the loss alone, recomputes what
+        blocks had forgotten ([Note: recomputing once] in `parallel/recompute.py`), and leaves gradients for the weight half, and that of its input at the receive buffer, where it stays until the step is
         over."""
         size = sum(number * self.kept(turn) for turn, number in enumerate(moment.held))
         for turn, stage in enumerate(self.share.stages):
             if self.splits and stage > 0:
                 loss = (FP32_BYTES + self.e) * self.logits if self.is_last(turn) else 0
-                size += moment.waiting[turn] * (_operands(self, turn) - loss)
+                again = self.share.layers[turn] * self.recomputed
+                size += moment.waiting[turn] * (again + _operands(self, turn) - loss)
                 received = stage - 1 not in self.share.stages
                 size += self.stream * (moment.halved[turn] if received else moment.waiting[turn])
         return size
@@ -297,7 +298,8 @@ def _input_half(sizes: _Sizes, turn: int) -> int:
     tp = sizes.config.parallel.tp
     in_place = sizes.log_probabilities if sizes.is_last(turn) and tp > 1 and sizes.e == FP32_BYTES else 0
     attention = 2 * (1 + 2 * key_share(sizes.config)) * sizes.whole
-    return _operands(sizes, turn) + int(attention) // tp + sizes.whole - in_place
+    again = sizes.share.layers[turn] * sizes.recomputed
+    return again + _operands(sizes, turn) + int(attention) // tp + sizes.whole - in_place
 
 
 def _embedding(sizes: _Sizes, moment: Moment, before: int) -> dict[str, int]:

@@ -52,6 +52,10 @@ def test_pipeline_equals_serial(name, schedule, virtual_stages):
     check(MODELS[name], Parallel(pp=2, dp=1, pipeline_schedule=schedule, virtual_stages=virtual_stages))
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_pipeline_of_tensor_parallel_stages_equals_serial(recompute):
-    check(MODELS["parallel"], Parallel(pp=2, dp=1, tp=2, sequence_parallel=True), recompute=recompute)
+@pytest.mark.parametrize(
+    "recompute, schedule, virtual_stages",
+    [("none", "1f1b", 1), ("full", "1f1b", 1), ("full", "interleaved_zero_bubble", 2), ("full", "zbv", 2)],
+)
+def test_pipeline_of_tensor_parallel_stages_equals_serial(recompute, schedule, virtual_stages):
+    parallel = Parallel(2, 1, 2, sequence_parallel=True, pipeline_schedule=schedule, virtual_stages=virtual_stages)
+    check(MODELS["parallel"], parallel, recompute=recompute)

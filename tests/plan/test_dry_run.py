@@ -112,6 +112,16 @@ def test_pythia_still_assembles_and_steps(size: str, ranks: int) -> None:
     assert report.hardware_flops > report.model_flops
 
 
+@pytest.mark.parametrize("schedule", ["interleaved_zero_bubble", "zbv"])
+def test_recomputation_under_split_backward_passes_needs_what_the_closed_form_says(schedule: str) -> None:
+    training = replace(SMALL.training, global_batch_size=8, activation_checkpointing="full")
+    parallel = Parallel(pp=2, dp=1, pipeline_schedule=schedule, virtual_stages=2)
+    config = require(replace(SMALL, training=training, parallel=parallel), 2)
+    for rank in (0, 1):
+        needs = sum(memory(config, rank).values())
+        assert dry_run(config, rank, 2).peak_bytes == pytest.approx(needs, rel=0.05)
+
+
 @pytest.mark.parametrize(
     "parallel, rank, microbatches, recompute",
     [

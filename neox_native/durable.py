@@ -200,11 +200,12 @@ def writing(path: Path, *leaves: Path, wait: bool = False) -> Iterator[None]:
         except BlockingIOError as error:
             raise UserError(f"{path} is being written by another process, which holds {name}; let it finish.") from error
     try:
-        for each in leaves or (path,):
-            if not lock.refusal:
+        with disk_errors_named(path):
+            for each in () if lock.refusal else leaves or (path,):
                 sweep(each)
         yield
     finally:
         if not lock.refusal:
-            name.unlink(missing_ok=True)
+            with suppress(OSError):  # the next holder removes it
+                os.unlink(name)
         lock.close()

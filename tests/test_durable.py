@@ -68,6 +68,28 @@ def test_one_process_writes_at_a_time_and_sweeps_what_was_left(tmp_path: Path) -
     assert [name[:10] for name in names(path.parent)] == ["text2.tmp-"]
 
 
+@pytest.mark.parametrize("file", ["text.tmp-1", "text.lock"])
+def test_a_disk_that_fails_at_what_was_left_is_a_sentence_or_no_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    (tmp_path / "text.tmp-1").touch()
+    unlink = os.unlink
+
+    def fails(path: str | Path, *rest: object) -> None:
+        if Path(path).name == file:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", fails)
+    if file == "text.lock":
+        with durable.writing(tmp_path / "text"):
+            pass
+        return
+    with pytest.raises(UserError, match="text could not be written: Input/output error"):
+        with durable.writing(tmp_path / "text"):
+            pass
+
+
 def test_without_locks_nothing_of_others_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

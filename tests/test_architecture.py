@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 from neox_native.config.settings import SETTINGS
 from tests.field_reads import SCHEMA, fields_read, reads_in
 
@@ -138,8 +140,9 @@ def test_functions_are_short() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_train_fits_one_screen() -> None:
-    assert len((ROOT / "train.py").read_text(encoding="utf-8").splitlines()) <= LINES_OF_A_SCREEN
+@pytest.mark.parametrize("name", ["train.py", "neox_native/train/main.py"])
+def test_train_fits_one_screen(name: str) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= LINES_OF_A_SCREEN
 
 
 def test_the_top_level_holds_nothing_else() -> None:

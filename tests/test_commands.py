@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -25,7 +26,7 @@ def test_every_folder_of_code_is_installed() -> None:
 
 def test_every_tool_has_a_command() -> None:
     functions = {target.partition(":")[2] for target in PROJECT["project"]["scripts"].values()}
-    assert {path.stem for path in (ROOT / "tools").glob("*.py")} == {name.replace("prepare", "prepare_data") for name in functions}
+    assert functions == {path.stem.removesuffix("_data") for path in (ROOT / "tools").glob("*.py")} | {"train"}
 
 
 def test_a_command_runs_its_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,6 +36,21 @@ def test_a_command_runs_its_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(sys, "argv", ["neox-plan", "--version"])
     commands.plan()
     assert capsys.readouterr().out == f"neox_native {__version__}\n"
+
+
+def test_training_is_a_command_of_its_own(tmp_path: Path) -> None:
+    """Away from the clone, as `neox-train`; and Ctrl-C is left to the system before torch is imported."""
+    code = (
+        "import signal, sys; from neox_native import commands; sys.argv = ['neox-train', '--help']; "
+        "sys.addaudithook(lambda event, told: event != 'import' or told[0] != 'torch' or print(signal.getsignal(signal.SIGINT)));"
+        "commands.train()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for setting in ("model.rotary_pct", "parallel.zero_stage", "checkpoint.async", "lr_schedule.kind"):
+        assert f"--{setting} " in done.stdout
+    assert done.stdout.startswith(f"{signal.SIG_DFL}\n")
 
 
 def test_a_shipped_config_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

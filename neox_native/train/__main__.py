@@ -1,0 +1,22 @@
+"""The command: `python -m neox_native.train`, which is `python train.py` in the clone and `neox-train` where it is installed."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+
+def command() -> None:
+    """Train as this process's command line says, and end the process."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+    from neox_native.errors import report_user_errors
+    from neox_native.metrics.preemption import end_of_process
+    from neox_native.train.main import main
+
+    with end_of_process(), report_user_errors():
+        main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    command()

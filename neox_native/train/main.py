@@ -1,0 +1,43 @@
+"""Train a model: settings -> mesh -> data -> model and optimizer -> loop.
+
+This is the whole story. `python train.py`, `python -m neox_native.train` and `neox-train` begin in `__main__.py`, which calls `main`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from neox_native.config.check import require, require_on
+from neox_native.config.load import from_command_line
+from neox_native.config.schema import Config
+from neox_native.mesh import Launch, pick_device
+from neox_native.metrics.preemption import Requests
+from neox_native.train.build import build_model
+from neox_native.train.dryrun import report_of
+from neox_native.train.loop import Trainer
+from neox_native.train.start import choose_start, joined_ranks, lay_out_ranks, open_data, watched
+
+DRY_RUN = "--dry-run"
+
+
+def main(arguments: list[str]) -> None:
+    """Train as the command line says."""
+    launch = Launch.from_environment()
+    if DRY_RUN in arguments:
+        settings = [word for word in arguments if word != DRY_RUN]
+        return print(report_of(from_command_line(settings), launch.world_size))
+    config = require(from_command_line(arguments), launch.world_size)
+    device = pick_device(config.run.device, launch)
+    require_on(device.type, config)
+    with Requests(launch) as requests, joined_ranks(config, device, launch):
+        train(config, device, requests)
+
+
+def train(config: Config, device: torch.device, requests: Requests | None = None) -> None:
+    """Train on the ranks of the process group, until done or asked to leave; `config` has passed `require`."""
+    with watched(config, requests) as (watchdog, requests):
+        mesh, ranks, folder = lay_out_ranks(config, device)
+        config, start = choose_start(config, ranks, folder, watchdog)
+        data = open_data(config, ranks, start, watchdog)
+        parts, optimizer = build_model(config, mesh, device)
+        Trainer(config, mesh, device, parts, optimizer, data, ranks, folder, start, watchdog, requests).run()

@@ -187,7 +187,7 @@ class Lock:
 @contextmanager
 def writing(path: Path, *leaves: Path, wait: bool = False) -> Iterator[None]:
     """Holds PATH.lock for a block that writes `path`; what killed writers of `path`, or of `leaves`, left is removed first.
-    The lock's file goes with the block; one that a kill left, which is empty, goes with the next.
+    The lock's file goes with the block; one that a kill left, which is empty, goes with the next, or by `clear_away`.
 
     Raises `UserError` where the folder cannot be written, and where another process holds the lock and `wait` is not
     asked for.
@@ -209,3 +209,11 @@ def writing(path: Path, *leaves: Path, wait: bool = False) -> Iterator[None]:
             with suppress(OSError):  # the next holder removes it
                 os.unlink(name)
         lock.close()
+
+
+def clear_away(path: Path) -> None:
+    """Removes what a killed writer left beside a `path` that is finished, its lock's file too. Lets be whoever is at work, and
+    a folder that may not be written."""
+    if path.with_name(path.name + ".lock").exists():
+        with suppress(UserError), writing(path):
+            pass

@@ -26,6 +26,7 @@ from neox_native.checkpoint.tokenizer_files import fitting_tokenizer
 from neox_native.config.load import load
 from neox_native.config.schema import Model
 from neox_native.data.tokenizers import load_tokenizer
+from neox_native.durable import clear_away, writing
 from neox_native.errors import UserError, report_user_errors
 
 
@@ -33,16 +34,10 @@ def to_hf(options: argparse.Namespace) -> None:
     """Our checkpoint -> a Hugging Face folder."""
     reader = interop.CheckpointReader(interop.find_checkpoint(options.source))
     tokenizer, dtype = options.tokenizer or there_is(reader.metadata.get("tokenizer", "")), DTYPES[options.dtype]
-    remarks = write_folder(
-        options.out,
-        reader.model,
-        reader.shapes,
-        checked(reader, options, dtype),
-        Ranks(),
-        dtype,
-        tokenizer,
-        int(options.shard_gb * 1e9),
-    )
+    shard_bytes = int(options.shard_gb * 1e9)
+    with writing(options.out):
+        weights = checked(reader, options, dtype)
+        remarks = write_folder(options.out, reader.model, reader.shapes, weights, Ranks(), dtype, tokenizer, shard_bytes)
     print(*remarks, sep="\n", end="\n" if remarks else "")
 
 
@@ -103,7 +98,8 @@ def write(options: argparse.Namespace, model: Model, read: interop.Read, tokeniz
     """Write our checkpoint, with the tokenizer's name in it where it is known."""
     if tokenizer:
         fitting_tokenizer(tokenizer, model, "--tokenizer")
-    interop.write_checkpoint(options.out, model, checked(read, options), {"tokenizer": tokenizer} if tokenizer else {})
+    with writing(options.out):
+        interop.write_checkpoint(options.out, model, checked(read, options), {"tokenizer": tokenizer} if tokenizer else {})
 
 
 def checked(read: interop.Read, options: argparse.Namespace, dtype: torch.dtype = torch.float32) -> interop.Read:
@@ -160,6 +156,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Convert, and say where the result is."""
     options = parse(arguments)
+    clear_away(options.out)
     options.function(options)
     print(f"wrote {options.out}")
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from neox_native.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from neox_native.data.tokenizers import Tokenizer
-from neox_native.durable import writing
+from neox_native.durable import clear_away, writing
 from neox_native.errors import UserError
 
 PYTHON_STDLIB = "builtin:python-stdlib"
@@ -45,7 +45,10 @@ def prepare_python_stdlib(
     folder = Path(cache_dir).expanduser() / f"python-stdlib-{platform.python_version()}-{tokenizer.name}-{corpus_hash}"
     prefix = str(folder / "text")
     try:
-        if is_writer and not _opens(prefix):
+        if is_writer and _opens(prefix):
+            clear_away(folder)
+            clear_away(Path(prefix))
+        elif is_writer:
             with writing(folder, wait=True):
                 if not _opens(prefix):
                     log(f"{PYTHON_STDLIB}: preparing {len(texts):,} files into {folder}")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from neox_native.data.order import Arrays, Draw, Facts
-from neox_native.durable import put_in_place, replacing, temporary_name, writing
+from neox_native.durable import clear_away, put_in_place, replacing, temporary_name, writing
 from neox_native.errors import UserError
 
 NAMES = "names.json"
@@ -30,6 +30,7 @@ def kept(folder: Path, facts: Facts, draw: Draw) -> Arrays:
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     place = folder / f"neox-{name}"
     if found := _read(place):
+        clear_away(place)
         return found
     drawn: Arrays = {}
     try:

@@ -32,7 +32,7 @@ from neox_native.data.part import (
     prepare_part,
     write_json,
 )
-from neox_native.durable import disk_errors_named, make_folder, remove_folder, writing
+from neox_native.durable import clear_away, disk_errors_named, make_folder, remove_folder, writing
 from neox_native.errors import UserError
 
 PROGRESS_SECONDS = 2.0
@@ -64,7 +64,8 @@ def parts_folder(prefix: Path, plan: dict[str, object], num_parts: int) -> Itera
 
 
 def already_there(prefix: Path) -> UserError:
-    """The refusal to overwrite token files."""
+    """The refusal to overwrite token files, beside which nothing of a killed writer stays."""
+    _clear_away(prefix)
     return UserError(f"{prefix}.idx exists already; remove it or choose another --output.")
 
 
@@ -74,6 +75,11 @@ def _read(file: Path) -> object:
         return json.loads(file.read_text())
     except (FileNotFoundError, ValueError, RecursionError):
         return None
+
+
+def _clear_away(prefix: Path) -> None:
+    for each in prefix, Path(f"{prefix}{LABELS_SUFFIX}"):
+        clear_away(each)
 
 
 def prepare(
@@ -116,8 +122,8 @@ def prepare(
             joined = IndexedDataset(prefix)
             if (len(joined), joined.sizes.sum(dtype=np.int64)) != (total.documents, total.tokens):
                 raise already_there(prefix)
-            with writing(prefix):
-                return total  # the killed call's lock goes with ours
+            _clear_away(prefix)
+            return total
         if recipe.prompt:
             join([Path(f"{part}{LABELS_SUFFIX}") for part in prefixes], Path(f"{prefix}{LABELS_SUFFIX}"))
         join(prefixes, prefix)

@@ -7,7 +7,6 @@ then each may be lost alone or kept alone, and a write may be torn. A rename is 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -159,10 +158,12 @@ class Crashes:
     def __init__(self, before: Disk, ops: Sequence[Op]) -> None:
         self.before = before
         self.ops: list[Op] = []
-        disk = before.copy()
+        self.after = [before.copy()]
+        """The disk after each number of operations, none of them lost."""
         for op in ops:
-            self.ops.append(disk.placed(op))
-            disk.apply_placed(self.ops[-1])
+            self.after.append(self.after[-1].copy())
+            self.ops.append(self.after[-1].placed(op))
+            self.after[-1].apply_placed(self.ops[-1])
         self.units = [_unit(op) for op in ops]
         self._name_writes(ops)
         self.syncs = [number for number, op in enumerate(ops) if op.kind == "sync"]
@@ -194,11 +195,11 @@ class Crashes:
 
     def states(self) -> Iterator[State]:
         """Each distinct one once, with the last point at which it can arise, at which most has been promised."""
-        found: dict[bytes, State] = {}
+        found: dict[tuple[tuple[str, bytes | None], ...], State] = {}
         for at in range(len(self.ops) + 1):
             for how, lost, torn in self._choices(at):
                 tree = self._build(at, lost, torn)
-                found[_hash(tree)] = State(tree, at, how)
+                found[tuple(tree.items())] = State(tree, at, how)
         yield from found.values()
 
     def _choices(self, at: int) -> Iterator[tuple[str, set[int], dict[int, str]]]:
@@ -237,8 +238,9 @@ class Crashes:
         return {number for numbers in of_file.values() for number in (numbers[0], numbers[-1])}
 
     def _build(self, at: int, lost: set[int], torn: dict[int, str]) -> Tree:
-        disk = self.before.copy()
-        for number, op in enumerate(self.ops[:at]):
+        first = min(lost | torn.keys(), default=at)
+        disk = self.after[first].copy()
+        for number, op in enumerate(self.ops[first:at], first):
             if number in lost:
                 if op.kind == "entry":  # what is written to it later has a place, though none will find it
                     (disk.folders.setdefault(op.b, {}) if op.c else disk.files.setdefault(op.b, b""))
@@ -258,14 +260,6 @@ def _unit_of(path: str) -> str:
     """What stands or falls together: a checkpoint, an export, a log."""
     parts = path.split(".tmp")[0].split(os.sep)
     return os.sep.join(parts[:2])
-
-
-def _hash(tree: Tree) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for path, content in tree.items():
-        digest.update(repr((path, None if content is None else len(content))).encode())
-        digest.update(content or b"")
-    return digest.digest()
 
 
 def write(tree: Tree, root: Path) -> None:

@@ -17,6 +17,15 @@ from tests.crash.recorder import Fault, Recorder, recording
 
 FAULTS = ((errno.ENOSPC, False), (errno.ENOSPC, True), (errno.EIO, False))
 
+COUNTS = {"crash": 0, "refuse": 0}
+"""How many were tried by the tests that try them all, for the README."""
+
+
+def count(kind: str, number: int) -> None:
+    """Add up what was tried, and show it."""
+    COUNTS[kind] += number
+    print(f"{number} of this, in all {COUNTS['crash']} crash points and {COUNTS['refuse']} refusals")
+
 
 @dataclass
 class Work:

@@ -36,8 +36,8 @@ from tests.ranks import run_ranks
 
 TINY = [
     "--model.num_layers=1", "--model.hidden_size=8", "--model.num_heads=2", "--model.rotary_pct=1.0", "--model.seq_length=4",
-    "--training.steps=4", "--training.global_batch_size=1", "--checkpoint.save_every=1", "--checkpoint.keep_last=2",
-    "--checkpoint.export=fp32", "--checkpoint.export_hf_every=2", "--data.tokenizer=", "--run.watchdog_factor=0",
+    "--training.steps=2", "--training.global_batch_size=1", "--checkpoint.save_every=1", "--checkpoint.keep_last=1",
+    "--checkpoint.export=fp32", "--checkpoint.export_hf_every=1", "--data.tokenizer=", "--run.watchdog_factor=0",
 ]  # fmt: skip
 LOGS = "metrics.jsonl", "events.jsonl", ".lock"
 """What holds times and process numbers."""
@@ -78,7 +78,7 @@ class Training:
         """What the run left but for logs, and for checkpoints before the last: where a crash or a refusal fell between a save
         and a deletion, another one is there, to go with the next save."""
         tree = without(disk.Disk.read(self.run_dir).tree(), *LOGS)
-        return {path: content for path, content in tree.items() if not re.match(r"checkpoints/step_00000000[0-3]\b(?!\.)", path)}
+        return {path: content for path, content in tree.items() if not re.match(r"checkpoints/step_00000000[01]\b(?!\.)", path)}
 
     def do(self, recorder: Recorder) -> None:
         save = store.save
@@ -129,11 +129,11 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_some_crashes(tmp_path: Path, way: str) -> None:
-    assert tried(tmp_path, "crash", 15, *WAYS[way]) > 500
+    assert tried(tmp_path, "crash", 15, *WAYS[way]) > 300
 
 
 def test_some_refusals(tmp_path: Path) -> None:
-    assert tried(tmp_path, "refuse", 12) > 500
+    assert tried(tmp_path, "refuse", 12) > 300
 
 
 @pytest.mark.slow

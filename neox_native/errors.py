@@ -1,12 +1,16 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and how it is told."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -44,5 +48,26 @@ def report_user_errors(prefix: str = "error") -> Iterator[None]:
         raise SystemExit(128 + signal.SIGPIPE) from None
     except (UserError, OSError) as error:
         sentence = f"{in_words(error)}." if isinstance(error, OSError) else str(error)
-        print(f"{prefix}: {sentence}", file=sys.stderr, flush=True)
+        if _first_to_say(sentence):
+            print(f"{prefix}: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+
+
+def _first_to_say(sentence: str) -> bool:
+    """Hand the sentence to torchrun, whose report ends with it; whether no other rank of this machine has said it.
+
+    torchrun names a file for each rank's error, in a folder for each rank below one of this start.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return True
+    said = {"message": sentence, "extraInfo": {"py_callstack": sentence, "timestamp": str(int(time.time()))}}
+    name = f"said-{hashlib.sha256(sentence.encode()).hexdigest()[:16]}"
+    try:
+        Path(file).write_text(json.dumps({"message": said}))
+        (Path(file).parents[1] / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # to say it twice is better than not at all
+        pass
+    return True

@@ -65,6 +65,9 @@ def test_a_failure_on_one_rank_ends_the_job_with_its_error_first(tmp_path):
     assert done.returncode == 1
     first = next(line for line in done.stderr.splitlines() if "rror" in line and "OMP_NUM_THREADS" not in line)
     assert "token id 300" in first and "model.vocab_size = 257" in first
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, "one rank says it for all of them"
+    assert any("traceback : " in line and "token id 300" in line for line in done.stderr.splitlines()), "torchrun was not told"
 
 
 @pytest.mark.parametrize(

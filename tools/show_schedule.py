@@ -20,6 +20,7 @@ from neox_native.errors import UserError, report_user_errors
 from neox_native.parallel.timeline import Timeline, lay_out, order_of, timeline
 from neox_native.plan.hardware import find_gpu
 from neox_native.plan.speed import COMPILED, EAGER, Machine, stage_passes
+from neox_native.units import share_of_step
 
 COLOURS = {"F": "#7aa6da", "B": "#8fc98b", "I": "#f0c674", "W": "#c397d8", "idle": "#eeeeee"}
 FONT = 'font-family="sans-serif"'
@@ -92,7 +93,7 @@ def caption(config: Config, drawn: Timeline, microbatches: int) -> str:
     parallel = config.parallel
     return (
         f"{parallel.pipeline_schedule}: pp {parallel.pp}, dp {parallel.dp}, {parallel.virtual_stages} stages per rank, "
-        f"{microbatches} microbatches; bubble {drawn.bubble_fraction:.1%} of compute; "
+        f"{microbatches} microbatches; bubble {share_of_step(drawn.bubble_fraction):.1%} of the step; "
         "peak microbatches in flight by rank "
         f"{[drawn.peak_in_flight(rank) for rank in range(parallel.pp)]}"
     )

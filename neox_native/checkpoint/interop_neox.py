@@ -29,7 +29,6 @@ from torch import Tensor
 from neox_native.checkpoint.interop import parameter_shapes
 from neox_native.config.schema import Model
 from neox_native.errors import UserError
-from neox_native.plain_files import is_plain_name, read_text
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -167,10 +166,7 @@ def step_folder(path: Path) -> Path:
     """The folder that holds the weights: the one given, or the one that its file `latest` names."""
     path = Path(path)
     if (path / "latest").is_file():
-        name = read_text(path / "latest").strip()
-        if not is_plain_name(name):
-            raise UserError(f"{path / 'latest'} is refused: it names {ascii(name):.100}, which is no folder beside it.")
-        path = path / name
+        path = path / (path / "latest").read_text().strip()
     if not path.is_dir():
         raise UserError(f"{path} is no folder.")
     return path

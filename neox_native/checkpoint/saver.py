@@ -24,6 +24,7 @@ from neox_native.checkpoint.retention import to_delete
 from neox_native.config.schema import Checkpoint
 from neox_native.durable import remove_folder
 from neox_native.errors import UserError
+from neox_native.units import size
 from neox_native.zero.state import Boxes
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,7 +50,7 @@ class Saved:
         gone = f", deleted steps {', '.join(map(str, self.deleted))}" if self.deleted else ""
         gone += f", could not delete {self.kept_because}" if self.kept_because else ""
         return (
-            f"step {self.step}: saved {self.size_bytes / 1e9:.3f} GB in {self.total_seconds:.2f} s, "
+            f"step {self.step}: saved {size(self.size_bytes)} in {self.total_seconds:.2f} s, "
             f"training stood still for {self.stall_seconds:.3f} s{gone}"
         )
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from typing import Any, TextIO
 from neox_native.durable import make_folder, replacing, sync_folder
 from neox_native.errors import UserError
 from neox_native.plain_files import append_to
+from neox_native.units import count, size
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -47,20 +49,37 @@ def strict_json(values: dict[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False)
 
 
-def console_line(record: StepRecord, total_steps: int, extra: dict[str, Any] | None = None) -> str:
-    """A step for a human: loss, rate, norm, speed, memory and the time left at this speed."""
-    left = datetime.timedelta(seconds=round((total_steps - record.step) * record.step_seconds))
+@dataclass(frozen=True)
+class Scale:
+    """What a step's numbers are seen against on the console."""
+
+    total_steps: int
+    """Of the run."""
+    sample_tokens: int
+    """Tokens of a sample."""
+    memory_bytes: int
+    """Memory that the device has."""
+
+
+def console_line(record: StepRecord, scale: Scale, elapsed_seconds: float, extra: dict[str, Any] | None = None) -> str:
+    """A step for a human: loss, rate, norm, speed, memory, tokens seen, time since the start and left at this speed."""
+    left = datetime.timedelta(seconds=round((scale.total_steps - record.step) * record.step_seconds))
+    elapsed = datetime.timedelta(seconds=round(elapsed_seconds))
+    share = record.peak_memory_bytes / scale.memory_bytes
     extras = (extra or {}).items()
     parts = [
-        f"step {record.step:>{len(str(total_steps))}}/{total_steps}",
+        f"step {record.step:>{len(str(scale.total_steps))}}/{scale.total_steps}",
         f"loss {record.loss:.4f}",
         f"lr {record.learning_rate:.2e}",
         f"grad norm {record.grad_norm:.3f}",
+        f"{record.step_seconds:.3g} s/step",
         f"{record.tokens_per_second:,.0f} tokens/s",
         f"{record.tflops_per_device:.3g} TFLOP/s",
         *([] if record.mfu is None else [f"MFU {record.mfu:.1%}"]),
-        f"{record.peak_memory_bytes / 1e9:.2f} GB",
-        f"left {left}",
+        f"peak memory {size(record.peak_memory_bytes)} ({share:.0%})",
+        f"{count(record.consumed_samples * scale.sample_tokens)} tokens seen",
+        f"{elapsed} elapsed",
+        f"{left} left",
         *(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in extras),
     ]
     return "  ".join(parts)
@@ -68,13 +87,16 @@ def console_line(record: StepRecord, total_steps: int, extra: dict[str, Any] | N
 
 def cut_off(file: Path, keeps: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the lines of a log that `keeps` does not want, and what is no whole line: torn by a kill, or no JSON object."""
-    if not file.is_file():
-        return
-    lines = list(io.BytesIO(file.read_bytes()))
+    lines = _lines(file)
     kept = [line for line in lines if (said := _said(line)) is not None and keeps(said)]
     if len(kept) < len(lines):
         with replacing(file) as stream:
             stream.writelines(kept)
+
+
+def _lines(file: Path) -> list[bytes]:
+    """With their ends, none where there is no file; a line of bytes ends at a line feed alone."""
+    return list(io.BytesIO(file.read_bytes())) if file.is_file() else []
 
 
 def _said(line: bytes) -> dict[str, Any] | None:
@@ -92,13 +114,21 @@ def _step_of(said: dict[str, Any]) -> float:
     return step if type(step) is int else math.inf
 
 
+def _evaluation(line: bytes) -> tuple[float, float] | None:
+    """Loss and step, where the line of events.jsonl is an evaluation's."""
+    said = _said(line)
+    if said is None or said.get("kind") != "evaluation" or not isinstance(said.get("loss"), float):
+        return None
+    return said["loss"], _step_of(said)
+
+
 class Writers:
     """Everything that one rank writes about a run; the others hold none.
 
     Args:
         folder: the run's folder.
         resumed_step: steps already done (0 for a new run); what was logged beyond is cut off.
-        total_steps: of the run, for the time left.
+        scale: of the run, for the console.
         config_text: the resolved config, shown by TensorBoard as text.
         tensorboard: write TensorBoard files beside metrics.jsonl.
         show: takes the console's lines.
@@ -111,12 +141,12 @@ class Writers:
         self,
         folder: Path,
         resumed_step: int,
-        total_steps: int,
+        scale: Scale,
         config_text: str,
         tensorboard: bool,
         show: Callable[[str], None] = print,
     ) -> None:
-        self._folder, self._total_steps, self._show = folder, total_steps, show
+        self._folder, self._scale, self._show, self._started = folder, scale, show, time.monotonic()
         self._board = None
         with self._writing(), ExitStack() as opened:
             make_folder(folder)
@@ -125,6 +155,8 @@ class Writers:
             cut_off(folder / EVENTS, lambda said: said.get("kind") not in OF_A_STEP or _step_of(said) <= resumed_step)
             self._metrics: TextIO = opened.enter_context(append_to(folder / METRICS))
             self._events: TextIO = opened.enter_context(append_to(folder / EVENTS))
+            self.best = min(filter(None, map(_evaluation, _lines(folder / EVENTS))), default=None)
+            """The lowest validation loss of the run and its step, earlier starts included."""
             sync_folder(folder)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # half a second that other processes need not spend
@@ -148,7 +180,7 @@ class Writers:
         """Write one logged step. `extra` (a loss scale, a step's stall) goes to the console and TensorBoard."""
         with self._writing():
             self._metrics.write(strict_json(asdict(record)) + "\n")
-            self._show(console_line(record, self._total_steps, extra))
+            self._show(console_line(record, self._scale, self.elapsed_seconds(), extra))
             self._scalars({**asdict(record), **(extra or {})}, record.step, "train")
 
     def event(self, kind: str, step: int, message: str, **values: Any) -> None:
@@ -159,6 +191,12 @@ class Writers:
             self._events.write(line + "\n")
             self._show(message)
             self._scalars(values, step, kind)
+        if found := _evaluation(line.encode() + b"\n"):
+            self.best = min(found, self.best or found)
+
+    def elapsed_seconds(self) -> float:
+        """Since this start of the run."""
+        return time.monotonic() - self._started
 
     def _scalars(self, values: dict[str, Any], step: int, prefix: str) -> None:
         if self._board is None:

@@ -24,6 +24,7 @@ from neox_native.plan.shares import (
     unit_shapes,
     zero_stage_of,
 )
+from neox_native.units import share_of_step, size
 from neox_native.zero.layout import FP32_BYTES
 
 
@@ -167,12 +168,15 @@ class Prediction:
     bubble_fraction: float
 
     def __str__(self) -> str:
+        return self.sentence(with_memory=True)
+
+    def sentence(self, with_memory: bool) -> str:
+        """For people; memory is a GPU's, which a CPU's process cannot be held against."""
+        memory = f"{size(self.peak_bytes)} of memory; " if with_memory else ""
         sent = self.bytes_by_axis | {"stages": self.point_to_point_bytes}
-        sends = ", ".join(f"{axis} {size / 1e9:.3g} GB" for axis, size in sent.items() if size) or "nothing"
-        bubble = f"; bubble {self.bubble_fraction:.1%}" if self.bubble_fraction else ""
-        return (
-            f"predicted of the busiest rank: {self.peak_bytes / 1e9:.3g} GB of memory; sent in a step: {sends}{bubble}"
-        )
+        sends = ", ".join(f"{axis} {size(number)}" for axis, number in sent.items() if number) or "nothing"
+        bubble = f"; the pipeline idles {share_of_step(self.bubble_fraction):.1%} of it" if self.bubble_fraction else ""
+        return f"predicted of the busiest rank: {memory}sent in a step: {sends}{bubble}"
 
 
 def predict(config: Config) -> Prediction:

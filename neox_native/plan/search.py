@@ -12,6 +12,7 @@ from neox_native.config.schema import Config
 from neox_native.errors import UserError
 from neox_native.plan.memory import memory
 from neox_native.plan.speed import Machine, StepTime, step_time
+from neox_native.units import share_of_step, size
 
 MEMORY_SHARE = 0.80
 """Predictions below this share of the memory never ran out in 454 published runs."""
@@ -26,7 +27,6 @@ SCHEDULES = (
     ("zbv", 2),
 )
 """Schedule and virtual stages."""
-GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,10 @@ def search(config: Config, gpus: int, machine: Machine) -> list[Candidate]:
         )
     found.sort(key=lambda candidate: (-candidate.speed, candidate.peak_bytes))
     if found[0].time is None:
-        nearest, share = found[0], f"{MEMORY_SHARE:.0%} of {machine.gpu.memory_bytes / GB:.1f} GB"
+        nearest, share = found[0], f"{MEMORY_SHARE:.0%} of {size(machine.gpu.memory_bytes)}"
         raise UserError(
             f"nothing fits on {gpus} {machine.gpu.name}: the nearest, {nearest.layout}, needs "
-            f"{nearest.peak_bytes / GB:.1f} GB per GPU, {(nearest.peak_bytes - limit) / GB:.1f} GB more than {share}; "
+            f"{size(nearest.peak_bytes)} per GPU, {size(nearest.peak_bytes - limit)} more than {share}; "
             "take more GPUs, one with more memory, or a smaller model.seq_length."
         )
     return found
@@ -149,10 +149,10 @@ def table(candidates: list[Candidate]) -> str:
         rows.append(
             (
                 candidate.layout,
-                f"{candidate.peak_bytes / GB:.1f} GB",
+                size(candidate.peak_bytes),
                 f"{time.tokens_per_second_per_gpu:,.0f}",
                 f"{time.mfu:.1%}",
-                f"{time.bubble_fraction:.1%}",
+                f"{share_of_step(time.bubble_fraction):.1%} of the step",
                 f"{time.exposed / time.seconds:.1%} of the step",
             )
         )
@@ -189,7 +189,7 @@ def _why(rival: Candidate, best: Candidate, machine: Machine) -> str:
     """Why the fastest layout with some choice loses, or the nearest that does not fit."""
     if rival.time is None or best.time is None:
         over = rival.peak_bytes - MEMORY_SHARE * machine.gpu.memory_bytes
-        return f"never fits; the nearest, {rival.layout}, is {over / GB:.1f} GB over."
+        return f"never fits; the nearest, {rival.layout}, is {size(over)} over."
     slower = 1.0 - rival.speed / best.speed
     mean = [sum(time.forward + time.backward) / len(time.forward) for time in (rival.time, best.time)]
     microbatches = [

@@ -35,10 +35,10 @@ from neox_native.plan.shares import num_microbatches
 from neox_native.train.build import build_engine, build_optimizer, build_step, units_of
 from neox_native.train.engine import Engine
 from neox_native.train.step import TrainStep
+from neox_native.units import share_of_step, size
 from neox_native.zero.optimizer import ShardedOptimizer
 from neox_native.zero.unit import local
 
-GIB = 2**30
 CPU = torch.device("cpu")
 
 
@@ -123,20 +123,20 @@ def text(reports: list[RankReport]) -> str:
     for report in reports:
         place = " ".join(f"{axis} {number}" for axis, number in report.coordinates.items())
         lines = [f"rank {report.rank} ({place}): {report.parameters:,} parameters"]
-        lines.append(f"  peak memory         {report.peak_bytes / GIB:.2f} GiB, {report.peak_at}")
-        lines += [f"    {kind:17} {size / GIB:.2f} GiB" for kind, size in report.bytes_by_kind.items()]
+        lines.append(f"  peak memory         {size(report.peak_bytes)}, {report.peak_at}")
+        lines += [f"    {kind:17} {size(number)}" for kind, number in report.bytes_by_kind.items()]
         for axis, sent in report.communication.items():
             lines.append(
-                f"  sent over {axis:9} {sent['bytes'] / GIB:.2f} GiB in {sent['collectives']} collectives a step"
+                f"  sent over {axis:9} {size(sent['bytes'])} in {sent['collectives']} collectives a step"
             )
-        lines.append(f"  sent to neighbours  {report.point_to_point_bytes / GIB:.2f} GiB a step")
+        lines.append(f"  sent to neighbours  {size(report.point_to_point_bytes)} a step")
         lines.append(
             f"  FLOPs of a step     {report.model_flops:.3e} of the model, {report.hardware_flops:.3e} executed"
         )
-        lines.append(f"  pipeline bubble     {report.bubble_fraction:.1%} of compute")
+        lines.append(f"  pipeline bubble     {share_of_step(report.bubble_fraction):.1%} of the step")
         blocks.append("\n".join(lines))
     worst = max(reports, key=lambda report: report.peak_bytes)
-    return "\n\n".join(blocks) + f"\n\nworst: rank {worst.rank} with {worst.peak_bytes / GIB:.2f} GiB"
+    return "\n\n".join(blocks) + f"\n\nworst: rank {worst.rank} with {size(worst.peak_bytes)}"
 
 
 def _enough(config: Config) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 
@@ -39,7 +40,14 @@ def evaluate(
     return total / num_targets.clamp(min=1), int(num_targets.item())
 
 
+def in_words(loss: float, tokenizer: str) -> str:
+    """A mean loss [nats per token] and what it is in the unit by which models of one tokenizer, or of bytes, compare."""
+    if tokenizer == "byte":
+        return f"{loss:.4f} ({loss / math.log(2):.3f} bits per byte)"
+    return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.4g})"
+
+
 def evaluation_number(step: int, every: int) -> int:
-    """How many evaluations came before the one after `step`: it reads the next stretch of the validation data, in
-    every layout and after every resume the same."""
+    """How many evaluations came before the one after `step`: with `evaluation.rotate` it reads the next stretch of the
+    validation data, in every layout and after every resume the same."""
     return -(-step // every) - 1

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.checkpoint import store
 from neox_native.checkpoint.agree import Ranks
+from neox_native.checkpoint.files import step_folder
 from neox_native.checkpoint.resume import Start
 from neox_native.checkpoint.retention import should_save
 from neox_native.checkpoint.saver import NotSaved, Saver
@@ -26,7 +27,7 @@ from neox_native.model.transformer import Transformer
 from neox_native.optim.schedule import Rates
 from neox_native.train import state as run_states
 from neox_native.train.build import build_engine, build_step
-from neox_native.train.evaluate import evaluate, evaluation_number
+from neox_native.train.evaluate import evaluate, evaluation_number, in_words
 from neox_native.train.exports import Exports
 from neox_native.train.folder import RunFolder
 from neox_native.train.report import Report
@@ -126,7 +127,9 @@ class Trainer:
                 self.report_saves()
             if signal:
                 self.report.event("signal", self.step, f"step {self.step}: leaving after {signal}; the state is saved")
-                break
+                return
+        if self.step == total_steps and self.saver.last_step == total_steps:
+            self.report.finished(step_folder(self.saver.directory, total_steps))
 
     def batches(self, part: str, consumed_samples: int, steps: int) -> Iterator[StepBatch]:
         """This data rank's batches of "train" or "valid" from a sample on."""
@@ -196,7 +199,7 @@ class Trainer:
         loss = self.losses.total(share).item() if num_targets else None
         found = f"no validation loss: none of the tokens in its {settings.batches} batches is to be predicted"
         if loss is not None:
-            found = f"validation loss {loss:.4f} over {settings.batches} batches"
+            found = f"validation loss {in_words(loss, self.config.data.tokenizer)} over {settings.batches} batches"
         self.report.event("evaluation", self.step, f"step {self.step}: {found}", loss=loss)
         self.phase = "train"
 

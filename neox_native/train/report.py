@@ -4,6 +4,7 @@ for the device, and on logged steps alone."""
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import socket
 from pathlib import Path
@@ -19,12 +20,13 @@ from neox_native.config.load import dump
 from neox_native.config.schema import Config
 from neox_native.data.loader import StepBatch, format_hash
 from neox_native.metrics.health import slowest_ranks
-from neox_native.metrics.throughput import Throughput, device_name, peak_flops_per_second, peak_memory_bytes
-from neox_native.metrics.writers import StepRecord, Writers
-from neox_native.model.flops import model_flops_per_token
+from neox_native.metrics.throughput import Throughput, device_name, memory_bytes, peak_flops_per_second, peak_memory_bytes
+from neox_native.metrics.writers import Scale, StepRecord, Writers
+from neox_native.model.flops import model_flops_per_token, total_parameters
 from neox_native.parallel.timing import Timing
 from neox_native.plan import costs
 from neox_native.train.step import Losses, StepResult
+from neox_native.units import count, share_of_step
 
 
 class Report:
@@ -51,7 +53,9 @@ class Report:
         self.writers: Writers | None = None
         if ranks.rank == 0:
             folder, board = Path(config.run.dir), config.logging.tensorboard
-            self.writers = Writers(folder, resumed_step, training.steps, dump(config), board)
+            scale = Scale(training.steps, config.model.seq_length, memory_bytes(device))
+            self.writers = Writers(folder, resumed_step, scale, dump(config), board)
+            print(self._opening(config, device))
         self.throughput = Throughput(
             tokens_per_step=training.global_batch_size * config.model.seq_length,
             flops_per_token=model_flops_per_token(config.model),
@@ -59,9 +63,8 @@ class Report:
             peak=peak_flops_per_second(device_name(device), training.precision),
         )
         self.predicted = costs.predict(config)
-        self.event(
-            "prediction", resumed_step, f"step {resumed_step}: {self.predicted}", **dataclasses.asdict(self.predicted)
-        )
+        sentence = self.predicted.sentence(with_memory=device.type == "cuda")
+        self.event("prediction", resumed_step, f"step {resumed_step}: {sentence}", **dataclasses.asdict(self.predicted))
         self.steps_since_stragglers = 0
         self.compute_seconds = 0.0
 
@@ -95,15 +98,16 @@ class Report:
         return speed.step_seconds
 
     def _beside_predicted(self) -> dict[str, float]:
-        """Of memory, which is measured elsewhere, what was predicted; of the pipeline's idle time over its compute
-        time since the last call both. A CPU's memory is the whole process's, which nobody predicts."""
+        """Of memory, which is measured elsewhere, what was predicted; of the share of the time since the last call in which
+        the pipeline idled both. A CPU's memory is the whole process's, which nobody predicts."""
         compute, whole = self.timing.compute.read(), self.timing.whole.read()
         self.compute_seconds += compute
-        predicted = {"predicted GB": self.predicted.peak_bytes / 1e9} if self.device.type == "cuda" else {}
+        predicted = {"predicted GiB": self.predicted.peak_bytes / 2**30} if self.device.type == "cuda" else {}
         if self.mesh["pp"].size() == 1:
             return predicted
         seconds = self.losses.total(torch.tensor([compute, whole], device=self.device)).tolist()
-        return predicted | {"bubble": seconds[1] / seconds[0] - 1, "predicted bubble": self.predicted.bubble_fraction}
+        idle = {"bubble": 1 - seconds[0] / seconds[1], "predicted bubble": share_of_step(self.predicted.bubble_fraction)}
+        return predicted | idle
 
     def step_done(self) -> None:
         """Count one more step."""
@@ -124,6 +128,25 @@ class Report:
         """Write something that is no training step."""
         if self.writers:
             self.writers.event(kind, step, message, **values)
+
+    def _opening(self, config: Config, device: torch.device) -> str:
+        """What trains where, and for how long."""
+        training = config.training
+        tokens = training.global_batch_size * config.model.seq_length
+        return (
+            f"{count(total_parameters(config.model))} parameters in {training.precision} on {self.ranks.size} x "
+            f"{device_name(device)}; {tokens:,} tokens a step, {count(tokens * training.steps)} in {training.steps:,} steps; "
+            f"run folder {config.run.dir}"
+        )
+
+    def finished(self, checkpoint: Path) -> None:
+        """The last lines of a whole run: what came out, where it lies, and what can be done with it."""
+        if self.writers is None:
+            return
+        took = datetime.timedelta(seconds=round(self.writers.elapsed_seconds()))
+        best = "".join(f"best validation loss {loss:.4f}, after step {step}; " for loss, step in filter(None, [self.writers.best]))
+        print(f"finished in {took}; {best}saved {checkpoint}")
+        print(f"next: python tools/generate.py --checkpoint {checkpoint.parents[1]}")
 
     def sync(self) -> None:
         """Flush what is written to the disk."""

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from neox_native.errors import UserError
-from neox_native.metrics.writers import StepRecord, Writers, console_line, strict_json
+from neox_native.metrics.writers import Scale, StepRecord, Writers, console_line, strict_json
 
 RECORD = StepRecord(
     step=10, loss=0.1 + 0.2, grad_norm=1 / 3, learning_rate=1e-3, consumed_samples=320, tokens_per_second=12345.6,
     step_seconds=0.5, tflops_per_device=0.25, mfu=None, peak_memory_bytes=10**9, batch_hash="0123456789abcdef",
 )
+SCALE = Scale(total_steps=1000, sample_tokens=2048, memory_bytes=2 * 10**9)
 KEYS = [
     "step", "loss", "grad_norm", "learning_rate", "consumed_samples", "tokens_per_second", "step_seconds",
     "tflops_per_device", "mfu", "peak_memory_bytes", "batch_hash",
@@ -29,7 +30,7 @@ def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 def writers(folder: Path, resumed_step: int = 0, tensorboard: bool = False) -> tuple[Writers, list[str]]:
     shown: list[str] = []
-    return Writers(folder, resumed_step, 1000, "[run]", tensorboard, shown.append), shown
+    return Writers(folder, resumed_step, SCALE, "[run]", tensorboard, shown.append), shown
 
 
 def test_line_has_exactly_the_promised_keys_and_bits(tmp_path: Path) -> None:
@@ -62,12 +63,24 @@ def test_number_that_is_not_finite_is_null() -> None:
 
 
 def test_console_line_says_it_all() -> None:
-    line = console_line(replace(RECORD, mfu=0.412), 1000, {"stall": 0.25, "skipped": 1})
+    line = console_line(replace(RECORD, mfu=0.412), SCALE, 65.4, {"stall": 0.25, "skipped": 1})
     assert line == (
-        "step   10/1000  loss 0.3000  lr 1.00e-03  grad norm 0.333  12,346 tokens/s  0.25 TFLOP/s  MFU 41.2%  "
-        "1.00 GB  left 0:08:15  stall 0.25  skipped 1"
+        "step   10/1000  loss 0.3000  lr 1.00e-03  grad norm 0.333  0.5 s/step  12,346 tokens/s  0.25 TFLOP/s  MFU 41.2%  "
+        "peak memory 954 MiB (50%)  0.655M tokens seen  0:01:05 elapsed  0:08:15 left  stall 0.25  skipped 1"
     )
-    assert "MFU" not in console_line(RECORD, 1000)
+    assert "MFU" not in console_line(RECORD, SCALE, 0.0)
+
+
+def test_the_best_evaluation_is_remembered_through_a_restart(tmp_path: Path) -> None:
+    writer, _ = writers(tmp_path)
+    assert writer.best is None
+    for step, loss in (10, 2.5), (20, 2.0), (30, None), (40, 1.0):
+        writer.event("evaluation", step, "validation", loss=loss)
+    assert writer.best == (1.0, 40)
+    writer.close()
+    writer, _ = writers(tmp_path, resumed_step=30)
+    assert writer.best == (2.0, 20)
+    writer.close()
 
 
 def test_events_are_kept_and_shown(tmp_path: Path) -> None:

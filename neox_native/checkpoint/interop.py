@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ from torch import Tensor
 
 from neox_native.checkpoint import files, store
 from neox_native.checkpoint.agree import Ranks
-from neox_native.checkpoint.safe import INDEX
+from neox_native.checkpoint.safe import INDEX, read_index
+from neox_native.config.described import described_model
 from neox_native.config.schema import Model
 from neox_native.errors import UserError
 from neox_native.model.transformer import Transformer
 
 Read = Callable[[str], Tensor]
 """Full tensor of a parameter, by its global name."""
+FIRST = "layers.0."
 PREFIX = "model."
 """Names of weights in a checkpoint are this and the parameter's global name."""
 
@@ -26,19 +28,30 @@ PREFIX = "model."
 def parameter_shapes(model: Model) -> dict[str, torch.Size]:
     """Shape of every parameter of the whole model by global name, in the order of the forward pass."""
     with torch.device("meta"):
-        whole = Transformer(model)
-    return {name: parameter.shape for name, parameter in whole.named_parameters()}
+        with_one_layer = Transformer(replace(model, num_layers=1))
+    shapes = {name: parameter.shape for name, parameter in with_one_layer.named_parameters()}
+    layer = {name.removeprefix(FIRST): shape for name, shape in shapes.items() if name.startswith(FIRST)}
+    layers = {f"layers.{number}.{name}": shape for number in range(model.num_layers) for name, shape in layer.items()}
+    before = [name for name in shapes if name.startswith("embed_") and name != "embed_out.weight"]
+    after = [name for name in shapes if name not in before and not name.startswith(FIRST)]
+    return {name: shapes[name] for name in before} | layers | {name: shapes[name] for name in after}
 
 
 def model_of(metadata: Mapping[str, Any], path: Path) -> Model:
-    """The [model] section under which a checkpoint was written. Raises `UserError` where it names none, or settings
-    that this version does not know."""
+    """The [model] section under which a checkpoint was written. Raises `UserError` where it names none, or one that cannot
+    be."""
     settings = metadata.get("model")
-    known = {field.name for field in fields(Model)}
-    unknown = sorted(set(settings) - known) if isinstance(settings, dict) else ["(no model section)"]
-    if unknown:
-        raise UserError(f"{path} describes its model with {', '.join(unknown)}, which this version does not know.")
-    return Model(**settings)
+    if not isinstance(settings, dict):
+        raise UserError(f"{path / files.METADATA} does not describe its model; it is not a checkpoint of this program.")
+    return described_model(settings, path / files.METADATA)
+
+
+def require_held(model: Model, path: Path, ranks: Ranks) -> None:
+    """Raise `UserError` on all ranks where the checkpoint does not hold that model, before any memory is taken for it."""
+    with ranks.together(f"Opening {path}"):
+        index = read_index(path)
+    state = {PREFIX + name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(model).items()}
+    store.check_fit(path, state, index, ranks, only=PREFIX, lenient=())
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -84,6 +97,7 @@ class CheckpointReader:
             raise UserError(f"The checkpoint {self.path} cannot be read: {shown}.")
         self.metadata = files.read_metadata(self.path)
         self.model = model_of(self.metadata, self.path)
+        require_held(self.model, self.path, self._ranks)
         self.shapes = parameter_shapes(self.model)
         self._unit, self._tensors = "", dict[str, Tensor]()
 

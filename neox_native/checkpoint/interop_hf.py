@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,11 +23,12 @@ from torch.distributed.tensor import DTensor
 
 from neox_native.checkpoint import files, interop
 from neox_native.checkpoint.agree import Ranks
-from neox_native.checkpoint.interop_hf_config import OURS, from_config, to_config
+from neox_native.checkpoint.interop_hf_config import OURS, from_config, table, to_config
 from neox_native.checkpoint.tokenizer_files import tokenizer_files
 from neox_native.config.schema import Model
 from neox_native.durable import make_folder, put_in_place
 from neox_native.errors import UserError
+from neox_native.plain_files import is_plain_name, read_json
 
 HEAD_NAMES = ("embed_out.weight", "lm_head.weight")
 BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
@@ -61,11 +63,8 @@ class HuggingFaceReader:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.config = _json(self.path / "config.json")
-        try:
-            self.model = from_config(self.config, self.path)
-        except KeyError as error:
-            raise UserError(f"{self.path / 'config.json'} has no {error}; it is not whole.") from None
+        self.config = read_json(self.path / "config.json", missing=f"{self.path} is no Hugging Face folder")
+        self.model = from_config(self.config, self.path / "config.json")
         self.shapes = interop.parameter_shapes(self.model)
         self._open = _safetensors().safe_open
         self._shard_of = self._find_tensors()
@@ -81,13 +80,17 @@ class HuggingFaceReader:
     def tokenizer(self) -> str:
         """What `data.tokenizer` would say: what was kept at the export, else the folder, else ""."""
         has_file = (self.path / "tokenizer.json").is_file()
-        return self.config.get(OURS, {}).get("tokenizer", str(self.path.resolve()) if has_file else "")
+        kept = table(self.config, OURS, self.path).get("tokenizer")
+        return kept if isinstance(kept, str) else str(self.path.resolve()) if has_file else ""
 
     def _find_tensors(self) -> dict[str, tuple[str, Path]]:
         """Our name -> their name and the shard that holds it."""
         index = self.path / INDEX
         if index.is_file():
-            weight_map = {name: self.path / shard for name, shard in _json(index)["weight_map"].items()}
+            shards = table(read_json(index), "weight_map", index)
+            if elsewhere := [shard for shard in shards.values() if not is_plain_name(shard)]:
+                raise UserError(f"{index} is refused: it names {ascii(elsewhere[0]):.100}, which is no file of this folder.")
+            weight_map = {name: self.path / shard for name, shard in shards.items()}
             missing = sorted({shard.name for shard in weight_map.values() if not shard.is_file()})
             if missing:
                 raise UserError(
@@ -100,7 +103,7 @@ class HuggingFaceReader:
                     f"{self.path} has no .safetensors files; where it has pytorch_model.bin, load it with transformers "
                     "and save it again."
                 )
-            with self._open(single, framework="pt") as file:
+            with self._opened(single) as file:
                 weight_map = {name: single for name in file.keys()}
         ours = {(name if name not in HEAD_NAMES else "embed_out.weight").removeprefix("gpt_neox."): (name, shard)
                 for name, shard in weight_map.items() if not name.endswith(BUFFERS)}  # fmt: skip
@@ -115,28 +118,24 @@ class HuggingFaceReader:
             raise UserError(f"{self.path} {' and '.join(what)}; it is not a whole GPTNeoXForCausalLM.")
         return ours
 
+    @contextmanager
+    def _opened(self, shard: Path) -> Iterator[Any]:
+        try:
+            with self._open(shard, framework="pt") as file:
+                yield file
+        except _safetensors().SafetensorError as error:
+            raise UserError(f"{shard} is damaged ({error}); copy it again.") from None
+
     def _check_shapes(self) -> None:
         by_shard: dict[Path, list[str]] = {}
         for name, (_, shard) in self._shard_of.items():
             by_shard.setdefault(shard, []).append(name)
         for shard, names in by_shard.items():
-            try:
-                with self._open(shard, framework="pt") as file:
-                    found = {name: tuple(file.get_slice(self._shard_of[name][0]).get_shape()) for name in names}
-            except _safetensors().SafetensorError as error:
-                raise UserError(f"{shard} is damaged ({error}); copy it again.") from None
+            with self._opened(shard) as file:
+                found = {name: tuple(file.get_slice(self._shard_of[name][0]).get_shape()) for name in names}
             for name, shape in found.items():
                 if shape != tuple(self.shapes[name]):
                     raise UserError(f"{shard}: {name} has shape {shape}, config.json says {tuple(self.shapes[name])}.")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {path.parent} is no Hugging Face folder.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON file: {error}.") from None
 
 
 class _Shard(NamedTuple):

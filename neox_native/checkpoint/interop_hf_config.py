@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from neox_native.config.described import described_model
 from neox_native.config.schema import Model
 from neox_native.errors import UserError
 
@@ -21,6 +23,28 @@ ACTIVATIONS_READ = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {
 OURS = "neox_native"
 """Key of config.json under which we keep the settings that Hugging Face has no word for."""
 ONLY_OURS = ("vocab_size", "vocab_multiple_of", "init", "output_init", "init_std")
+
+
+NEEDED = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "seq_length": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+"""Ours -> theirs, of what has no default."""
+OPTIONAL = {
+    "rotary_pct": "rotary_pct",
+    "rotary_base": "rotary_emb_base",
+    "parallel_residual": "use_parallel_residual",
+    "norm_eps": "layer_norm_eps",
+    "attention_bias": "attention_bias",
+    "tie_embeddings": "tie_word_embeddings",
+    "attention_dropout": "attention_dropout",
+    "hidden_dropout": "hidden_dropout",
+}
+"""Ours -> theirs, where both have the same default."""
 
 
 def inexpressible(model: Model) -> list[str]:
@@ -76,42 +100,42 @@ def to_config(model: Model, dtype: torch.dtype, eod_id: int | None, tokenizer: s
     }
 
 
-def from_config(config: Mapping[str, Any], path: Path) -> Model:
-    """config.json as our [model] section. Raises `UserError` for another architecture or an unknown feature of it."""
+def table(values: Mapping[str, Any], name: str, file: Path) -> dict[str, Any]:
+    """An entry that is a table, or an empty one where it is null or missing. Raises `UserError` for anything else."""
+    found = values.get(name)
+    if found is not None and not isinstance(found, dict):
+        raise UserError(f"{file}: {name} is no table.")
+    return found or {}
+
+
+def from_config(config: Mapping[str, Any], file: Path) -> Model:
+    """config.json as our [model] section. Raises `UserError` for another architecture or an unknown feature of it, and for
+    what no model can be."""
     if config.get("model_type") != "gpt_neox":
         raise UserError(
-            f"{path} is a model of type {config.get('model_type')!r}; only 'gpt_neox' (GPTNeoXForCausalLM: "
+            f"{file} is of a model of type {config.get('model_type')!r:.60}; only 'gpt_neox' (GPTNeoXForCausalLM: "
             "GPT-NeoX-20B, Pythia) can be read."
         )
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    missing = [name for name in NEEDED.values() if config.get(name) is None]
+    if missing:
+        raise UserError(f"{file} has no {', '.join(missing)}; it is not whole.")
+    rope = table(config, "rope_scaling", file) | table(config, "rope_parameters", file)
     kind = rope.get("rope_type", rope.get("type", "default"))
     activation = config.get("hidden_act", "gelu")
-    if kind != "default" or activation not in ACTIVATIONS_READ:
+    if kind != "default" or not isinstance(activation, str) or activation not in ACTIVATIONS_READ:
         raise UserError(
-            f"{path} has rotary positions of type {kind!r} and hidden_act = {activation!r}; this model has type "
+            f"{file} has rotary positions of type {kind!r:.60} and hidden_act = {activation!r:.60}; this model has type "
             f"'default' and {', '.join(sorted(ACTIVATIONS_READ))}."
         )
-    extras = {name: value for name, value in config.get(OURS, {}).items() if name in ONLY_OURS}
-    model = Model(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        num_heads=config["num_attention_heads"],
-        ffn_hidden_size=config["intermediate_size"] if config["intermediate_size"] != 4 * config["hidden_size"] else 0,
-        seq_length=config["max_position_embeddings"],
-        rotary_pct=rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25)),
-        rotary_base=float(rope.get("rope_theta", config.get("rotary_emb_base", 10000))),
-        parallel_residual=config.get("use_parallel_residual", True),
-        norm_eps=config.get("layer_norm_eps", 1e-5),
-        activation=ACTIVATIONS_READ[activation],
-        attention_bias=config.get("attention_bias", True),
-        tie_embeddings=config.get("tie_word_embeddings", False),
-        attention_dropout=config.get("attention_dropout", 0.0),
-        hidden_dropout=config.get("hidden_dropout", 0.0),
-        **({"vocab_size": config["vocab_size"], "vocab_multiple_of": 1} | extras),
-    )
+    told = {ours: config.get(theirs) for ours, theirs in (NEEDED | OPTIONAL).items()}
+    turned = {"rotary_pct": rope.get("partial_rotary_factor"), "rotary_base": rope.get("rope_theta")}
+    told |= {name: value for name, value in turned.items() if value is not None}
+    kept = {name: value for name, value in table(config, OURS, file).items() if name in ONLY_OURS}
+    values = {name: value for name, value in told.items() if value is not None}
+    model = described_model({**values, "activation": ACTIVATIONS_READ[activation], "vocab_multiple_of": 1, **kept}, file)
     if model.padded_vocab_size != config["vocab_size"]:
         raise UserError(
-            f"{path} contradicts itself: vocab_size = {config['vocab_size']}, but its {OURS} entry makes "
+            f"{file} contradicts itself: vocab_size = {config['vocab_size']!r:.60}, but its {OURS} entry makes "
             f"{model.padded_vocab_size} rows; remove that entry."
         )
-    return model
+    return replace(model, ffn_hidden_size=0) if model.ffn_size == 4 * model.hidden_size else model

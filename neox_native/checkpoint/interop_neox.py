@@ -29,6 +29,7 @@ from torch import Tensor
 from neox_native.checkpoint.interop import parameter_shapes
 from neox_native.config.schema import Model
 from neox_native.errors import UserError
+from neox_native.plain_files import is_plain_name, read_text
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -166,7 +167,10 @@ def step_folder(path: Path) -> Path:
     """The folder that holds the weights: the one given, or the one that its file `latest` names."""
     path = Path(path)
     if (path / "latest").is_file():
-        path = path / (path / "latest").read_text().strip()
+        name = read_text(path / "latest").strip()
+        if not is_plain_name(name):
+            raise UserError(f"{path / 'latest'} is refused: it names {ascii(name):.100}, which is no folder beside it.")
+        path = path / name
     if not path.is_dir():
         raise UserError(f"{path} is no folder.")
     return path

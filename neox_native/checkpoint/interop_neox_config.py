@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from neox_native.config.described import described_model
 from neox_native.config.schema import Model
 from neox_native.errors import UserError
+from neox_native.plain_files import read_text
 
-ENTRY = re.compile(r"""^\s*["']?([A-Za-z_][\w-]*)["']?\s*:\s*([^#{\[]*?)\s*,?\s*(?:#.*)?$""")
+ENTRY = re.compile(r"""\s*["']?([A-Za-z_][\w-]*)["']?\s*:([^{\[]*)""")
 WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None, "~": None}
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads")
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
@@ -30,9 +33,9 @@ def read_scalars(file: Path) -> dict[str, Any]:
     An architecture needs no more of YAML than that.
     """
     values: dict[str, Any] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if match := ENTRY.match(line):
-            values[match[1].replace("-", "_")] = _scalar(match[2])
+    for line in read_text(file).splitlines():
+        if match := ENTRY.fullmatch(line.partition("#")[0]):
+            values[match[1].replace("-", "_")] = _scalar(match[2].strip().removesuffix(",").rstrip())
     return values
 
 
@@ -73,25 +76,29 @@ def model_from_yaml(files: list[Path], vocab_size: int) -> Model:
         if is_refused:
             raise UserError(f"{shown}: {name} = {values[name]!r} is a form of the model that cannot be expressed here.")
     tanh = activation == "gelu" and values.get("bias_gelu_fusion", False)  # the fused kernel approximates
-    hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    kv_heads, ffn = values.get("num_kv_heads") or heads, values.get("intermediate_size") or 4 * hidden
-    return Model(
-        num_layers=values["num_layers"],
-        hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=0 if kv_heads == heads else kv_heads,
-        ffn_hidden_size=0 if ffn == 4 * hidden else ffn,
-        seq_length=values.get("max_position_embeddings") or values.get("seq_length") or 2048,
-        vocab_size=vocab_size,
-        vocab_multiple_of=values.get("make_vocab_size_divisible_by", 128),
-        pos_emb=values.get("pos_emb", "learned"),
-        rotary_pct=float(values.get("rotary_pct", 1.0)),
-        rotary_base=float(values.get("rotary_emb_base", 10000)),
-        parallel_residual=bool(values.get("gpt_j_residual", False)),
-        norm=norm,
-        norm_eps=float(
-            values.get("layernorm_epsilon", 1e-5) if norm == "layernorm" else values.get("rms_norm_epsilon", 1e-8)
-        ),
-        activation="gelu_tanh" if tanh else ACTIVATIONS[activation],
-        tie_embeddings=not values.get("no_weight_tying", False),
+    model = described_model(
+        {
+            "num_layers": values["num_layers"],
+            "hidden_size": values["hidden_size"],
+            "num_heads": values["num_attention_heads"],
+            "num_kv_heads": values.get("num_kv_heads") or 0,
+            "ffn_hidden_size": values.get("intermediate_size") or 0,
+            "seq_length": values.get("max_position_embeddings") or values.get("seq_length") or 2048,
+            "vocab_size": vocab_size,
+            "vocab_multiple_of": values.get("make_vocab_size_divisible_by", 128),
+            "pos_emb": values.get("pos_emb", "learned"),
+            "rotary_pct": values.get("rotary_pct", 1.0),
+            "rotary_base": values.get("rotary_emb_base", 10000),
+            "parallel_residual": bool(values.get("gpt_j_residual", False)),
+            "norm": norm,
+            "norm_eps": values.get("layernorm_epsilon", 1e-5) if norm == "layernorm" else values.get("rms_norm_epsilon", 1e-8),
+            "activation": "gelu_tanh" if tanh else ACTIVATIONS[activation],
+            "tie_embeddings": not values.get("no_weight_tying", False),
+        },
+        shown,
+    )
+    return replace(
+        model,
+        num_kv_heads=0 if model.kv_heads == model.num_heads else model.kv_heads,
+        ffn_hidden_size=0 if model.ffn_size == 4 * model.hidden_size else model.ffn_size,
     )

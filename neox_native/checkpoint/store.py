@@ -245,7 +245,7 @@ def load(
         index, metadata = read_index(path), files.read_metadata(path)
     saved = index.state_dict_metadata
     wanted = {name: value for name, value in state.items() if name in saved or not name.startswith(lenient)}
-    _check_fit(path, wanted, index, ranks, only, lenient)
+    check_fit(path, wanted, index, ranks, only, lenient)
     with ranks.together(doing), _dcp(ranks):
         dcp.load(
             wanted, storage_reader=SafeReader(path, index), planner=SafeLoadPlanner(),
@@ -254,7 +254,7 @@ def load(
     return metadata
 
 
-def _check_fit(path: Path, wanted: State, index: Metadata, ranks: Ranks, only: str, lenient: tuple[str, ...]) -> None:
+def check_fit(path: Path, wanted: State, index: Metadata, ranks: Ranks, only: str, lenient: tuple[str, ...]) -> None:
     """Raise `UserError` where names or shapes of the checkpoint are not those of the model of all ranks together."""
     everyone = ranks.gather({name: tuple(value.shape) for name, value in wanted.items()})
     here = {name: shape for part in everyone for name, shape in part.items()}

@@ -43,6 +43,17 @@ ABOVE_ZERO = {
 UP_TO_ONE = {"model.rotary_pct", "lr_schedule.warmup_fraction", "lr_schedule.cooldown_fraction"}
 BELOW_ONE = {"model.hidden_dropout", "model.attention_dropout", "optimizer.betas", "optimizer.momentum"}
 HIGHEST = {"parallel.zero_stage": 3}
+LARGEST = {
+    "model.num_layers": 10_000,
+    "model.hidden_size": 1 << 20,
+    "model.num_heads": 1 << 20,
+    "model.num_kv_heads": 1 << 20,
+    "model.ffn_hidden_size": 1 << 23,
+    "model.seq_length": 1 << 24,
+    "model.vocab_size": (1 << 31) - 1,
+    "model.vocab_multiple_of": 1 << 20,
+}
+"""Far above any model; above these a wrong number, which a file may tell, would fill the memory before it is noticed."""
 DATASET_KEYS = ("path", "weight", "labels")
 """Of an entry of a mixture."""
 MAX_DATASETS = 255
@@ -55,6 +66,8 @@ def _range_broken(dotted: str, number: float) -> str:
         return "" if number == -1 or number >= 1 else "1 or more, or -1 for the ranks that pp and tp leave"
     if dotted in HIGHEST:
         return "" if 0 <= number <= HIGHEST[dotted] else f"between 0 and {HIGHEST[dotted]}"
+    if number > LARGEST.get(dotted, math.inf):
+        return f"{LARGEST[dotted]:,} or less"
     if dotted in AT_LEAST_ONE:
         return "" if number >= 1 else "1 or more"
     if dotted in ABOVE_ZERO:

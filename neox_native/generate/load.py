@@ -64,9 +64,9 @@ def load_model(path: str | Path, mesh: DeviceMesh, dtype: str, device: torch.dev
     ranks = Ranks()
     with ranks.together(f"Opening {path}"):
         source = _open(Path(path))
-    model = (
-        source.model if isinstance(source, HuggingFaceReader) else interop.model_of(files.read_metadata(source), source)
-    )
+        model = source.model if isinstance(source, HuggingFaceReader) else interop.model_of(files.read_metadata(source), source)
+    if not isinstance(source, HuggingFaceReader):
+        interop.require_held(model, source, ranks)
     part = _empty_part(model, mesh, dtype, device)
     weights = {name: parameter.detach() for name, parameter in part.named_parameters()}
     rows = {name: rows_of_rank(name, model, mesh["tp"].size(), mesh.get_local_rank("tp")) for name in weights}

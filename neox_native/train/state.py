@@ -17,9 +17,10 @@ from neox_native.checkpoint import files, store
 from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.interop import PREFIX
 from neox_native.config.check import adaptations, incompatible, kept_rows, other_model
+from neox_native.config.described import described_config
 from neox_native.config.layout_rules import in_use
 from neox_native.config.schema import Config
-from neox_native.config.settings import SECTIONS, SETTINGS
+from neox_native.config.settings import SETTINGS
 from neox_native.data.dataset import check_fingerprint
 from neox_native.errors import UserError
 from neox_native.mesh import AXES
@@ -153,7 +154,7 @@ def check_fits(saved: dict[str, Any], config: Config, fingerprint: dict[str, Any
     """Raise `UserError` where resuming from a checkpoint would not continue its run, in bitwise mode also where it would
     continue it but for rounding or for the elements that dropout drops."""
     kinds = {"step": int, "consumed_samples": int, "data": dict, "layout": dict}
-    lacking = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
+    lacking = [name for name, kind in kinds.items() if type(saved.get(name)) is not kind or (kind is int and saved[name] < 0)]
     if lacking:
         raise UserError(
             f"The checkpoint's metadata.json does not tell {', '.join(lacking)}, which a run needs to go on; take its weights "
@@ -201,9 +202,4 @@ def config_of(saved: dict[str, Any]) -> Config:
     told = saved.get("config", {"model": saved.get("model")})
     if not isinstance(told, dict) or not isinstance(told.get("model"), dict):
         raise UserError("The checkpoint's metadata.json does not describe its model; it is not a checkpoint of this program.")
-    sections = {}
-    for name, section in SECTIONS.items():
-        known = {setting.name for setting in SETTINGS.values() if setting.section == name}
-        values = told.get(name) if isinstance(told.get(name), dict) else {}
-        sections[name] = section(**{key: value for key, value in values.items() if key in known})
-    return Config(**sections)
+    return described_config(told, "The checkpoint's metadata.json")

@@ -148,6 +148,26 @@ def test_metadata_without_what_a_run_needs_is_refused_by_name() -> None:
             state.config_of(told)
 
 
+def test_metadata_of_other_types_or_out_of_range_is_refused_by_name() -> None:
+    config = Config()
+    whole = state.metadata(config, 3, 24, {}, {})
+    for section, changes, sentence in (
+        ("model", {"num_layers": 10**7}, "model.num_layers = 10000000 must be 10,000 or less"),
+        ("model", {"num_layers": "6"}, "model.num_layers = '6' must be a whole number"),
+        ("model", {"num_heads": 7}, "model.num_heads = 7 does not divide"),
+        ("run", {"seed": [1]}, r"run.seed = \[1\] must be a whole number"),
+        ("data", 3, "its section data is no table"),
+    ):
+        told = whole["config"][section] | changes if isinstance(changes, dict) else changes
+        with pytest.raises(UserError, match=sentence):
+            state.config_of(whole | {"config": whole["config"] | {section: told}})
+    newer = whole | {"config": whole["config"] | {"model": whole["config"]["model"] | {"unheard_of": 1}}}
+    assert state.config_of(newer) == state.config_of(whole) == config
+    for name, value in ("step", True), ("consumed_samples", -1), ("step", 3.0):
+        with pytest.raises(UserError, match=f"does not tell {name}"):
+            state.check_fits(whole | {name: value}, config, {}, {})
+
+
 def test_tensor_with_a_missing_part_is_refused(path: Path) -> None:
     index = safe.read_index(path)
     index.state_dict_metadata["model.a"].chunks.clear()

@@ -11,6 +11,7 @@ from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.interop import CheckpointReader
 from neox_native.checkpoint.interop_hf import HuggingFaceReader, plan_shards, write_folder
 from neox_native.errors import UserError
+from tests.checkpoint.test_safe import rewrite
 from tests.interop.models import SMALL, TOKENS, assert_equal, built, checkpoint, draw, weights
 from tools import convert
 
@@ -121,6 +122,16 @@ def edit_config(folder: Path, **changes) -> None:
         ({"num_hidden_layers": 2}, r"has layers\.2\.attention.*no place for"),
         ({"intermediate_size": 64}, r"has shape .* config.json says"),
         ({"vocab_size": 999}, "contradicts itself"),
+        ({"num_hidden_layers": 10**7}, r"model\.num_layers = 10000000 must be 10,000 or less"),
+        ({"hidden_size": 10**12}, r"model\.hidden_size = 1000000000000 must be 1,048,576 or less"),
+        ({"num_attention_heads": 10**15}, r"model\.num_heads = .* must be"),
+        ({"num_attention_heads": 5}, r"model\.num_heads = 5 does not divide"),
+        ({"num_hidden_layers": "3"}, r"model\.num_layers = '3' must be a whole number"),
+        ({"hidden_size": [32]}, r"model\.hidden_size = \[32\] must be a whole number"),
+        ({"rope_parameters": [1]}, "rope_parameters is no table"),
+        ({"neox_native": 3}, "neox_native is no table"),
+        ({"hidden_act": ["gelu"]}, r"hidden_act = \['gelu'\]"),
+        ({"intermediate_size": None}, "has no intermediate_size"),
     ],
 )
 def test_folders_of_other_models_are_refused(tmp_path, changes, sentence):
@@ -128,6 +139,23 @@ def test_folders_of_other_models_are_refused(tmp_path, changes, sentence):
     edit_config(folder, **changes)
     with pytest.raises(UserError, match=sentence):
         HuggingFaceReader(folder)
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "..", 3, None, "a\n"])
+def test_an_index_that_names_no_file_of_the_folder_is_refused(tmp_path, shard):
+    folder = exported(tmp_path / "hf")
+    for weight_map, sentence in ({"gpt_neox.embed_in.weight": shard}, "no file of this folder"), ([shard], "is no table"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(UserError, match=sentence):
+            HuggingFaceReader(folder)
+
+
+def test_a_checkpoint_that_does_not_hold_the_model_that_it_describes_is_refused(tmp_path):
+    source = checkpoint(tmp_path / "ours")
+    about = json.loads((source / "metadata.json").read_text())
+    rewrite(source / "metadata.json", json.dumps(about | {"model": about["model"] | {"hidden_size": 1 << 19}}).encode())
+    with pytest.raises(UserError, match=r"does not fit this model: different shapes"):
+        CheckpointReader(source)
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):

@@ -188,3 +188,26 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     refused(folder, MODEL, r"is refused: it holds objects other than tensors \(print|builtins.print")
     file.write_bytes(file.read_bytes()[:50])
     refused(folder, MODEL, "is damaged or no file of torch.save")
+
+
+@pytest.mark.parametrize("named", [b"../elsewhere", b"/etc", b"\xff\xfe", b""])
+def test_latest_that_names_no_folder_beside_it_is_refused(tmp_path, named):
+    (tmp_path / "latest").write_bytes(named)
+    with pytest.raises(UserError, match="latest is refused"):
+        NeoxReader(tmp_path, MODEL)
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("num_layers: 10000000", "must be 10,000 or less"),
+        ("hidden_size: wide", "model.hidden_size = 'wide' must be a whole number"),
+        ("rotary_pct: [0.5", "does not say"),
+        ("x:" + " " * 100_000 + "y", "does not say"),
+    ],
+)
+def test_yaml_that_describes_no_model_is_refused(tmp_path, line, sentence):
+    file = tmp_path / "a.yml"
+    file.write_text("\n".join([line] if sentence == "does not say" else [YAML % "true", line]))
+    with pytest.raises(UserError, match=sentence):
+        model_from_yaml([file], 100)

@@ -275,6 +275,9 @@ class Evaluation:
     """Evaluate after every so many steps and at the end; 0 never does [steps]."""
     batches: int = 10
     """Global batches per evaluation."""
+    rotate: bool = False
+    """Each evaluation reads the next stretch of the validation data, as GPT-NeoX's do; false: all read the same samples, so
+    that their losses compare, whatever training.steps is."""
 
 
 @dataclass(frozen=True)

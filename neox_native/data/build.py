@@ -78,13 +78,20 @@ def parse_split(split: str) -> list[float]:
 
 
 def samples_needed(
-    part: str, steps: int, global_batch_size: int, eval_every: int, eval_batches: int, position: Position
+    part: str,
+    steps: int,
+    global_batch_size: int,
+    eval_every: int,
+    eval_batches: int,
+    eval_rotate: bool,
+    position: Position,
 ) -> int:
-    """Samples of one part that a whole run reads, as GPT-NeoX counts them: evaluations within the run and one at its
-    end. Of the training data those that were consumed, maybe in batches of another size, and those of the steps left."""
+    """Samples of one part that a whole run reads. Of validation data those of one evaluation, or, where evaluations rotate,
+    of those within the run and one at its end, as GPT-NeoX counts them. Of the training data those that were consumed, maybe
+    in batches of another size, and those of the steps left."""
     if part == "train":
         return position.consumed_samples + max(0, steps - position.step) * global_batch_size
-    evaluations = steps // max(1, eval_every or steps) + 1 if part == "valid" else 1
+    evaluations = steps // max(1, eval_every or steps) + 1 if part == "valid" and eval_rotate else 1
     return evaluations * eval_batches * global_batch_size
 
 
@@ -132,11 +139,13 @@ def build_data(
     wait: Callable[[], None],
     log: Callable[[str], None] = print,
     position: Position = Position(),
+    eval_rotate: bool = False,
 ) -> Datasets:
     """The run's datasets; training data is opened at once, validation data if the run evaluates.
 
     `is_writer` tells the one rank that prepares built-in corpora, `wait` is a barrier over all ranks, `log` prints
-    progress, `position` is where a run that goes on stands in its training data. Raises `UserError` for everything that is wrong with the files or the settings.
+    progress, `position` is where a run that goes on stands in its training data. With `eval_rotate` each evaluation reads
+    samples of its own. Raises `UserError` for everything that is wrong with the files or the settings.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"run.seed = {seed} must lie between 0 and 2^32 - 1 = {2**32 - 1}.")
@@ -157,7 +166,7 @@ def build_data(
             config.document_positions, kept_orders=str(Path(config.cache_dir).expanduser() / "orders"),
         )  # fmt: skip
         entries = sources[settings[part]]
-        num_samples = samples_needed(part, steps, global_batch_size, eval_every, eval_batches, position)
+        num_samples = samples_needed(part, steps, global_batch_size, eval_every, eval_batches, eval_rotate, position)
 
         def make(number: int, num_samples: int) -> TokenDataset:
             files = open_files(entries[number].path)

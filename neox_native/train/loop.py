@@ -193,7 +193,7 @@ class Trainer:
             return
         self.phase = "evaluate"
         size = settings.batches * self.config.training.global_batch_size
-        first = evaluation_number(self.step, settings.every) * size
+        first = evaluation_number(self.step, settings.every) * size if settings.rotate else 0
         batches = self.while_listening(self.batches("valid", first, settings.batches))
         share, num_targets = evaluate(self.engine, self.parts.values(), self.losses, batches)
         loss = self.losses.total(share).item() if num_targets else None

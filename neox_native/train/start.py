@@ -118,6 +118,7 @@ def open_data(config: Config, ranks: Ranks, start: Start | None, watchdog: Watch
         steps=config.training.steps,
         eval_every=config.evaluation.every,
         eval_batches=config.evaluation.batches,
+        eval_rotate=config.evaluation.rotate,
         is_writer=ranks.rank == 0,
         wait=dist.barrier,
         position=Position.of(ranks.from_first(saved)),

@@ -16,6 +16,7 @@ def datasets(
     vocab_size: int = 300,
     batch: int = 12,
     position: Position = Position(),
+    eval_rotate: bool = True,
     **data: object,
 ) -> Datasets:
     return build_data(
@@ -30,6 +31,7 @@ def datasets(
         is_writer=True,
         wait=lambda: None,  # type: ignore[arg-type]
         position=position,
+        eval_rotate=eval_rotate,
     )
 
 

@@ -39,6 +39,15 @@ def test_validation_reads_the_second_part_of_the_split(prefix: str, documents: l
     assert [data.test.sample(index).tolist() for index in range(data.test.num_samples)] == expected
 
 
+@pytest.mark.parametrize("steps", [6, 60])
+def test_evaluations_that_do_not_rotate_read_the_same_samples_however_long_the_run(
+    prefix: str, documents: list[list[int]], steps: int
+) -> None:
+    data = datasets(prefix, split="2,1,1", eval_every=2, steps=steps, eval_rotate=False)
+    expected = neox_samples(documents, 30, 45, SEQ_LENGTH, 2 * 12, SEED)
+    assert [data.valid.sample(index).tolist() for index in range(data.valid.num_samples)] == expected
+
+
 def test_own_validation_files_are_read_whole_and_leave_the_split_to_the_rest(
     tmp_path: Path, prefix: str, documents: list[list[int]]
 ) -> None:

@@ -16,7 +16,7 @@ from neox_native.mesh import build_mesh
 from neox_native.train.build import build_engine, build_model
 from neox_native.train.evaluate import evaluate
 from neox_native.train.step import Losses
-from tests.checkpoint.small_runs import curve, events, run, settings
+from tests.checkpoint.small_runs import curve, events, run, settings, write_corpus
 from tests.ranks import run_ranks
 from tests.train.runs import CPU, batch, config_of, total
 
@@ -63,3 +63,12 @@ def test_step_and_evaluation_without_a_target_say_so(tmp_path: Path) -> None:
     assert [line[1] for line in curve(tmp_path / "run")] == [None, None]
     (event,) = events(tmp_path / "run", "evaluation")
     assert event["loss"] is None and "no validation loss" in event["message"]
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_evaluations_of_equal_weights_compare_unless_they_rotate(tmp_path: Path, rotate: bool) -> None:
+    own = ["--parallel.dp=1", "--parallel.tp=1", "--parallel.pp=1", "--training.steps=4", "--optimizer.lr=0.0", "--data.split=60,40,0"]
+    every = ["--evaluation.every=2", "--evaluation.batches=1", f"--evaluation.rotate={str(rotate).lower()}"]
+    run(settings(write_corpus(tmp_path), tmp_path / "run", *own, *every))
+    first, second = (event["loss"] for event in events(tmp_path / "run", "evaluation"))
+    assert (first == second) != rotate

@@ -23,6 +23,7 @@ import numpy as np
 import torch.distributed as dist
 
 from neox_native.data.indexed import IndexedDataset
+from neox_native.data.sidecar import check_tokenizer, read_sidecar, vocabulary_of
 from neox_native.data.tokenizers import Tokenizer, load_tokenizer
 from neox_native.errors import UserError, report_user_errors
 from neox_native.generate.choices import accuracy, read_questions
@@ -96,6 +97,10 @@ def perplexity(options: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     scorer = Scorer(Runner(loaded), options.batch_size)
     tokenizer = tokenizer_of(options, loaded) if options.text or options.tokenizer else tokenizer_if_any(options, loaded)
     stride = options.stride or scorer.context
+    if options.data and (sidecar := read_sidecar(IndexedDataset(options.data))):
+        given = f"--tokenizer {options.tokenizer}" if options.tokenizer else f"the tokenizer of {options.checkpoint}"
+        made = {options.data: vocabulary_of(sidecar)}
+        check_tokenizer(made, tokenizer, given, loaded.model.vocab_size, notice=lambda _: None)
     if options.text:
         return measure(scorer, [text_document(options.text, tokenizer)], stride, tokenizer).report()
     return measure(

@@ -6,8 +6,8 @@
         --response-key response --tokenizer 20B_tokenizer.json --append-eod --output data/dolly
     python tools/prepare_data.py --merge data/a data/b --output data/ab
 
-Writes OUTPUT.idx and OUTPUT.bin, with --prompt also OUTPUT_labels.idx and .bin. A killed preparation goes on where
-it stopped.
+Writes OUTPUT.idx and OUTPUT.bin, OUTPUT.about.json, which names the tokenizer, so that training, evaluation and --merge can
+check it, and with --prompt also OUTPUT_labels.idx and .bin. A killed preparation goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from neox_native.data import documents
 from neox_native.data.part import Recipe, Report
-from neox_native.data.prepare import already_there, join, prepare
+from neox_native.data.prepare import merge, prepare
 from neox_native.errors import UserError, report_user_errors
 
 
@@ -75,10 +75,10 @@ def main(arguments: list[str]) -> None:
     """Runs one command."""
     options = parser().parse_args(arguments)
     output = Path(options.output)
+    if not output.name or options.output.endswith("/") or output.is_dir():
+        raise UserError(f"--output {options.output!r} is a folder; give the common prefix of the files, such as {output / 'text'}.")
     if options.merge:
-        if output.with_name(output.name + ".idx").exists():
-            raise already_there(output)
-        tokens = join([Path(prefix) for prefix in options.merge], output)
+        tokens = merge([Path(prefix) for prefix in options.merge], output)
         print(f"{output}: {tokens:,} tokens of {len(options.merge)} files")
         return
     if options.workers < 1:

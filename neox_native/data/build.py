@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -14,7 +14,8 @@ from neox_native.data.builtin import PYTHON_STDLIB, prepare_python_stdlib
 from neox_native.data.dataset import Dataset, Mixture, Reading, TokenDataset
 from neox_native.data.indexed import IndexedDataset
 from neox_native.data.order import split_documents
-from neox_native.data.tokenizers import load_tokenizer
+from neox_native.data.sidecar import Vocabulary, check_tokenizer, read_sidecar, vocabulary_of
+from neox_native.data.tokenizers import OutOfReach, Tokenizer, load_tokenizer
 from neox_native.errors import UserError
 
 PARTS = ("train", "valid", "test")
@@ -46,6 +47,8 @@ class Datasets:
     """Training, validation and test data; each index is computed when first asked for."""
 
     build: Callable[[str], Dataset]
+    tokenizer: Tokenizer | None = None
+    """The one that `data.tokenizer` names, which the data was checked against."""
 
     @cached_property
     def train(self) -> Dataset:
@@ -152,13 +155,16 @@ def build_data(
     given = {"train": config.train, "valid": config.valid, "test": config.test}
     own = {part: bool(given[part]) for part in PARTS}
     settings = {part: part if own[part] else "train" for part in PARTS}
-    sources = {setting: parse_sources(given[setting], setting) for setting in set(settings.values())}
+    sources = {setting: parse_sources(given[setting], setting) for setting in sorted(set(settings.values()))}
+    open_files, in_use = cache(IndexedDataset), ("train", "valid") if eval_every else ("train",)
+    read = [entry for part in in_use for entry in sources[settings[part]]]
+    tokenizer = _tokenizer_of(config, read, vocab_size, open_files, log if is_writer else lambda _: None)
     if any(source.path == PYTHON_STDLIB for entries in sources.values() for source in entries):
-        prefix = _prepare_builtin(config, vocab_size, is_writer, wait, log)
+        made_with = tokenizer or load_tokenizer(config.tokenizer)
+        prefix = prepare_python_stdlib(made_with, config.cache_dir, is_writer, wait, log)
         for setting, entries in sources.items():
             sources[setting] = [e._replace(path=prefix) if e.path == PYTHON_STDLIB else e for e in entries]
     shares = [0.0 if own[part] and part != "train" else share for part, share in zip(PARTS, parse_split(config.split))]
-    open_files = cache(IndexedDataset)
 
     def build(part: str) -> Dataset:
         reading = Reading(
@@ -171,29 +177,39 @@ def build_data(
         def make(number: int, num_samples: int) -> TokenDataset:
             files = open_files(entries[number].path)
             labels = open_files(entries[number].labels) if entries[number].labels else None
-            whole = range(len(files))
-            documents = (
-                whole if own[part] and part != "train" else split_documents(shares, len(files))[PARTS.index(part)]
-            )
+            documents = range(len(files))
+            if not own[part] or part == "train":
+                documents = split_documents(shares, len(files))[PARTS.index(part)]
             begun = position.begun_of(number) if len(entries) > 1 else position.begun
             return TokenDataset(files, documents, reading, num_samples, labels, begun if part == "train" else None)
 
         return make(0, num_samples) if len(entries) == 1 else Mixture(make, [e.weight for e in entries], num_samples)
 
-    datasets = Datasets(build)
-    for part in ("train", "valid") if eval_every else ("train",):
+    datasets = Datasets(build, tokenizer)
+    for part in in_use:
         getattr(datasets, part)
     return datasets
 
 
-def _prepare_builtin(
-    config: Data, vocab_size: int, is_writer: bool, wait: Callable[[], None], log: Callable[[str], None]
-) -> str:
-    tokenizer = load_tokenizer(config.tokenizer)
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"model.vocab_size = {vocab_size} is below the {tokenizer.vocab_size} ids of data.tokenizer = "
-            f"{config.tokenizer!r}, which "
-            f"{PYTHON_STDLIB} is encoded with; raise it to {tokenizer.vocab_size} or choose another tokenizer."
-        )
-    return prepare_python_stdlib(tokenizer, config.cache_dir, is_writer, wait, log)
+def _tokenizer_of(
+    config: Data,
+    sources: Iterable[Source],
+    vocab_size: int,
+    open_files: Callable[[str], IndexedDataset],
+    notice: Callable[[str], None],
+) -> Tokenizer | None:
+    """The one that `data.tokenizer` names, which the files agree with as far as they tell; None where that is empty, or
+    where it is tiktoken's and out of reach, which training does without. Raises `UserError` where they do not."""
+    tokenizer = None
+    try:
+        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    except OutOfReach as error:
+        notice(f"the data's tokenizer is not checked: {error}")
+    made = {}
+    for source in sources:
+        if source.path == PYTHON_STDLIB:
+            made[source.path] = Vocabulary.of(tokenizer or load_tokenizer(config.tokenizer))
+        elif sidecar := read_sidecar(open_files(source.path)):
+            made[source.path] = vocabulary_of(sidecar)
+    check_tokenizer(made, tokenizer, f"data.tokenizer = {config.tokenizer!r}", vocab_size, notice)
+    return tokenizer

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from neox_native.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from neox_native.data.sidecar import Vocabulary, about
 from neox_native.data.tokenizers import Tokenizer
 from neox_native.durable import clear_away, writing
-from neox_native.errors import UserError
+from neox_native.errors import UserError, in_words
 
 PYTHON_STDLIB = "builtin:python-stdlib"
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -53,6 +54,9 @@ def prepare_python_stdlib(
                 if not _opens(prefix):
                     log(f"{PYTHON_STDLIB}: preparing {len(texts):,} files into {folder}")
                     _write(prefix, texts, tokenizer, log)
+    except (UserError, OSError) as error:
+        said = in_words(error) if isinstance(error, OSError) else str(error)
+        raise UserError(f"data.cache_dir = {cache_dir!r} cannot keep {PYTHON_STDLIB}: {said.rstrip('.')}; set it to a folder that can be written.") from error
     finally:
         wait()
     if is_writer:
@@ -76,7 +80,8 @@ def _opens(prefix: str) -> bool:
 def _write(prefix: str, texts: dict[Path, bytes], tokenizer: Tokenizer, log: Callable[[str], None]) -> None:
     total, done, next_report = sum(map(len, texts.values())), 0, time.monotonic() + PROGRESS_SECONDS
     end_of_document = np.array([tokenizer.eod_id], np.uint32)
-    with IndexedWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
+    made_by = about(Vocabulary.of(tokenizer), {"input": PYTHON_STDLIB, "append_eod": True})
+    with IndexedWriter(prefix, token_dtype(tokenizer.vocab_size), made_by) as writer:
         for text in texts.values():
             writer.add(tokenizer.encode(text.decode("utf-8", errors="replace")))
             writer.add_document(end_of_document)

@@ -1,7 +1,7 @@
 """Documents in files: found, cut into parts of like size, and read one by one in bounded memory.
 
-A line of a `.jsonl` file is a document; any other file is one document as a whole. `.gz`, `.xz` and `.zst` files are
-unpacked on the fly, `.zst` by the program `zstd`.
+A line of a `.jsonl` file is a document, a blank one is none; any other file is one document as a whole. `.gz`, `.xz` and `.zst`
+files are unpacked on the fly. A byte-order mark is no text.
 
 A line is held in memory as a whole, up to a limit, another file in chunks. A file that has no place to cut it in 64 MiB is left out,
 with that reason.
@@ -21,15 +21,14 @@ import gzip
 import json
 import lzma
 import re
-import shutil
 import string
-import subprocess
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from neox_native.data.zst import can_unpack, unpacked_zst
 from neox_native.errors import UserError
 
 PACKED_SUFFIXES = (".gz", ".xz", ".zst")
@@ -43,6 +42,10 @@ LETTERS = r"0-9A-Za-z\u0410-\u044f\u0621-\u063a\u0641-\u064a\u3041-\u3096\u30a1-
 every version of Unicode."""
 LAST_CUT = re.compile(rf"(?s:.*)(?:(?<=\S)(?=[ \t])|(?<=[{LETTERS}])(?=[\r\n、。，]))")
 """Where text may be cut, see [Note: exact cuts]; matches up to the last such place."""
+
+
+BYTE_ORDER_MARK = "\ufeff"
+"""Begins files of some editors, and lines where such files were joined."""
 
 
 class Piece(NamedTuple):
@@ -59,10 +62,14 @@ class BadLine(ValueError):
 
 def is_jsonl(path: str) -> bool:
     """Whether each line is a document."""
-    name = path
+    return is_kind(path, ".jsonl")
+
+
+def is_kind(path: str, ending: str) -> bool:
+    """Whether a file's name ends so, however it is packed."""
     for suffix in PACKED_SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name.endswith(".jsonl")
+        path = path.removesuffix(suffix)
+    return path.endswith(ending)
 
 
 def find_files(inputs: list[str]) -> list[str]:
@@ -83,12 +90,35 @@ def find_files(inputs: list[str]) -> list[str]:
             )
         if not files:
             raise UserError(f"--input {name!r} names no file; give files, folders or quoted globs.")
+        if not path.is_dir():
+            for file in files:
+                _refuse_documents_in_json(file)
         found += files
-    if any(file.endswith(".zst") for file in found) and not shutil.which("zstd"):
+    if any(file.endswith(".zst") for file in found) and not can_unpack():
         raise UserError(
-            "--input names .zst files, but the program zstd that unpacks them is not installed; install it."
+            "--input names .zst files, but neither the package zstandard nor the program zstd that unpack them is "
+            "installed; install one of them: pip install zstandard."
         )
     return found
+
+
+def _refuse_documents_in_json(path: str) -> None:
+    """Raises `UserError` for a .json file that was named and holds documents: it would be read as one text."""
+    if not is_kind(path, ".json"):
+        return
+    with unpacked(path) as file:
+        begins = file.read(CHUNK_BYTES).decode("utf-8", errors="replace").removeprefix(BYTE_ORDER_MARK).lstrip()
+    first, _, rest = begins.partition("\n")
+    if re.match(r"\[\s*\{", begins):
+        found, way_out = "is an array of objects", f"jq -c '.[]' {path} > {Path(path).stem}.jsonl"
+    elif first.rstrip().startswith("{") and first.rstrip().endswith("}") and rest.lstrip().startswith("{"):
+        found, way_out = "has an object a line", "rename it"
+    else:
+        return
+    raise UserError(
+        f"--input {path} {found}, and documents are read from the lines of a .jsonl file: {way_out}. To prepare it as the "
+        "text that it is, name its folder."
+    )
 
 
 def cut_into_parts(files: list[str]) -> list[list[Piece]]:
@@ -120,11 +150,8 @@ def unpacked(path: str) -> Iterator[BinaryIO]:
             with lzma.open(path) as file:
                 yield file  # type: ignore[misc]
         elif path.endswith(".zst"):
-            with subprocess.Popen(["zstd", "-dcq", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-                assert process.stdout and process.stderr
-                yield process.stdout  # type: ignore[misc]
-                if process.wait():
-                    raise EOFError(process.stderr.read().decode(errors="replace").strip())
+            with unpacked_zst(path) as file:
+                yield file
         else:
             with open(path, "rb") as file:
                 yield file
@@ -175,7 +202,7 @@ def texts_of(path: str) -> Iterator[str]:
 
 
 def _decoded(file: BinaryIO) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # a byte-order mark at the start is no text
     try:
         while block := file.read(CHUNK_BYTES):
             yield decoder.decode(block)
@@ -217,7 +244,7 @@ def prompt_and_response(line: bytes, template: str, key: str) -> tuple[str, str]
 def _object(line: bytes) -> dict[str, object]:
     text = _utf8(line)
     try:
-        content = json.loads(text)
+        content = json.loads(text.removeprefix(BYTE_ORDER_MARK))
     except RecursionError as error:
         raise BadLine("nested too deeply") from error
     except ValueError as error:  # not JSON, or a number that Python refuses to read

@@ -7,23 +7,24 @@
 
 A `.bin` holds nothing but tokens. GPT-NeoX treats every *sequence* as a document, and so does this package.
 
-Files are written under temporary names, synced and renamed, the `.bin` before the `.idx`: a prefix whose `.idx`
-exists is whole.
+Files are written under temporary names, synced and renamed, the `.bin` and what made the two ([Note: the sidecar] of
+`sidecar.py`) before the `.idx`: a prefix whose `.idx` exists is whole.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from array import array
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from neox_native.durable import disk_errors_named, discard, new_file, sync_and_rename, sync_folder, writing
+from neox_native.durable import disk_errors_named, discard, new_file, replacing, sync_and_rename, sync_folder, writing
 from neox_native.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -35,6 +36,8 @@ MAX_TOKENS_PER_DOCUMENT = 2**31 - 1
 """Sizes are stored as i32."""
 PIECE = 2**16
 """Entries of an index that are checked at once."""
+SUFFIX = ".about.json"
+"""Of the sidecar."""
 IGNORED = -100
 """Label of a token that the model is not trained to predict."""
 
@@ -184,20 +187,24 @@ class IndexedWriter:
     On an exception the temporary files are removed and whatever stood under the final names stays; what a killed writer
     of this prefix left is removed at the start. Raises `UserError` for a full disk, a prefix that another process writes,
     a document of 2^31 tokens or more, or an id that the type cannot hold.
+
+    Args:
+        about: what the sidecar says, but for the counts; None writes none.
     """
 
-    def __init__(self, prefix: str | Path, dtype: type[np.integer]) -> None:
-        self.prefix, self.dtype = str(prefix), np.dtype(dtype)
+    def __init__(self, prefix: str | Path, dtype: type[np.integer], about: dict[str, Any] | None = None) -> None:
+        self.prefix, self.dtype, self.about = str(prefix), np.dtype(dtype), about
         self.num_tokens = 0
         self._sizes = array("i")
         self._document_starts = array("q", [0])
         self._open_size = 0
         self._idx_path, self._bin_path = Path(self.prefix + ".idx"), Path(self.prefix + ".bin")
+        self._about_path = Path(self.prefix + SUFFIX)
         self._stack = ExitStack()
 
     def __enter__(self) -> IndexedWriter:
         with ExitStack() as stack:
-            stack.enter_context(writing(Path(self.prefix), self._bin_path, self._idx_path))
+            stack.enter_context(writing(Path(self.prefix), self._bin_path, self._idx_path, self._about_path))
             with disk_errors_named(self._bin_path):
                 self._bin = new_file(self._bin_path)
             stack.callback(discard, self._bin)
@@ -270,9 +277,14 @@ class IndexedWriter:
         self._write_index(idx)
         idx.flush()
         os.fsync(idx.fileno())
-        if self._idx_path.exists():
-            self._idx_path.unlink()
-            sync_folder(self._idx_path.parent)
+        for old in self._idx_path, self._about_path:
+            if old.exists():
+                old.unlink()
+                sync_folder(old.parent)
+        if self.about is not None:
+            content = self.about | {"documents": len(self._sizes), "tokens": self.num_tokens}
+            with replacing(self._about_path) as file:
+                file.write(json.dumps(content, indent=1).encode())
         sync_and_rename(self._bin, self._bin_path)
         sync_and_rename(idx, self._idx_path)
 

@@ -177,6 +177,8 @@ def prepare_part(pieces: list[Piece], recipe: Recipe, prefix: Path) -> Report:
             whole = not documents.is_jsonl(piece.path)
             for line in [None] if whole else documents.lines_of(piece, recipe.max_line_bytes):
                 found.lines += 1
+                if line is not None and not line.strip():
+                    continue
                 try:
                     writer.add_file(piece.path) if line is None else writer.add_line(line)
                 except BadLine as error:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from neox_native.data.part import (
     prepare_part,
     write_json,
 )
+from neox_native.data.sidecar import Vocabulary, about, merged
 from neox_native.durable import clear_away, disk_errors_named, make_folder, remove_folder, writing
 from neox_native.errors import UserError
 
@@ -117,6 +119,9 @@ def prepare(
                 f"{'; '.join(total.dropped())}. Raise --max-bad and run again, which reuses what is done, or mend the "
                 f"input and remove {folder} first."
             )
+        if not total.documents:
+            remove_folder(folder)
+            raise UserError(f"--input holds no document: {_what_was_there(total, files)}. Nothing is written; give text.")
         prefixes = [part_prefix(folder, number) for number in range(len(parts))]
         if Path(f"{prefix}.idx").exists():
             joined = IndexedDataset(prefix)
@@ -126,8 +131,13 @@ def prepare(
             return total
         if recipe.prompt:
             join([Path(f"{part}{LABELS_SUFFIX}") for part in prefixes], Path(f"{prefix}{LABELS_SUFFIX}"))
-        join(prefixes, prefix)
+        join(prefixes, prefix, about(Vocabulary.of(tokenizer), settings))
     return total
+
+
+def _what_was_there(report: Report, files: list[str]) -> str:
+    """Of inputs without a document, in words."""
+    return "; ".join(report.dropped()) or f"{files[0]} {f'and {len(files) - 1:,} more ' if files[1:] else ''}has no line"
 
 
 def part_prefix(folder: Path, number: int) -> Path:
@@ -210,13 +220,16 @@ class Progress:
             )
 
 
-def join(prefixes: list[Path], output: Path) -> int:
+def join(prefixes: list[Path], output: Path, about: dict[str, Any] | None = None) -> int:
     """Concatenates token files of one type, documents included, and returns the number of tokens.
 
     Raises `UserError` for files of different types.
+
+    Args:
+        about: what the sidecar of the result says, see [Note: the sidecar].
     """
     first = IndexedDataset(prefixes[0])
-    with IndexedWriter(output, first.dtype.type) as writer:
+    with IndexedWriter(output, first.dtype.type, about) as writer:
         for prefix in prefixes:
             source = IndexedDataset(prefix)
             if source.dtype != first.dtype:
@@ -226,3 +239,13 @@ def join(prefixes: list[Path], output: Path) -> int:
                 )
             writer.append_files(source)
     return writer.num_tokens
+
+
+def merge(prefixes: list[Path], output: Path) -> int:
+    """`join` for files that were prepared apart, with a sidecar where each has one.
+
+    Raises `UserError` where they were made with different tokenizers, and where OUTPUT.idx is there already.
+    """
+    if Path(f"{output}.idx").exists():
+        raise already_there(output)
+    return join(prefixes, output, merged(prefixes))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tiktoken
@@ -24,6 +24,10 @@ MOST_BYTES_OF_A_FILE = 1 << 28
 """Of a tokenizer.json: the largest in use have some 30 MB."""
 
 
+class OutOfReach(UserError):
+    """A tokenizer that there is, but that this machine cannot fetch."""
+
+
 class Tokenizer(Protocol):
     """What preparation, generation and inspection need of a tokenizer."""
 
@@ -33,6 +37,10 @@ class Tokenizer(Protocol):
     """Ids are 0 .. vocab_size - 1."""
     eod_id: int
     """The id that ends a document."""
+    sha256: str
+    """Of what decides the ids, hexadecimal: equal hashes mean equal ids, however a tokenizer.json is spelt."""
+    file: bytes | None
+    """The content of its tokenizer.json; None of one that is built in or tiktoken's."""
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         """Ids of a text, u32 [n]. A text that spells a special token yields its id only if `allow_special`."""
@@ -49,10 +57,14 @@ def encode_batch(tokenizer: Tokenizer, texts: list[str], allow_special: bool = F
 
 
 class TiktokenTokenizer:
-    """A tiktoken encoding behind the `Tokenizer` interface."""
+    """A tiktoken encoding behind the `Tokenizer` interface. What it is called fixes its ids for ever, so its hash is that of
+    the name."""
+
+    file = None
 
     def __init__(self, name: str, encoding: tiktoken.Encoding, eod_id: int) -> None:
         self.name, self.encoding, self.eod_id = name, encoding, eod_id
+        self.sha256 = hashlib.sha256(name.encode()).hexdigest()
         self.vocab_size = encoding.n_vocab
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
@@ -72,8 +84,9 @@ class FileTokenizer:
     tiktoken merges by rank, which is the index of the merge; a table turns ranks into ids and another ids into bytes.
     """
 
-    def __init__(self, name: str, file: BpeFile) -> None:
+    def __init__(self, name: str, file: BpeFile, sha256: str, raw: bytes) -> None:
         self.name, self.vocab_size, self._normalise = name, len(file.bytes_of_id), nfc if file.has_nfc else str
+        self.sha256, self.file = sha256, raw
         eod = [
             file.special[text] for text in (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>") if text in file.special
         ]
@@ -136,7 +149,7 @@ def _named_encoding(name: str) -> TiktokenTokenizer:
     try:
         encoding = tiktoken.get_encoding(name)
     except OSError as error:
-        raise UserError(
+        raise OutOfReach(
             f"data.tokenizer = 'tiktoken:{name}' must be downloaded once and this machine cannot reach its server "
             f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that a machine with access has filled, or "
             'use "byte" '
@@ -164,4 +177,14 @@ def load_tokenizer(name: str) -> Tokenizer:
     except (ValueError, RecursionError) as error:
         raise UserError(f"data.tokenizer = {name!r} is no JSON file: {error}.") from error
     stem = path.parent.name if path.stem == "tokenizer" else path.stem
-    return FileTokenizer(f"{stem}-{hashlib.sha256(raw).hexdigest()[:8]}", read_bpe_file(content, name))
+    file = read_bpe_file(content, name)
+    return FileTokenizer(f"{stem}-{hashlib.sha256(raw).hexdigest()[:8]}", file, _hash_of(content), raw)
+
+
+def _hash_of(content: dict[str, Any]) -> str:
+    """sha256 of what in a tokenizer.json decides ids, spelt in one way: programs that write it again change the rest."""
+    model, added = content["model"], content.get("added_tokens") or []
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    tokens = sorted((token["content"], token["id"]) for token in added)
+    decides = [model["vocab"], merges, tokens, content.get("normalizer"), content.get("pre_tokenizer")]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

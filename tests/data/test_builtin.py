@@ -84,7 +84,21 @@ def test_runs_that_start_on_an_empty_cache_prepare_it_once(library: Path, tmp_pa
 
     messages = sum(run_ranks(3, start), [])
     assert sum("preparing 3 files" in message for message in messages) == 1
-    assert {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {"text.bin", "text.idx"}
+    assert {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {"text.about.json", "text.bin", "text.idx"}
+
+
+@pytest.mark.parametrize("place", ["file/cache", "/proc/cache"])
+def test_a_cache_that_cannot_be_written_names_the_setting(library: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="data.cache_dir = .* cannot keep builtin:python-stdlib: .*; set it to a folder"):
+        prepare(tmp_path / place)
+
+
+def test_a_corpus_of_an_earlier_version_is_read(library: Path, tmp_path: Path) -> None:
+    prefix = prepare(tmp_path / "cache")
+    Path(f"{prefix}.about.json").unlink()
+    assert prepare(tmp_path / "cache") == prefix and not Path(f"{prefix}.about.json").exists()
+    assert build(tmp_path / "cache").train.num_samples > 0
 
 
 def test_progress_is_shown(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,6 @@ import gzip
 import json
 import lzma
 import random
-import shutil
-import subprocess
 import tracemalloc
 import unicodedata
 from functools import partial
@@ -15,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import regex
+import zstandard
 
-from neox_native.data import documents
+from neox_native.data import documents, zst
 from neox_native.data.documents import BadLine, Piece
 from neox_native.errors import UserError
 
@@ -28,9 +27,8 @@ def write_packed(path: Path, content: bytes) -> str:
     elif path.suffix == ".xz":
         path.write_bytes(lzma.compress(content))
     elif path.suffix == ".zst":
-        if not shutil.which("zstd"):
-            pytest.skip("needs the program zstd")
-        path.write_bytes(subprocess.run(["zstd", "-cq"], input=content, capture_output=True, check=True).stdout)
+        half = len(content) // 2  # several frames may follow each other
+        path.write_bytes(b"".join(zstandard.ZstdCompressor().compress(part) for part in (content[:half], content[half:])))
     else:
         path.write_bytes(content)
     return str(path)
@@ -213,11 +211,40 @@ def test_an_input_that_names_nothing_is_refused(tmp_path: Path) -> None:
         documents.find_files([str(tmp_path / "none")])
 
 
-def test_zst_without_the_program_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    (tmp_path / "some.jsonl.zst").write_bytes(b"x")
-    with pytest.raises(UserError, match="the program zstd that unpacks them is not installed"):
-        documents.find_files([str(tmp_path / "some.jsonl.zst")])
+def test_zst_is_unpacked_by_the_program_where_the_package_is_missing_and_refused_without_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "zstd"
+    program.write_text("#!/bin/sh\necho unpacked $2\n")
+    program.chmod(0o755)
+    path = write_packed(tmp_path / "some.jsonl.zst", b"x")
+    monkeypatch.setattr(zst, "zstandard", None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert list(documents.lines_of(Piece(path, 0, 1))) == [f"unpacked {path}\n".encode()]
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="neither the package zstandard nor the program zstd .* pip install zstandard"):
+        documents.find_files([path])
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    mark = "\ufeff".encode()
+    assert documents.text_of_line(mark + b'{"text": "a"}', "text") == "a"
+    assert list(documents.texts_of(write_packed(tmp_path / "some.txt", mark + b"a"))) == ["a"]
+
+
+@pytest.mark.parametrize("content", ['[\n {"text": "a"}]', '\ufeff{"text": "a"}\n{"text": "b"}\n'])
+@pytest.mark.parametrize("suffix", [".json", ".json.gz"])
+def test_documents_in_a_json_file_are_refused_unless_a_folder_is_named(tmp_path: Path, content: str, suffix: str) -> None:
+    path = write_packed(tmp_path / f"some{suffix}", content.encode())
+    with pytest.raises(UserError, match=r"read from the lines of a \.jsonl file"):
+        documents.find_files([str(tmp_path / "*.json*")])
+    assert documents.find_files([str(tmp_path)]) == [path]
+
+
+@pytest.mark.parametrize("content", ['{"a": [{"b": 1}]}', "[1, 2]", '{"a": 1}\n', ""])
+def test_other_json_files_are_texts(tmp_path: Path, content: str) -> None:
+    path = write_packed(tmp_path / "some.json", content.encode())
+    assert documents.find_files([path]) == [path]
 
 
 def test_parts_hold_all_files_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_the_files_are_the_documents_in_order_for_any_number_of_workers(
     assert files_of(tmp_path / "out") == file_bytes(expected)
     assert report.documents == 54 and report.tokens == sum(map(len, expected)) and not report.dropped()
     assert report.text_bytes == sum(len(text.encode()) for text in first + second + third)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl.gz", "out.bin", "out.idx", "src"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl.gz", "out.about.json", "out.bin", "out.idx", "src"]
 
 
 def test_documents_cannot_end_themselves_unless_allowed(tmp_path: Path) -> None:

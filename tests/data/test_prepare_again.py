@@ -58,7 +58,7 @@ def test_a_preparation_killed_after_joining_ends_well_when_run_again(
         quietly([tmp_path / "a.jsonl"], tmp_path / "out", Recipe(append_eod=True))
     assert quietly([tmp_path / "a.jsonl"], tmp_path / "out").documents == 60
     assert files_of(tmp_path / "out") == file_bytes([list(text.encode()) for text in texts(1, 60)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.bin", "out.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.about.json", "out.bin", "out.idx"]
 
 
 def test_files_of_another_origin_are_not_taken_for_the_joined_parts(tmp_path: Path) -> None:
@@ -71,14 +71,14 @@ def test_files_of_another_origin_are_not_taken_for_the_joined_parts(tmp_path: Pa
     assert files_of(tmp_path / "out") == file_bytes([[1, 2]])
 
 
-@pytest.mark.parametrize("name", ["out.parts/part-000000.bin", "out.bin", "out.idx", "out.parts"])
+@pytest.mark.parametrize("name", ["out.parts/part-000000.bin", "out.bin", "out.idx", "out.about.json", "out.parts"])
 def test_what_a_killed_preparation_left_is_removed_by_the_next(tmp_path: Path, name: str) -> None:
     write_packed(tmp_path / "a.jsonl", jsonl(["x"]))
     leftover = temporary_name(tmp_path / name)
     leftover.parent.mkdir(exist_ok=True)
     leftover.touch()
     quietly([tmp_path / "a.jsonl"], tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.bin", "out.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.about.json", "out.bin", "out.idx"]
 
 
 def test_a_full_disk_in_a_worker_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

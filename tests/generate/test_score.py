@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from neox_native.data.indexed import IndexedWriter
+from neox_native.data.sidecar import Vocabulary, about
 from neox_native.data.tokenizers import byte_tokenizer
 from neox_native.errors import UserError
 from neox_native.generate.choices import accuracy, pair, read_questions
@@ -149,7 +150,11 @@ def test_files_and_settings_that_cannot_work_are_refused(paths, tmp_path):
     with pytest.raises(UserError, match="holds no question"):
         read_questions(bad)
     large = write(tmp_path / "large", [np.array([1, 300], np.uint16)])
+    other = Vocabulary("other", "0" * 64, 200, 0)
+    with IndexedWriter(tmp_path / "other", np.uint16, about(other, {})) as writer:
+        writer.add_document(np.array([1, 2]))
     for arguments, sentence in (
+        (["--data", str(tmp_path / "other")], r"was made with the tokenizer other .* but the tokenizer of .* is byte \("),
         (["--tasks", str(tmp_path / "none.jsonl")], "none.jsonl cannot be read"),
         (["--data", large], "document 0 holds the id 300.*model.vocab_size = 257"),
         (["--data", write(tmp_path / "empty", [np.array([1], np.uint16)])], "nothing to predict"),

@@ -39,6 +39,9 @@ TINY = [
     "--training.steps=2", "--training.global_batch_size=1", "--checkpoint.save_every=1", "--checkpoint.keep_last=1",
     "--checkpoint.export=fp32", "--checkpoint.export_hf_every=1", "--data.tokenizer=", "--run.watchdog_factor=0",
 ]  # fmt: skip
+LET_BE = r"before-\d+|checkpoints/step_00000000[01]\b(?!\.)"
+PROCESSES = 10
+"""One after another, for all trials: a run in a process leaves threads of its groups there."""
 LOGS = "metrics.jsonl", "events.jsonl", ".lock"
 """What holds times and process numbers."""
 
@@ -71,14 +74,18 @@ class Training:
         self.config = require(settings(write_corpus(folder), self.run_dir, *TINY, *changes), 1)
         run(self.config)
         self.expected, self.curve = self.tree(), curve(self.run_dir)
-        shutil.rmtree(self.run_dir)
+        self.leave_behind()
         self.work = Work(folder / "root", self.do, self.again)
 
+    def leave_behind(self) -> None:
+        """What lies there when the work begins."""
+        shutil.rmtree(self.run_dir)
+
     def tree(self) -> disk.Tree:
-        """What the run left but for logs, and for checkpoints before the last: where a crash or a refusal fell between a save
+        """What the run left but for logs, for what it was told to set aside, and for checkpoints before the last: where a crash or a refusal fell between a save
         and a deletion, another one is there, to go with the next save."""
         tree = without(disk.Disk.read(self.run_dir).tree(), *LOGS)
-        return {path: content for path, content in tree.items() if not re.match(r"checkpoints/step_00000000[01]\b(?!\.)", path)}
+        return {path: content for path, content in tree.items() if not re.match(LET_BE, path)}
 
     def do(self, recorder: Recorder) -> None:
         save = store.save
@@ -96,48 +103,81 @@ class Training:
 
     def again(self, promised: list[disk.Op]) -> None:
         output = run(self.config)
-        resumed = [int(line.split()[-1]) for line in output.splitlines() if line.startswith("resumed ")]
-        saved = max((op.b for op in promised), default=0)
-        assert (resumed or [0])[0] >= saved, f"step {saved} was saved, but the run resumed {resumed}"
-        assert "Skipping" not in output, output
-        assert curve(self.run_dir) == self.curve
         assert not (wrong := list(differences(self.tree(), self.expected))), wrong
+        assert curve(self.run_dir) == self.curve
         for path in files.finished(self.run_dir / "checkpoints"):
             assert not (damage := store.find_damage(path, Ranks())), damage
         kinds = [json.loads(line)["kind"] for line in (self.run_dir / "events.jsonl").read_text().splitlines()]
         assert "export" in kinds
+        self.kept_promises(promised, output)
+
+    def kept_promises(self, promised: list[disk.Op], output: str) -> None:
+        """It went on where it stood."""
+        resumed = [int(line.split()[-1]) for line in output.splitlines() if line.startswith("resumed ")]
+        saved = max((op.b for op in promised), default=0)
+        assert (resumed or [0])[0] >= saved, f"step {saved} was saved, but the run resumed {resumed}"
+        assert "Skipping" not in output, output
 
 
-def tried(folder: Path, kind: str, sample: int | None, *changes: str) -> int:
+class OverDamage(Training):
+    """A run whose last checkpoint was damaged: it goes on from the one before and saves and exports the last again."""
+
+    def leave_behind(self) -> None:
+        shard = next((self.run_dir / "checkpoints" / "step_000000002").glob("*.distcp"))
+        shard.write_bytes(shard.read_bytes()[:-1])
+
+    def kept_promises(self, promised: list[disk.Op], output: str) -> None:
+        assert "resumed" in output and (not promised or "Skipping" not in output), output
+
+
+class Anew(Training):
+    """A run begun anew in the folder of a finished one, which is set aside."""
+
+    def leave_behind(self) -> None:
+        self.finished = disk.Disk.read(self.run_dir / "checkpoints").tree()
+
+    def kept_promises(self, promised: list[disk.Op], output: str) -> None:
+        aside = [disk.Disk.read(path).tree() for path in self.run_dir.glob("before-*/checkpoints")]
+        assert self.finished in aside
+
+
+def tried(folder: Path, kind: str, sample: int | None, way: str) -> int:
     """Try a run; the number of its crash points, or of what its disk can refuse."""
 
-    def rank() -> tuple[int, list[str]]:
-        work = Training(folder, *changes).work
-        number = getattr(work, kind)(sample)
-        return number, work.wrong
+    def rank(part: int, parts: int) -> tuple[int, list[str]]:
+        (folder / str(part)).mkdir()
+        make, *changes = WAYS[way]
+        work = make(folder / str(part), *changes).work
+        return getattr(work, kind)(sample, slice(part, None, parts)), work.wrong
 
-    ((number, wrong),) = run_ranks(1, rank, timeout_seconds=3000)
-    assert not wrong, f"{len(wrong)} of {number}:\n" + "\n".join(wrong[:12])
+    parts, number = 1 if sample else PROCESSES, 0
+    for part in range(parts):
+        ((more, wrong),) = run_ranks(1, rank, part, parts, timeout_seconds=3000)
+        number += more
+        assert not wrong, f"{len(wrong)} of {more}:\n" + "\n".join(wrong[:12])
     return number
 
 
 WAYS = {
-    "in the foreground": (),
-    "in the background": ("--checkpoint.async=true",),
+    "in the foreground": (Training,),
+    "in the background": (Training, "--checkpoint.async=true"),
+    "over damage": (OverDamage, "--checkpoint.keep_last=2"),
+    "anew": (Anew, "--checkpoint.resume=none"),
 }
+"""How the run goes, and the settings for it."""
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_some_crashes(tmp_path: Path, way: str) -> None:
-    assert tried(tmp_path, "crash", 15, *WAYS[way]) > 300
+    assert tried(tmp_path, "crash", 12, way) > 300
 
 
 def test_some_refusals(tmp_path: Path) -> None:
-    assert tried(tmp_path, "refuse", 12) > 300
+    assert tried(tmp_path, "refuse", 12, "in the foreground") > 300
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["crash", "refuse"])
 @pytest.mark.parametrize("way", WAYS)
 def test_all(tmp_path: Path, way: str, kind: str) -> None:
-    count(kind, tried(tmp_path, kind, None, *WAYS[way]))
+    count(kind, tried(tmp_path, kind, None, way))

@@ -53,11 +53,11 @@ class Work:
             self.do(recorder)
         return recorder
 
-    def crash(self, sample: int | None) -> int:
-        """Try `sample` of the crash points, or all; returns how many there are."""
+    def crash(self, sample: int | None, part: slice = slice(None)) -> int:
+        """Try `sample` of the crash points, or all, of a part of them; returns how many it has."""
         recorder = self.record()
         assert disk.Disk.read(self.root).tree() == recorder.disk.tree(), "something was written without a record"
-        states = list(disk.Crashes(recorder.before, recorder.ops).states())
+        states = list(disk.Crashes(recorder.before, recorder.ops).states())[part]
         for state in states if sample is None else random.Random(0).sample(states, min(sample, len(states))):
             promised = [op for op in recorder.ops[: state.at] if op.kind == "mark"]
             last = recorder.ops[state.at - 1] if state.at else None
@@ -65,10 +65,10 @@ class Work:
             self._again(promised, f"{state.at} operations ({last and last._replace(c=None)}), {state.how}")
         return len(states)
 
-    def refuse(self, sample: int | None) -> int:
-        """Let the disk refuse `sample` of the operations, or all, in each way; returns how many there are."""
+    def refuse(self, sample: int | None, part: slice = slice(None)) -> int:
+        """Let the disk refuse `sample` of the operations, or all, in each way, of a part; returns how many it has."""
         recorder = self.record()
-        faults = [Fault(at, *how) for at in range(1, recorder.tried + 1) for how in FAULTS]
+        faults = [Fault(at, *how) for at in range(1, recorder.tried + 1) for how in FAULTS][part]
         for fault in faults if sample is None else random.Random(0).sample(faults, min(sample, len(faults))):
             recorder = Recorder(self.root)
             try:

@@ -12,6 +12,9 @@ from neox_native.config.schema import Checkpoint
 from neox_native.durable import put_back, sweep_all
 from neox_native.errors import UserError
 
+HUGGING_FACE = "config.json"
+"""What tells a Hugging Face folder."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -36,20 +39,37 @@ def find_start(
         if ranks.rank == 0:
             put_back(directory, "step_*")
     if config.resume == "auto":
-        newest = store.newest(directory, ranks, report)
+        newest = _newest(directory, ranks, report, 'move them away, or start anew with checkpoint.resume = "none"')
         if newest is not None:
             return Start(newest, weights_only=False)
-        damaged = store.saved_in(directory, ranks)
-        if damaged:
-            raise UserError(
-                f"None of the {len(damaged)} checkpoints in {directory} is whole; mend one, move them away, "
-                'or start anew with checkpoint.resume = "none".'
-            )
     elif config.resume != "none":
         return Start(_named("checkpoint.resume", config.resume, ranks), weights_only=False)
     if config.initialize_from:
-        return Start(_named("checkpoint.initialize_from", config.initialize_from, ranks), weights_only=True)
+        return Start(_weights(config.initialize_from, ranks, report), weights_only=True)
     return None
+
+
+def _weights(path: str, ranks: Ranks, report: Callable[[str], None]) -> Path:
+    """The checkpoint that `checkpoint.initialize_from` names, or the newest whole one of the run that it names."""
+    folder = Path(path)
+    with ranks.together(f'checkpoint.initialize_from = "{path}"'):
+        if (folder / HUGGING_FACE).is_file() and not (folder / files.MANIFEST).is_file():
+            raise UserError(
+                "this is a Hugging Face folder; make a checkpoint of it, and name that: python tools/convert.py from-hf "
+                f"{path} CHECKPOINT."
+            )
+    for directory in folder / "checkpoints", folder:
+        if newest := _newest(directory, ranks, report, "or name another in checkpoint.initialize_from"):
+            return newest
+    return _named("checkpoint.initialize_from", path, ranks)
+
+
+def _newest(directory: Path, ranks: Ranks, report: Callable[[str], None], way_out: str) -> Path | None:
+    """The newest whole checkpoint in a folder, None where it has none. Raises `UserError` where all are damaged."""
+    newest = store.newest(directory, ranks, report)
+    if newest is None and (damaged := store.saved_in(directory, ranks)):
+        raise UserError(f"None of the {len(damaged)} checkpoints in {directory} is whole; mend one, {way_out}.")
+    return newest
 
 
 def _named(setting: str, path: str, ranks: Ranks) -> Path:
@@ -69,7 +89,7 @@ def _named(setting: str, path: str, ranks: Ranks) -> Path:
 
 def tidy(run: Path) -> None:
     """Remove from a run's folder what killed saves, exports, deletions and logs left behind."""
-    own = "weights", "config.toml", ".begun", "metrics.jsonl", "events.jsonl"
+    own = "weights", "config.toml", "config_*.toml", ".begun", "metrics.jsonl", "events.jsonl"
     places = [(run, name) for name in own] + [(run / "checkpoints", "step_*"), (run / "hugging_face", "step_*")]
     for folder, names in places:
         put_back(folder, names)

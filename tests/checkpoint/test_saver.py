@@ -301,6 +301,22 @@ def test_fine_tuning_takes_weights_once_and_then_goes_on_by_itself(tmp_path: Pat
         find_start(Checkpoint(initialize_from="nowhere"), tmp_path / "new", ranks)
 
 
+def test_fine_tuning_starts_from_a_run_at_its_newest_whole_checkpoint(tmp_path: Path) -> None:
+    ranks, reports, run = Ranks(), [], Checkpoint(initialize_from=str(tmp_path / "run"))
+    older, newer = (store.save(tmp_path / "run" / "checkpoints", step, one_tensor(1.0), {}, ranks) for step in (1, 2))
+    for named in tmp_path / "run", tmp_path / "run" / "checkpoints", newer:
+        found = find_start(Checkpoint(initialize_from=str(named)), tmp_path / "tuned", ranks)
+        assert found == Start(newer, weights_only=True)
+    flip(newer)
+    assert find_start(run, tmp_path / "tuned", ranks, reports.append) == Start(older, weights_only=True) and len(reports) == 1
+    flip(older)
+    with pytest.raises(UserError, match="None of the 2 checkpoints in .* is whole; mend one, or name another"):
+        find_start(run, tmp_path / "tuned", ranks, reports.append)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match=f"Hugging Face folder; .*convert.py from-hf {tmp_path} CHECKPOINT"):
+        find_start(Checkpoint(initialize_from=str(tmp_path)), tmp_path / "tuned", ranks)
+
+
 def test_leftovers_of_killed_saves_and_exports_go_and_what_was_moved_returns(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     whole_one = store.save(directory, 1, one_tensor(1.0), {}, Ranks())

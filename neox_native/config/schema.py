@@ -168,7 +168,8 @@ class Training:
     """fp16: smallest loss scale."""
     max_bad_steps: int = 20
     """More steps in a row than this that are not finite, or spikes, end the run, its state saved; a restart with the same
-    settings does not train on. 0: never [steps]."""
+    settings does not train on. 0: never [steps]. They are counted on logged steps and, where those are further apart, every
+    max_bad_steps + 1 steps, which waits for the device once: such a row ends after 2 * max_bad_steps + 1 of them at the latest."""
     spike_threshold: float = 0.0
     """Skip the update of a loss this many standard deviations above the last ones; 0 skips none."""
     spike_window: int = 128
@@ -285,7 +286,7 @@ class Logging:
     """What is written down."""
 
     every: int = 10
-    """Log after every so many steps; nothing waits for the device in between [steps]."""
+    """Log after every so many steps; nothing waits for the device in between, but for training.max_bad_steps [steps]."""
     tensorboard: bool = True
     """Write TensorBoard scalars beside metrics.jsonl."""
     stragglers_every: int = 100

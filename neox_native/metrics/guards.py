@@ -2,7 +2,8 @@
 
 [Note: skipped updates] Whether a step is bad is a tensor on the device, equal on all ranks because loss and gradient
 norm are reduced over all of them, and the optimizer multiplies by it instead of asking the host. So skipping costs no
-wait and cannot split the ranks; the host learns of it on the next logged step.
+wait and cannot split the ranks; the host learns of it on the next logged step, or when so many flags are unread that the
+run may have to end.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class BadStep:
 
 
 class BadSteps:
-    """Keeps the flags of the steps since the last logged one, and counts how many were bad in a row.
+    """Keeps the flags of the steps since they were last looked at, and counts how many were bad in a row.
 
     Args:
         training: the [training] section; `max_bad_steps` in a row are survived, 0 for no limit.
@@ -46,6 +47,11 @@ class BadSteps:
     def record(self, step: int, sample_ids: tuple[int, ...], bad: torch.Tensor) -> None:
         """Note a step. `bad`: scalar, nonzero where the update was skipped; not read here."""
         self._pending.append((step, sample_ids, bad.detach().reshape(())))
+
+    def may_have_passed_limit(self) -> bool:
+        """Whether as many flags are unread as end the run where all are bad. Reading them then, a row of bad steps is noticed
+        after 2 * limit + 1 of them at the latest."""
+        return len(self._pending) > self.limit > 0
 
     def collect(self) -> list[BadStep]:
         """The bad steps since the last call; waits for the device once."""

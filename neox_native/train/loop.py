@@ -150,9 +150,10 @@ class Trainer:
         logging, size = self.config.logging, self.config.training.global_batch_size
         self.bad_steps.record(self.step, tuple(range(batch.consumed_samples - size, batch.consumed_samples)), result.skipped)
         self.empty_steps.record(self.step, batch.num_targets)
-        if self.step == self.config.training.steps or self.step % logging.every == 0:
+        if due := self.step == self.config.training.steps or self.step % logging.every == 0:
             extra = {"loss scale": self.loss_scale.scale.item()} if self.loss_scale else {}
             self.watchdog.measured(self.report.step(self.step, batch, result, rate, extra))
+        if due or self.bad_steps.may_have_passed_limit():
             self.look_at_bad_steps()
         if logging.stragglers_every and self.ranks.size > 1 and self.step % logging.stragglers_every == 0:
             self.report.stragglers(self.step)

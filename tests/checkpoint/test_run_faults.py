@@ -180,6 +180,13 @@ def test_a_run_that_diverges_erases_none_of_its_good_checkpoints(corpus, tmp_pat
     assert saved(tmp_path) == [f"step_{step:09d}" for step in (4, 6, 8)] and curve(tmp_path)[-1][1] is not None
 
 
+def test_bad_steps_end_a_run_that_logs_seldom(corpus, tmp_path):
+    seldom = ["--parallel.dp=1", "--logging.every=1000", "--checkpoint.save_every=1000", "--training.max_bad_steps=4"]
+    with pytest.raises(RankError, match="[0-9] steps in a row .* training.max_bad_steps = 4"):
+        run(settings(corpus, tmp_path, *seldom, "--training.steps=30", "--optimizer.lr=1e30"))
+    assert saved(tmp_path)[-1] <= "step_000000015" and len(events(tmp_path, "bad step")) <= 2 * 4 + 1
+
+
 def full_disk(*steps: int) -> Callable[[], None]:
     """Let rank 1 find no space, once for each of these checkpoints. Every second step waits for saves in the background."""
 

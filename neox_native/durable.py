@@ -147,15 +147,18 @@ class Lock:
     """A file that one process at a time, with the processes it forks, holds. The system gives it back when they end,
     however they end.
 
+    Args:
+        create: how the file is opened: made where it is missing, with 0 never, with `os.O_CREAT | os.O_EXCL` always.
+
     Raises `BlockingIOError` where another holds it and `wait` is not asked for. Where the disk knows no locks, nobody is
     kept out and `refusal` says why.
     """
 
-    def __init__(self, path: Path, wait: bool = False) -> None:
+    def __init__(self, path: Path, wait: bool = False, create: int = os.O_CREAT) -> None:
         self.path = path
         self.refusal = ""
         while True:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            self._descriptor = os.open(path, os.O_RDWR | create | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:

@@ -39,6 +39,8 @@ GRACE_SECONDS = 5.0
 """How long the ranks have to answer an alarm."""
 SILENCE_SECONDS = 300.0
 """A watchdog that has not run for so long is a stopped process. Drawing a long order of samples keeps one waiting for minutes."""
+FLIGHT_RECORDER = "flight_recorder"
+"""Name of the folder, in the run's, for the last collectives of a run that hung."""
 ALARM = "alarm"
 LEFT = 1 << 40
 """Added to the count of a watchdog that was closed in good order."""
@@ -51,11 +53,10 @@ def job_store() -> dist.Store:
 
 
 def enable_flight_recorder(folder: Path) -> None:
-    """Let torch record the last collectives of each rank, and NCCL write them to `folder` when one times out.
+    """Let torch record the last collectives of each rank, and NCCL write them to `folder`, once it is there, when one times out.
 
     Call before the process group is made; variables that the user has set stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{folder.absolute()}/nccl_timeout_rank_")

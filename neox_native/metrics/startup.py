@@ -29,11 +29,16 @@ Gather = Callable[[Any], list[Any]]
 
 def code_version() -> str:
     """Hash of this package's sources and torch's version: equal on two machines only if they run the same code."""
+    return f"{code_hash()}, torch {torch.__version__}"
+
+
+def code_hash() -> str:
+    """Hash of this package's sources, 12 hex digits."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return f"{digest.hexdigest()[:12]}, torch {torch.__version__}"
+    return digest.hexdigest()[:12]
 
 
 def check_agreement(facts: dict[str, str], gather: Gather) -> list[str]:

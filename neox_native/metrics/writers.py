@@ -99,6 +99,20 @@ def _lines(file: Path) -> list[bytes]:
     return list(io.BytesIO(file.read_bytes())) if file.is_file() else []
 
 
+def mend_logs(folder: Path, resumed_step: int) -> None:
+    """Drop what a killed run has torn, and the steps beyond the resumed one, which will be taken again; whatever else happened
+    to the run stays."""
+    cut_off(folder / METRICS, lambda said: _step_of(said) <= resumed_step)
+    cut_off(folder / EVENTS, lambda said: said.get("kind") not in OF_A_STEP or _step_of(said) <= resumed_step)
+
+
+def check_logs(folder: Path) -> None:
+    """Raise the `OSError` that `Writers` would meet at logs which are links, pipes or another user's; changes nothing."""
+    for file in folder / METRICS, folder / EVENTS:
+        if os.path.lexists(file):
+            append_to(file).close()
+
+
 def _said(line: bytes) -> dict[str, Any] | None:
     """What a line says; None for one that is not whole."""
     try:
@@ -150,9 +164,7 @@ class Writers:
         self._board = None
         with self._writing(), ExitStack() as opened:
             make_folder(folder)
-            # Steps beyond the resumed one will be taken again; whatever else happened to the run stays.
-            cut_off(folder / METRICS, lambda said: _step_of(said) <= resumed_step)
-            cut_off(folder / EVENTS, lambda said: said.get("kind") not in OF_A_STEP or _step_of(said) <= resumed_step)
+            mend_logs(folder, resumed_step)
             self._metrics: TextIO = opened.enter_context(append_to(folder / METRICS))
             self._events: TextIO = opened.enter_context(append_to(folder / EVENTS))
             self.best = min(filter(None, map(_evaluation, _lines(folder / EVENTS))), default=None)

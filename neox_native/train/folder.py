@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from neox_native.checkpoint import files
 from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.resume import tidy
-from neox_native.config.load import dump
 from neox_native.config.schema import Config
-from neox_native.durable import Lock, make_folder, replacing, sync_folder
+from neox_native.durable import Lock, make_folder, sync_folder
 from neox_native.errors import UserError
 from neox_native.mesh import Launch
+from neox_native.metrics.writers import check_logs, mend_logs
 from neox_native.plain_files import read_text
+from neox_native.train.provenance import EARLIER, SETTINGS_FILE, write_settings, write_whole
 
 OF_A_RUN = ("checkpoints", "hugging_face", "weights", "metrics.jsonl", "events.jsonl", "tensorboard")
+LOCK = ".lock"
 BEGUN = ".begun"
 """Which job began where: what tells a restart of it that the run was set on its way."""
 
@@ -28,8 +33,8 @@ BEGUN = ".begun"
 class RunFolder:
     """`run.dir`, held by this job alone until its processes end. Making one is a collective over all ranks.
 
-    Until `begin`, nothing of an existing run changes but the owner's name in `.lock`, so that a command that is refused
-    leaves no trace.
+    Until `begin` nothing is made or changed, so that a command that is refused leaves no trace: a lock that is there is held,
+    a missing one is made by `begin`.
 
     Raises:
         UserError: on all ranks, where the folder cannot be made or another job is writing to it.
@@ -37,38 +42,87 @@ class RunFolder:
 
     def __init__(self, config: Config, ranks: Ranks):
         self.config, self.ranks, self.path = config, ranks, Path(config.run.dir)
+        self.lock: Lock | None = None
         with ranks.together(f"Opening run.dir = {config.run.dir!r}"):
             if ranks.rank == 0:
-                make_folder(self.path)
-                self._lock()
+                with suppress(FileNotFoundError):
+                    self._hold(create=0)
+                self._require_writable()
 
-    def _lock(self) -> None:
+    def _require_writable(self) -> None:
+        """Raise `PermissionError` where it is sure that nothing can be written, which a long start would find out too late."""
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+
+    def _hold(self, create: int) -> None:
         """Take the lock that the system gives back when this process ends, however it ends."""
         try:
-            self.lock = Lock(self.path / ".lock")
-        except BlockingIOError:
-            owner = read_text(self.path / ".lock").strip()[:100] or "another process"
-            raise UserError(f"run.dir = {str(self.path)!r} is in use by {owner}; choose another run.dir.") from None
+            self.lock = Lock(self.path / LOCK, create=create)
+        except (BlockingIOError, FileExistsError):
+            owner = read_text(self.path / LOCK).strip()[:100] or "none yet"
+            raise UserError(
+                f"run.dir = {str(self.path)!r} is in use by another command (the last one that began there: {owner}); "
+                "choose another run.dir."
+            ) from None
         if self.lock.refusal:
             print(f"run.dir = {str(self.path)!r} cannot be locked ({self.lock.refusal}): start one run at a time in it", flush=True)
-        self.lock.write(f"process {os.getpid()} on host {socket.gethostname()}")
 
-    def begin(self, resume: str, step: int) -> None:
+    def begin(self, config: Config, step: int) -> list[str]:
         """The run is possible and starts at `step`: set aside what it must not mix with, clear away what killed processes
         left, and write the resolved settings, which go on with it where it stands.
 
         Args:
-            resume: `checkpoint.resume` as it holds for this start.
+            config: as it holds for this start.
+
+        Returns:
+            on rank 0, a line for each setting that has changed since the last start.
         """
-        with self.ranks.together(f"Setting the earlier run in {self.path} aside"):
-            if self.ranks.rank == 0:
-                self._set_aside(self._abandoned(resume, step))
-        goes_on = replace(self.config, checkpoint=replace(self.config.checkpoint, resume="auto"))
+        resume, changed = config.checkpoint.resume, list[str]()
+        goes_on = replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
         with self.ranks.together(f"Writing to run.dir = {str(self.path)!r}"):
             if self.ranks.rank == 0:
-                tidy(self.path)
-                _replace(self.path / "config.toml", dump(goes_on))
-                _replace(self.path / BEGUN, _name_of_start(self.config))
+                with self._made(logs_go_on=resume != "none"):
+                    aside = self._set_aside(self._abandoned(resume, step))
+                    tidy(self.path)
+                    changed = write_settings(self.path, goes_on, step, aside if resume == "none" else None)
+                    write_whole(self.path / BEGUN, _name_of_start(self.config).encode())
+        return changed
+
+    @contextmanager
+    def _made(self, logs_go_on: bool) -> Iterator[None]:
+        """Make the folder and its lock where they are missing, for the body to write to; whatever is new goes if it fails."""
+        files = [self.path / name for name in (LOCK, SETTINGS_FILE, BEGUN)]
+        missing = [path for path in (*files, self.path, *self.path.parents) if not os.path.lexists(path)]
+        try:
+            if logs_go_on:
+                check_logs(self.path)
+            make_folder(self.path)
+            if self.lock is None:
+                self._hold(os.O_CREAT | os.O_EXCL)
+            assert self.lock is not None
+            self.lock.write(f"process {os.getpid()} on host {socket.gethostname()}")
+            yield
+        except BaseException:
+            for path in missing:
+                with suppress(OSError):  # as where a folder is not empty: it is somebody's by now
+                    if path not in files:
+                        path.rmdir()
+                    elif self.lock is not None:
+                        path.unlink()
+            raise
+
+    def needs_nothing(self, config: Config, step: int) -> bool:
+        """Whether a start at `step`, the run's last, would turn away from nothing. Clears away what killed processes left, for
+        there will be no start. A collective."""
+        idle = False
+        with self.ranks.together(f"Looking at run.dir = {str(self.path)!r}"):
+            if self.ranks.rank == 0:
+                idle = not self._abandoned(config.checkpoint.resume, step)
+                if idle and self.lock is not None:
+                    tidy(self.path)
+                    mend_logs(self.path, step)
+        return bool(self.ranks.from_first(idle))
 
     def _abandoned(self, resume: str, step: int) -> list[Path]:
         """What an earlier run left that this start turns away from.
@@ -79,7 +133,7 @@ class RunFolder:
         if resume == "auto":
             return []
         if resume == "none":
-            return [self.path / name for name in OF_A_RUN if (self.path / name).exists()]
+            return [self.path / name for name in OF_A_RUN if (self.path / name).exists()] + sorted(self.path.glob(EARLIER))
         checkpoints = self.path / "checkpoints"
         kept = step if Path(resume).resolve().parent == checkpoints.resolve() else -1
         found = files.finished(checkpoints) + files.finished(self.path / "hugging_face")
@@ -95,10 +149,10 @@ class RunFolder:
         except (UserError, OSError, ValueError, KeyError, TypeError):
             return math.inf
 
-    def _set_aside(self, abandoned: list[Path]) -> None:
-        """Move what is abandoned to `before-N`."""
+    def _set_aside(self, abandoned: list[Path]) -> Path | None:
+        """Move what is abandoned to `before-N`, which is returned."""
         if not abandoned:
-            return
+            return None
         numbers = [int(found[1]) for path in self.path.iterdir() if (found := re.fullmatch(r"before-(\d+)", path.name))]
         aside = self.path / f"before-{max(numbers, default=0) + 1}"
         for path in abandoned:
@@ -108,6 +162,7 @@ class RunFolder:
             sync_folder(moved.parent)
             sync_folder(path.parent)
         print(f"set aside in {aside}: {', '.join(path.name for path in abandoned)}", flush=True)
+        return aside
 
 
 def has_begun(config: Config) -> bool:
@@ -126,7 +181,3 @@ def has_begun(config: Config) -> bool:
 def _name_of_start(config: Config) -> str:
     return json.dumps({"job": Launch.from_environment().job, "resume": config.checkpoint.resume}) + "\n"
 
-
-def _replace(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -18,13 +20,15 @@ from neox_native.checkpoint.saver import NotSaved, Saver
 from neox_native.config.schema import Config
 from neox_native.data.build import Datasets
 from neox_native.data.loader import StepBatch, build_loader
+from neox_native.durable import make_folder
 from neox_native.errors import UserError
 from neox_native.metrics.guards import BadSteps, EmptySteps
-from neox_native.metrics.health import Watchdog
+from neox_native.metrics.health import FLIGHT_RECORDER, Watchdog
 from neox_native.metrics.preemption import LeaveRequest, Requests
 from neox_native.metrics.replicas import check_replicas
 from neox_native.model.transformer import Transformer
 from neox_native.optim.schedule import Rates
+from neox_native.train import provenance
 from neox_native.train import state as run_states
 from neox_native.train.build import build_engine, build_step
 from neox_native.train.evaluate import evaluate, evaluation_number, in_words
@@ -85,31 +89,64 @@ class Trainer:
         """Train until `training.steps`, or until a request to leave."""
         self.watchdog.at(0, "resume")
         self.resume()
-        self.folder.begin(self.config.checkpoint.resume, self.step)
+        if self.has_nothing_to_do():
+            return
+        batches = self.steps_left()
+        changed = self.folder.begin(self.config, self.step)
+        if self.device.type == "cuda":
+            make_folder(self.folder.path / FLIGHT_RECORDER)  # for NCCL, on each machine
         self.report = Report(
             self.config, self.mesh, self.device, self.ranks, self.losses, self.engine.timing, resumed_step=self.step
         )
+        self.report_start(changed)
         self.engine.timing.on_microbatch = lambda index: self.watchdog.at(self.step + 1, self.phase, index)
         try:
-            self.train()
+            self.train(batches)
         finally:
             self.watchdog.at(self.step, "save")
             self.saver.close()
             self.requests.end_within()
             self.report.close()
 
-    def train(self) -> None:
+    def has_nothing_to_do(self) -> bool:
+        """Whether the run is complete, exports included: then this start changes nothing."""
+        total_steps = self.config.training.steps
+        if self.step < total_steps or self.exports.due(self.step, missing_only=True):
+            return False
+        if not self.folder.needs_nothing(self.config, self.step):
+            return False
+        if self.ranks.rank == 0:
+            print(f"nothing to do: step {self.step} of training.steps = {total_steps}; raise it to go on")
+        return True
+
+    def steps_left(self) -> Iterator[StepBatch]:
+        """The run's batches from here on. The first is read now: data that cannot be read is refused before anything is
+        written."""
+        with self.ranks.together("Reading the first batch"):
+            batches = self.batches("train", self.consumed_samples, self.config.training.steps - self.step)
+            first = list(islice(batches, 1))
+        return chain(first, batches)
+
+    def report_start(self, changed: list[str]) -> None:
+        """Write down with what, where and from what this start goes on, and what it changes."""
+        hosts = self.ranks.gather(socket.gethostname())
+        resumed, where = self.start is not None and not self.start.weights_only, provenance.origin(self.config.parallel, hosts)
+        kind, path = "resumed" if resumed else "started", str(self.start.path) if self.start else None
+        for line in ["changed since the last start:", *(f"  {line}" for line in changed)] if changed else []:
+            print(line)
+        message = f"step {self.step}: {kind} {provenance.in_words(where)}"
+        self.report.event(kind, self.step, message, checkpoint=path, changed=changed, **where)
+
+    def train(self, batches: Iterator[StepBatch]) -> None:
         """The steps; whatever is due after one happens in this order: log, evaluate, save, export, leave."""
         settings, total_steps = self.config, self.config.training.steps
         self.phase = "train"
         if self.step == 0 and should_save(0, settings.checkpoint, total_steps):
             self.save()
-        exported = self.export_if_due(missing_only=True)
-        if self.step >= total_steps and not exported and self.ranks.rank == 0:
-            print(f"nothing to do: step {self.step} of training.steps = {total_steps}; raise it to go on")
+        self.export_if_due(missing_only=True)
         overflows = self.loss_scale.overflows if self.loss_scale else None
         rates = Rates(settings.lr_schedule, settings.optimizer.lr, total_steps, overflows)
-        for batch in self.batches("train", self.consumed_samples, total_steps - self.step):
+        for batch in batches:
             rate = rates(self.step + 1)
             self.watchdog.at(self.step + 1, self.phase)
             run_states.seed_dropout(settings, self.mesh, self.step + 1)
@@ -240,15 +277,13 @@ class Trainer:
         metadata = run_states.metadata(self.config, self.step, self.consumed_samples, self.fingerprint, self.runtime)
         return metadata | {BAD_STEPS: self.bad_steps.count}
 
-    def export_if_due(self, missing_only: bool = False) -> bool:
+    def export_if_due(self, missing_only: bool = False) -> None:
         """Write the weights for others where that is due after this step; with `missing_only`, what a killed run did not
-        come to. Whether there was anything to write."""
-        due = self.exports.due(self.step, missing_only)
-        for folder in due:
+        come to."""
+        for folder in self.exports.due(self.step, missing_only):
             self.watchdog.at(self.step, "export")
             wrote = self.exports.write(folder, self.state(), self.metadata())
             self.report.event("export", self.step, f"step {self.step}: {wrote}")
-        return bool(due)
 
     def report_saves(self) -> None:
         """Write down the checkpoints that have been finished, and those that failed in the background."""

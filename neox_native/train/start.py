@@ -20,7 +20,7 @@ from neox_native.config.schema import Config, Run
 from neox_native.config.settings import SETTINGS
 from neox_native.data.build import Datasets, Position, build_data
 from neox_native.mesh import Launch, build_mesh, start_process_group
-from neox_native.metrics.health import Watchdog, enable_flight_recorder, job_store
+from neox_native.metrics.health import FLIGHT_RECORDER, Watchdog, enable_flight_recorder, job_store
 from neox_native.metrics.preemption import Requests
 from neox_native.metrics.startup import check_agreement, check_axes, code_version, describe_mesh
 from neox_native.train.folder import RunFolder, has_begun
@@ -132,4 +132,4 @@ def open_data(config: Config, ranks: Ranks, start: Start | None, watchdog: Watch
 
 def flight_recorder_folder(config: Config) -> Path:
     """Where the last collectives of a run that hung are written."""
-    return Path(config.run.dir) / "flight_recorder"
+    return Path(config.run.dir) / FLIGHT_RECORDER

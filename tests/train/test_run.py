@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import itertools
 import json
 import os
 from dataclasses import replace
@@ -21,6 +20,7 @@ from neox_native.config.check import require
 from neox_native.config.load import dump, load
 from neox_native.config.schema import Config
 from neox_native.data.indexed import IndexedWriter
+from neox_native.errors import UserError
 from neox_native.model import initialize
 from neox_native.train import state as run_states
 from neox_native.train.folder import RunFolder
@@ -181,20 +181,49 @@ def test_other_data_is_refused_by_name(corpus, tmp_path):
         run(settings(corpus, tmp_path, "--parallel.dp=1", "--data.split=50,50,0"))
 
 
-# Another model is no mistake in a run that sets the earlier one aside.
-@pytest.mark.parametrize(
-    ("resume", "mistake"),
-    [("auto", "--model.num_heads=2"), *itertools.product(["auto", "none"], ["--data.train=nowhere", "--checkpoint.resume=nowhere"])],
-)
-def test_a_refused_command_leaves_the_run_as_it_was(corpus, tmp_path, resume, mistake):
-    run(settings(corpus, tmp_path, "--parallel.dp=1", "--training.steps=2"))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(RankError, match="UserError"):
-        run(settings(corpus, tmp_path, "--parallel.dp=1", f"--checkpoint.resume={resume}", mistake))
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert {path: data for path, data in after.items() if path.name != ".lock"} == {
-        path: data for path, data in before.items() if path.name != ".lock"
-    }
+MISTAKES = [
+    ["--data.train=nowhere"], ["--checkpoint.resume=nowhere"], ["--checkpoint.resume=none", "--checkpoint.initialize_from=nowhere"],
+    ["--checkpoint.resume=none", "--data.train=nowhere"], ["--model.vocab_size=40"], ["--checkpoint.resume=none", "--model.vocab_size=40"],
+    ["--parallel.tp=3"], ["--data.split=0,1,0"], ["--evaluation.every=1", "--data.split=1,0,0"], ["--run.seed=-1"],
+]  # fmt: skip
+
+
+def tree(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_a_refused_command_makes_nothing(corpus, tmp_path):
+    (tmp_path / "empty").mkdir()
+    board = "--logging.tensorboard=true"
+
+    def refused() -> None:
+        for mistake in MISTAKES:
+            for folder in tmp_path / "empty", tmp_path / "new" / "run":
+                with pytest.raises(UserError):
+                    entry.train(require(settings(corpus, folder, "--parallel.dp=1", board, *mistake), 1), CPU)
+                assert tree(tmp_path) == {tmp_path / "empty": None}, mistake
+
+    run_ranks(1, refused)
+
+
+def test_a_refused_command_leaves_the_run_as_it_was(corpus, tmp_path):
+    config = settings(corpus, tmp_path, "--parallel.dp=1", "--training.steps=2")
+    run(config)
+    before = tree(tmp_path)
+    for mistake in [*MISTAKES, ["--model.num_heads=2"]]:
+
+        def refused(mistake=mistake) -> None:
+            with pytest.raises(UserError):
+                entry.train(require(settings(corpus, tmp_path, "--parallel.dp=1", *mistake), 1), CPU)
+
+        run_ranks(1, refused)
+        assert tree(tmp_path) == before, mistake
+    (tmp_path / "events.jsonl").rename(tmp_path / "elsewhere")
+    (tmp_path / "events.jsonl").symlink_to(tmp_path / "elsewhere")
+    before = tree(tmp_path)
+    with pytest.raises(RankError, match=r"UserError: .*Too many levels of symbolic links .*events\.jsonl"):
+        run(replace(config, training=replace(config.training, steps=3)))
+    assert tree(tmp_path) == before
 
 
 def test_a_named_checkpoint_of_another_model_is_refused_though_its_shapes_fit(corpus, tmp_path):
@@ -219,6 +248,7 @@ def test_a_disk_without_locks_is_used_with_a_notice(corpus, tmp_path, monkeypatc
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
+    (tmp_path / ".lock").touch()
     RunFolder(settings(corpus, tmp_path), Ranks()).lock.close()
     assert f"cannot be locked ({os.strerror(code)}): start one run at a time" in capsys.readouterr().out
 
@@ -245,7 +275,7 @@ def test_resume_none_sets_the_old_checkpoints_aside(corpus, tmp_path):
     first = run(config)
     second = run(replace(config, checkpoint=replace(config.checkpoint, resume="none")))
     assert curve(first, "loss") == curve(second, "loss")
-    assert {path.name for path in (tmp_path / "before-1").iterdir()} == {"checkpoints", "metrics.jsonl", "events.jsonl"}
+    assert {path.name for path in (tmp_path / "before-1").iterdir()} == {"checkpoints", "config.toml", "metrics.jsonl", "events.jsonl"}
     assert curve(run(config), "loss") == curve(second, "loss")  # and "auto" goes on with the second run, which is complete
 
 

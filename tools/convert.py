@@ -22,7 +22,7 @@ from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.interop_hf import DTYPES, HuggingFaceReader, write_folder
 from neox_native.checkpoint.interop_neox import NeoxReader, step_folder
 from neox_native.checkpoint.interop_neox_config import find_yaml, model_from_yaml
-from neox_native.checkpoint.tokenizer_files import fitting_tokenizer
+from neox_native.checkpoint.tokenizer_files import fitting_tokenizer, own_tokenizer, tokenizer_facts
 from neox_native.config.load import load
 from neox_native.config.schema import Model
 from neox_native.data.tokenizers import load_tokenizer
@@ -33,7 +33,7 @@ from neox_native.errors import UserError, report_user_errors
 def to_hf(options: argparse.Namespace) -> None:
     """Our checkpoint -> a Hugging Face folder."""
     reader = interop.CheckpointReader(interop.find_checkpoint(options.source))
-    tokenizer, dtype = options.tokenizer or there_is(reader.metadata.get("tokenizer", "")), DTYPES[options.dtype]
+    tokenizer, dtype = options.tokenizer or there_is(own_tokenizer(reader.path, reader.metadata)), DTYPES[options.dtype]
     shard_bytes = int(options.shard_gb * 1e9)
     with writing(options.out):
         weights = checked(reader, options, dtype)
@@ -95,11 +95,10 @@ def neox_model(options: argparse.Namespace) -> Model:
 
 
 def write(options: argparse.Namespace, model: Model, read: interop.Read, tokenizer: str) -> None:
-    """Write our checkpoint, with the tokenizer's name in it where it is known."""
-    if tokenizer:
-        fitting_tokenizer(tokenizer, model, "--tokenizer")
+    """Write our checkpoint, with the tokenizer in it where it is known."""
+    about, beside = tokenizer_facts(tokenizer, fitting_tokenizer(tokenizer, model, "--tokenizer") if tokenizer else None)
     with writing(options.out):
-        interop.write_checkpoint(options.out, model, checked(read, options), {"tokenizer": tokenizer} if tokenizer else {})
+        interop.write_checkpoint(options.out, model, checked(read, options), about, beside)
 
 
 def checked(read: interop.Read, options: argparse.Namespace, dtype: torch.dtype = torch.float32) -> interop.Read:

@@ -4,6 +4,7 @@
         __0_0.distcp, __1_0.distcp, ...   shards, one file per rank that had something to write (DCP's format)
         .metadata                         DCP's index: which box of which tensor lies where in which file
         metadata.json                     what the run says about itself: step, consumed samples, model, data, layout
+        tokenizer.json                    the tokenizer, where it came from such a file
         manifest.json                     size and crc32 of every other file; written last
 
 A checkpoint is written as `step_000000100.tmp-<token>`, flushed to the disk and renamed when all ranks are done: a

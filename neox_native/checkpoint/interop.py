@@ -128,15 +128,19 @@ class _ReadWhenAsked(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def write_checkpoint(path: Path, model: Model, read: Read, about: dict[str, Any]) -> None:
+def write_checkpoint(
+    path: Path, model: Model, read: Read, about: dict[str, Any], beside: Mapping[str, bytes] = {}
+) -> None:
     """Write weights alone as a checkpoint, by this process, with one tensor in memory at a time.
 
     Args:
         path: the checkpoint's folder, which must not exist.
         read: full tensor of a parameter's global name, any float type.
         about: more entries of `metadata.json`.
+        beside: small files that it holds, by name.
     """
     state = {PREFIX + name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(model).items()}
     metadata = {"step": 0, "consumed_samples": 0, "model": asdict(model), "torch": torch.__version__, **about}
     source = _ReadWhenAsked(read, list(state))
-    store.write(Path(path), f"Writing the checkpoint {path}", state, metadata, Ranks(), source, file_per_tensor=True)
+    doing = f"Writing the checkpoint {path}"
+    store.write(Path(path), doing, state, metadata, Ranks(), source, file_per_tensor=True, beside=beside)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,11 @@ class Saver:
     Args:
         directory: the run's `checkpoints/` folder.
         config: the [checkpoint] section.
+        beside: small files that each of them holds, by name.
     """
 
-    def __init__(self, directory: Path, config: Checkpoint) -> None:
-        self.directory, self.config = Path(directory), config
+    def __init__(self, directory: Path, config: Checkpoint, beside: Mapping[str, bytes] = {}) -> None:
+        self.directory, self.config, self.beside = Path(directory), config, beside
         self.last_step: int | None = None
         self._ranks = Ranks()
         self._host_buffers: store.State = {}
@@ -162,7 +164,9 @@ class Saver:
         dtype = EXPORT_DTYPES[self.config.export]
         weights = {name: value for name, value in state.items() if name.startswith("model.")}
         cast = {name: value.detach().to(dtype) for name, value in store.own_share(weights).items()}
-        return store.write(Path(path), f"Exporting the weights to {path}", cast, metadata, self._ranks)
+        return store.write(
+            Path(path), f"Exporting the weights to {path}", cast, metadata, self._ranks, beside=self.beside
+        )
 
     def _copy_to_host(self, state: store.State) -> store.State:
         """Copies of the local tensors in host memory, finished when this returns."""
@@ -196,7 +200,7 @@ class Saver:
         keep_all: bool,
     ) -> None:
         """Write one checkpoint, then delete what retention lets go; without `stall_seconds` all of it was a stall."""
-        path = store.save(self.directory, step, state, metadata, self._ranks, host_copies)
+        path = store.save(self.directory, step, state, metadata, self._ranks, host_copies, self.beside)
         size, deleted, kept_because = 0, (), ""
         self._passed_over.discard(step)
         with self._ranks.together("Deleting old checkpoints"):

@@ -100,16 +100,17 @@ def own_share(state: State) -> State:
 
 
 def save(
-    directory: Path, step: int, state: State, metadata: dict[str, Any], ranks: Ranks, host_copies: State | None = None
+    directory: Path, step: int, state: State, metadata: dict[str, Any], ranks: Ranks, host_copies: State | None = None,
+    beside: Mapping[str, bytes] = {},
 ) -> Path:
     """Write `state` and `metadata` (JSON) as the checkpoint of `step`; returns its folder. A collective over all ranks.
 
     `host_copies` holds a local tensor per name of `state`; where given, the numbers come from there and `state` only
-    describes them. When this returns, the checkpoint is on the disk under its final name. An error on one rank (a
+    describes them; `beside` are small files, by name. When this returns, the checkpoint is on the disk under its final name. An error on one rank (a
     full disk) raises the same `UserError` on all of them and leaves nothing behind.
     """
     doing = f"Saving the checkpoint of step {step} in {directory}"
-    return write(files.step_folder(directory, step), doing, state, metadata, ranks, host_copies)
+    return write(files.step_folder(directory, step), doing, state, metadata, ranks, host_copies, beside=beside)
 
 
 def write(
@@ -120,6 +121,7 @@ def write(
     ranks: Ranks,
     host_copies: Mapping[str, torch.Tensor] | None = None,
     file_per_tensor: bool = False,
+    beside: Mapping[str, bytes] = {},
 ) -> Path:
     """`save` to any folder; `doing` begins the sentence of an error.
 
@@ -139,6 +141,10 @@ def write(
         records = _write(temporary, state, ranks, doing, SavePlanner(host_copies), file_per_tensor)
         with ranks.together(doing):
             if ranks.rank == 0:
+                for name, content in beside.items():
+                    with files.ChecksumStream(temporary / name) as stream:
+                        stream.write(content)
+                    records[name] = stream.record
                 records[files.METADATA] = files.write_json(temporary / files.METADATA, metadata)
                 files.write_json(temporary / files.MANIFEST, {"files": records})
                 put_in_place(temporary, final)

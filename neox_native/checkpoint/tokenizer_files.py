@@ -1,14 +1,60 @@
-"""The files by which Hugging Face's libraries know a tokenizer."""
+"""The tokenizer as a file: in a checkpoint, and as Hugging Face's libraries know it.
+
+A checkpoint tells the name that `data.tokenizer` had, the hash of the content, and holds the tokenizer.json itself where
+there was one, so that it reads and writes text wherever it is copied. Those of earlier versions tell the name alone.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from neox_native.checkpoint import files
 from neox_native.config.schema import Model
 from neox_native.data.tokenizers import END_OF_DOCUMENT, Tokenizer, load_tokenizer
 from neox_native.errors import UserError
+
+
+TOKENIZER = "tokenizer.json"
+
+
+def tokenizer_facts(name: str, tokenizer: Tokenizer | None) -> tuple[dict[str, str], dict[str, bytes]]:
+    """What a checkpoint's metadata says of the tokenizer that `data.tokenizer` names, and the file it holds of it.
+
+    Args:
+        tokenizer: None where it is not known.
+    """
+    told = {"tokenizer": name} if name else {}
+    if tokenizer is None:
+        return told, {}
+    return told | {"tokenizer_sha256": tokenizer.sha256}, {TOKENIZER: tokenizer.file} if tokenizer.file is not None else {}
+
+
+def own_tokenizer(checkpoint: Path, metadata: Mapping[str, Any]) -> str:
+    """What `data.tokenizer` would say for a verified checkpoint's tokenizer: the file that it holds, else what it names; ""
+    where it does neither."""
+    held = TOKENIZER in files.read_manifest(checkpoint)
+    return str(checkpoint / TOKENIZER) if held else str(metadata.get("tokenizer", ""))
+
+
+def or_own(name: str, own: str) -> str:
+    """What `data.tokenizer` says, or the file that a checkpoint holds of its `own_tokenizer` where the one it names is gone."""
+    names_file = name not in ("", "byte") and not name.startswith("tiktoken:")
+    return own if names_file and Path(own).name == TOKENIZER and not Path(name).expanduser().exists() else name
+
+
+def other_tokenizer(metadata: Mapping[str, Any], name: str, tokenizer: Tokenizer | None) -> str:
+    """A sentence where a checkpoint was trained with another tokenizer than the run's; "" where it was not, or does not
+    tell."""
+    trained = metadata.get("tokenizer_sha256")
+    if tokenizer is None or trained in (None, tokenizer.sha256):
+        return ""
+    return (
+        f"the checkpoint was trained with the tokenizer {metadata.get('tokenizer')!r} (sha256 {str(trained)[:12]}), data.tokenizer = "
+        f"{name!r} is another one (sha256 {tokenizer.sha256[:12]})"
+    )
 
 
 def fitting_tokenizer(name: str, model: Model, setting: str = "data.tokenizer") -> Tokenizer:
@@ -34,7 +80,7 @@ def tokenizer_files(name: str, model: Model) -> tuple[dict[str, bytes], int | No
     if name.startswith("tiktoken:"):
         return {}, tokenizer.eod_id, [f"{name} is no tokenizer.json: the folder gets no tokenizer."]
     path = Path(name).expanduser()
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = path / TOKENIZER if path.is_dir() else path
     content = json.dumps(byte_level_json()).encode() if name == "byte" else path.read_bytes()
     eod = tokenizer.decode([tokenizer.eod_id])
     settings = {
@@ -45,8 +91,8 @@ def tokenizer_files(name: str, model: Model) -> tuple[dict[str, bytes], int | No
         "model_max_length": model.seq_length,
         "clean_up_tokenization_spaces": False,
     }
-    files = {"tokenizer.json": content, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
-    return files, tokenizer.eod_id, []
+    folder = {TOKENIZER: content, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
+    return folder, tokenizer.eod_id, []
 
 
 def byte_level_json() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from neox_native.checkpoint import files, interop, store
 from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.interop_hf import HuggingFaceReader
+from neox_native.checkpoint.tokenizer_files import own_tokenizer
 from neox_native.config import layout_rules
 from neox_native.config.schema import Compile, Config, Model, Parallel, Training
 from neox_native.errors import UserError
@@ -82,7 +83,7 @@ def load_model(path: str | Path, mesh: DeviceMesh, dtype: str, device: torch.dev
             else Boxes(weight.to_local(), rows[name], rows_of_whole(model))
             for name, weight in weights.items()
         }
-        tokenizer = store.load(source, state, ranks, only=interop.PREFIX).get("tokenizer", "")
+        tokenizer = own_tokenizer(source, store.load(source, state, ranks, only=interop.PREFIX))
     _require_finite(path, {part.global_name(name): weight for name, weight in weights.items()}, dtype, ranks)
     part.build_tables(device)
     if mesh["tp"].size() > 1:

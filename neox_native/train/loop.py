@@ -17,6 +17,7 @@ from neox_native.checkpoint.files import step_folder
 from neox_native.checkpoint.resume import Start
 from neox_native.checkpoint.retention import should_save
 from neox_native.checkpoint.saver import NotSaved, Saver
+from neox_native.checkpoint.tokenizer_files import tokenizer_facts
 from neox_native.config.schema import Config
 from neox_native.data.build import Datasets
 from neox_native.data.loader import StepBatch, build_loader
@@ -78,7 +79,8 @@ class Trainer:
         self.losses, self.loss_scale = self.train_step.losses, self.train_step.loss_scale
         self.spike_guard = self.train_step.spike_guard
         self.bad_steps, self.empty_steps = BadSteps(training), EmptySteps(mesh.get_group("dp"), device)
-        self.saver = Saver(folder.path / "checkpoints", config.checkpoint)
+        self.tokenizer, beside = tokenizer_facts(config.data.tokenizer, data.tokenizer)
+        self.saver = Saver(folder.path / "checkpoints", config.checkpoint, beside)
         self.exports = Exports(config, folder.path, ranks, self.saver)
         self.leave = LeaveRequest(requests)
         self.fingerprint, self.runtime = data.train.fingerprint(), run_states.runtime_of(device, ranks.gather)
@@ -275,7 +277,7 @@ class Trainer:
     def metadata(self) -> dict[str, Any]:
         """What a checkpoint of this step says about itself."""
         metadata = run_states.metadata(self.config, self.step, self.consumed_samples, self.fingerprint, self.runtime)
-        return metadata | {BAD_STEPS: self.bad_steps.count}
+        return metadata | self.tokenizer | {BAD_STEPS: self.bad_steps.count}
 
     def export_if_due(self, missing_only: bool = False) -> None:
         """Write the weights for others where that is due after this step; with `missing_only`, what a killed run did not
@@ -305,7 +307,8 @@ class Trainer:
             show(" ".join([f"starts from the weights of {start.path}", *(f"({remark})" for remark in remarks)]))
             return
         saved = store.load(start.path, state, self.ranks, lenient=run_states.OPTIONAL, verified=True)
-        run_states.check_fits(saved, self.config, self.fingerprint, self.runtime)
+        sha256 = self.tokenizer.get("tokenizer_sha256", "")
+        run_states.check_fits(saved, self.config, self.fingerprint, self.runtime, sha256)
         go_on(self.bad_steps, saved, self.config, self.saver.directory)
         self.optimizer.after_load()
         self.step, self.consumed_samples = saved["step"], saved["consumed_samples"]

@@ -15,10 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.files import read_metadata
 from neox_native.checkpoint.resume import Start, find_start
+from neox_native.checkpoint.tokenizer_files import or_own, other_tokenizer, own_tokenizer
 from neox_native.config.check import notices
 from neox_native.config.schema import Config, Run
 from neox_native.config.settings import SETTINGS
 from neox_native.data.build import Datasets, Position, build_data
+from neox_native.errors import UserError
 from neox_native.mesh import Launch, build_mesh, start_process_group
 from neox_native.metrics.health import FLIGHT_RECORDER, Watchdog, enable_flight_recorder, job_store
 from neox_native.metrics.preemption import Requests
@@ -105,12 +107,15 @@ def open_data(config: Config, ranks: Ranks, start: Start | None, watchdog: Watch
     """The run's data, the same on all ranks, in the order that the checkpoint it goes on from was reading; rank 0 prepares
     what is built in."""
     watchdog.at(0, "open data")
-    saved = {}
+    saved, own = {}, ""
     with ranks.together("Opening the data"):
-        if start and not start.weights_only and ranks.rank == 0:
+        if start and ranks.rank == 0:
             saved = read_metadata(start.path)
+            own = own_tokenizer(start.path, saved)
+    saved, own = ranks.from_first((saved, own))
+    goes_on = start is not None and not start.weights_only
     data = build_data(
-        config.data,
+        replace(config.data, tokenizer=or_own(config.data.tokenizer, own) if goes_on else config.data.tokenizer),
         seq_length=config.model.seq_length,
         vocab_size=config.model.vocab_size,
         seed=config.run.seed,
@@ -121,9 +126,14 @@ def open_data(config: Config, ranks: Ranks, start: Start | None, watchdog: Watch
         eval_rotate=config.evaluation.rotate,
         is_writer=ranks.rank == 0,
         wait=dist.barrier,
-        position=Position.of(ranks.from_first(saved)),
+        position=Position.of(saved if goes_on else {}),
     )
     check_agreement({name: str(value) for name, value in data.train.fingerprint().items()}, ranks.gather)
+    if another := other_tokenizer(saved, config.data.tokenizer, data.tokenizer):
+        if goes_on:
+            raise UserError(f"{another}; set it back, or start another run with another run.dir.")
+        if ranks.rank == 0:
+            print(f"{another}: ids mean other texts than the weights learnt", flush=True)
     if ranks.rank == 0:
         print(data.train.describe(), flush=True)
     watchdog.at(0, "build the model")

@@ -122,7 +122,6 @@ def metadata(
         "data": fingerprint,
         "model": asdict(config.model),
         "config": asdict(config),
-        "tokenizer": config.data.tokenizer,
         "layout": {name: getattr(config.parallel, name) for name in LAYOUT},
         **runtime,
     }
@@ -150,7 +149,9 @@ def load_weights(path: Path, state: store.State, config: Config, ranks: Ranks) -
     return adaptations(trained, config)
 
 
-def check_fits(saved: dict[str, Any], config: Config, fingerprint: dict[str, Any], runtime: dict[str, str]) -> None:
+def check_fits(
+    saved: dict[str, Any], config: Config, fingerprint: dict[str, Any], runtime: dict[str, str], tokenizer_sha256: str = ""
+) -> None:
     """Raise `UserError` where resuming from a checkpoint would not continue its run, in bitwise mode also where it would
     continue it but for rounding or for the elements that dropout drops."""
     kinds = {"step": int, "consumed_samples": int, "data": dict, "layout": dict}
@@ -160,7 +161,10 @@ def check_fits(saved: dict[str, Any], config: Config, fingerprint: dict[str, Any
             f"The checkpoint's metadata.json does not tell {', '.join(lacking)}, which a run needs to go on; take its weights "
             "alone with checkpoint.initialize_from."
         )
-    if found := incompatible(config_of(saved), config):
+    trained = config_of(saved)
+    if tokenizer_sha256 and saved.get("tokenizer_sha256") == tokenizer_sha256:  # the same one under another name
+        trained = replace(trained, data=replace(trained.data, tokenizer=config.data.tokenizer))
+    if found := incompatible(trained, config):
         raise UserError(" ".join(found))
     check_fingerprint(saved["data"], fingerprint, "training")
     if config.run.determinism == "bitwise" and (found := _rounded_otherwise(saved, config, runtime)):

@@ -8,7 +8,7 @@ to the file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from neox_native.errors import UserError
@@ -50,10 +50,12 @@ def read(data: bytes, admits: Callable[[str, str], bool]) -> Any:
     Raises:
         UserError: the second half of a sentence that begins with the file's name.
     """
-    return _Machine(data, admits).run()
+    return Machine(data, admits).run(OPCODES, PROTOCOLS)
 
 
-class _Machine:
+class Machine:
+    """The stack machine, of whose `opcodes` a kind of file needs some; what they make stays inert."""
+
     def __init__(self, data: bytes, admits: Callable[[str, str], bool]) -> None:
         self.data, self.at, self.admits = data, 0, admits
         self.stack: list[Any] = []
@@ -61,19 +63,20 @@ class _Machine:
         """The stacks under the marks."""
         self.memo: list[Any] = []
 
-    def run(self) -> Any:
+    def run(self, opcodes: Mapping[bytes, Callable[[Any], Any]], protocols: tuple[int, ...]) -> Any:
+        """The one object of the pickle. Raises `UserError` as `read` does."""
         data = self.data
-        if len(data) < 2 or data[0] != 0x80 or data[1] not in PROTOCOLS:
-            raise UserError(f"it is no pickle of protocol {' or '.join(map(str, PROTOCOLS))}")
+        if len(data) < 2 or data[0] != 0x80 or data[1] not in protocols:
+            raise UserError(f"it is no pickle of protocol {' or '.join(map(str, protocols))}")
         self.at = 2
         try:
             while (code := data[self.at : self.at + 1]) != b".":
                 self.at += 1
-                OPCODES[code](self)
+                opcodes[code](self)
         except UserError:
             raise
         except KeyError:
-            raise UserError(f"its byte {self.at - 1} is no operation that DCP's index needs" if code else "it ends too early") from None
+            raise UserError(f"its byte {self.at - 1} is no operation that such a file needs" if code else "it ends too early") from None
         except (IndexError, ValueError, TypeError):
             raise UserError(f"its operations do not fit together at byte {self.at}") from None
         if len(self.stack) != 1 or self.below or self.at + 1 != len(data):
@@ -139,6 +142,9 @@ class _Machine:
         module, name = self.pop(2)
         if type(module) is not str or type(name) is not str:
             raise TypeError
+        self.push_global(module, name)
+
+    def push_global(self, module: str, name: str) -> None:
         if not self.admits(module, name):
             raise UserError(f"it asks for {f'{module}.{name}'[:100]}, which no checkpoint needs and which could run code")
         self.push(Global(f"{module}.{name}"))
@@ -159,7 +165,7 @@ class _Machine:
         record.state = state
 
 
-OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
+OPCODES: dict[bytes, Callable[[Machine], Any]] = {
     b"\x95": lambda machine: machine.take(8),  # a frame's length, for readers of streams
     b"N": lambda machine: machine.push(None),
     b"\x88": lambda machine: machine.push(True),
@@ -167,10 +173,10 @@ OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     b"K": lambda machine: machine.push(machine.number(1)),
     b"M": lambda machine: machine.push(machine.number(2)),
     b"J": lambda machine: machine.push(machine.number(4, signed=True)),
-    b"\x8a": _Machine.push_integer,
+    b"\x8a": Machine.push_integer,
     b"\x8c": lambda machine: machine.push_text(machine.number(1)),
     b"X": lambda machine: machine.push_text(machine.number(4)),
-    b"(": _Machine.mark,
+    b"(": Machine.mark,
     b")": lambda machine: machine.push(()),
     b"\x85": lambda machine: machine.push_tuple(1),
     b"\x86": lambda machine: machine.push_tuple(2),
@@ -185,10 +191,10 @@ OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     b"\x94": lambda machine: machine.memo.append(machine.stack[-1]),
     b"h": lambda machine: machine.push(machine.memo[machine.number(1)]),
     b"j": lambda machine: machine.push(machine.memo[machine.number(4)]),
-    b"\x93": _Machine.find,
-    b"\x81": _Machine.make,
-    b"R": _Machine.make,
-    b"b": _Machine.build,
+    b"\x93": Machine.find,
+    b"\x81": lambda machine: machine.make(),
+    b"R": lambda machine: machine.make(),
+    b"b": lambda machine: machine.build(),
 }
 """By `pickletools`' names: FRAME, NONE, NEWTRUE, NEWFALSE, BININT1, BININT2, BININT, LONG1, SHORT_BINUNICODE, BINUNICODE,
 MARK, EMPTY_TUPLE, TUPLE1 to 3, TUPLE, EMPTY_LIST, APPEND, APPENDS, EMPTY_DICT, SETITEM, SETITEMS, MEMOIZE, BINGET,

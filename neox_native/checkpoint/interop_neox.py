@@ -15,9 +15,7 @@ apart by rounding; like GPT-NeoX's own tools, we average them.
 
 from __future__ import annotations
 
-import pickle
 import re
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ import torch
 from torch import Tensor
 
 from neox_native.checkpoint.interop import parameter_shapes
+from neox_native.checkpoint.torch_files import look_at
 from neox_native.config.schema import Model
 from neox_native.errors import UserError
 from neox_native.plain_files import is_plain_name, read_text
@@ -128,7 +127,8 @@ class NeoxReader:
         for rank in range(self.tp):
             if (None, rank) in self._files:
                 file, prefix = self._files[None, rank], f"sequential.{entry}."
-                tensors = self._load(file).get("module") or {}
+                module = self._load(file).get("module")
+                tensors = module if isinstance(module, dict) else {}
             elif (entry, rank) in self._files:
                 file, prefix = self._files[entry, rank], ""
                 tensors = self._load(file)
@@ -140,6 +140,8 @@ class NeoxReader:
             shard = next((tensors[prefix + each] for each in theirs if prefix + each in tensors), None)
             if shard is None:
                 raise UserError(f"{file} has no {prefix}{theirs[0]}: it does not hold the model that was described.")
+            if not isinstance(shard, Tensor) or not shard.is_floating_point():
+                raise UserError(f"{file} is refused: what it calls {prefix}{theirs[0]} is no tensor of weights.")
             shards.append(shard)
         self._check_shape(name, shards)
         return shards
@@ -147,13 +149,15 @@ class NeoxReader:
     def _check_shape(self, name: str, shards: list[Tensor]) -> None:
         dim, wanted = CUT_DIM.get(within_layer(name)), tuple(self.shapes[name])
         found = list(shards[0].shape)
-        if dim is not None:
+        if dim is not None and all(dim < shard.dim() for shard in shards):
             found[dim] = sum(shard.shape[dim] for shard in shards)
         vocabulary = name in ("embed_in.weight", "embed_out.weight")
-        fits = found[1:] == list(wanted[1:]) and (found[0] >= wanted[0] if vocabulary else found[0] == wanted[0])
+        alike = len(found) == len(wanted) and all(_without(dim, shard) == _without(dim, shards[0]) for shard in shards)
+        fits = alike and found[1:] == list(wanted[1:]) and (found[0] >= wanted[0] if vocabulary else found[0] == wanted[0])
         if not fits:
+            shapes = str(tuple(found)) if alike else " and ".join(sorted({str(tuple(shard.shape)) for shard in shards}))
             raise UserError(
-                f"{self.path}: {name} has shape {tuple(found)} over {self.tp} ranks, the model that was "
+                f"{self.path}: {name} has shape {shapes} over {self.tp} ranks, the model that was "
                 f"described has {wanted}"
                 + (
                     "; set model.vocab_size and model.vocab_multiple_of to at most that many rows."
@@ -161,6 +165,11 @@ class NeoxReader:
                     else "."
                 )
             )
+
+
+def _without(dim: int | None, shard: Tensor) -> list[int]:
+    """A shape but for one dim."""
+    return [size for each, size in enumerate(shard.shape) if each != dim]
 
 
 def step_folder(path: Path) -> Path:
@@ -198,20 +207,20 @@ def place_of(name: str, num_layers: int) -> tuple[int, list[str]]:
     }[name]
 
 
-def load_file(file: Path) -> Mapping[str, Any]:
-    """A file of `torch.save`, mapped into memory and read without running code. Raises `UserError` where it is
+def load_file(file: Path) -> dict[str, Any]:
+    """The dict that `torch.save` wrote, mapped into memory and read without running code. Raises `UserError` where it is
     refused."""
-    with torch.serialization.safe_globals(NUMPY_STATE):
-        try:
-            try:
-                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # files from before torch 1.6 cannot be mapped
-                return torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            wanted = re.search(r"GLOBAL (\S+)", str(error))
-            raise UserError(
-                f"{file} is refused: it holds objects other than tensors ({wanted[1] if wanted else 'unknown'}), which "
-                "could run code; save its tensors alone."
-            ) from None
-        except (RuntimeError, EOFError) as error:
-            raise UserError(f"{file} is damaged or no file of torch.save: {str(error).splitlines()[0]}.") from None
+    try:
+        with open(file, "rb") as opened:
+            look_at(opened)
+        with torch.serialization.safe_globals(NUMPY_STATE):
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except UserError as error:
+        raise UserError(f"{file} is refused: {error}.") from None
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch says of a file that lies about its numbers
+        raise UserError(f"{file} is damaged: {(str(error).splitlines() or [type(error).__name__])[0]}.") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{file} is refused: it holds no dict of tensors.")
+    return loaded

@@ -2,17 +2,16 @@
 
 DCP's index `.metadata` is a pickle, and an ordinary unpickler imports, calls and changes whatever the file names. Here
 `inert.py` reads it as data, and DCP's own data classes are made of what has their form; tensors are read with
-`weights_only=True`; entries that are pickled objects rather than tensors are refused; and the index may only point into
+`weights_only=True` after `torch_files.py` has looked at them; entries that are pickled objects rather than tensors are refused; and the index may only point into
 files that the manifest lists.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
@@ -30,6 +29,7 @@ from torch.futures import Future
 
 from neox_native.checkpoint import inert
 from neox_native.checkpoint.files import Record, read_manifest
+from neox_native.checkpoint.torch_files import Piece, look_at
 from neox_native.errors import UserError
 from neox_native.plain_files import read_bytes
 
@@ -173,13 +173,18 @@ class SafeReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.index
 
+    def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> Any:
+        """A tensor's stretch of a shard, if it is fit for `torch.load`."""
+        piece = Piece(file, sinfo.offset, sinfo.length)
+        look_at(piece)
+        return piece
+
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         try:
             return super().read_data(plan, planner)
-        except pickle.UnpicklingError:
-            message = f"a shard of {self.path} is refused: it holds pickled objects where tensors belong."
-            raise UserError(message) from None
-        except (UserError, OSError):
+        except UserError as error:
+            raise UserError(f"a shard of {self.path} is refused: {error}.") from None
+        except OSError:
             raise
         except Exception as error:  # torch.load on what no torch.save wrote, or DCP on a tensor of another shape
             said = (str(error).splitlines() or [type(error).__name__])[0]
@@ -193,4 +198,4 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise UserError(f"{read_item.dest_index.fqn} is a pickled object; only tensors are loaded.")
+        raise UserError(f"{read_item.dest_index.fqn} is a pickled object; only tensors are loaded")

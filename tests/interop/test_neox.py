@@ -185,9 +185,34 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     folder = write_ranks(tmp_path / "neox", MODEL, 1)
     file = folder / "mp_rank_00_model_states.pt"
     torch.save({"module": {}, "trap": Trap()}, file)
-    refused(folder, MODEL, r"is refused: it holds objects other than tensors \(print|builtins.print")
+    refused(folder, MODEL, r"is refused: it holds objects other than tensors \(\S*print\)")
     file.write_bytes(file.read_bytes()[:50])
     refused(folder, MODEL, "is damaged or no file of torch.save")
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda tensors: [tensors], "holds no dict of tensors"),
+        (lambda tensors: tensors | dict.fromkeys(tensors, 7), "is no tensor of weights"),
+        (lambda tensors: tensors | {name: tensor.int() for name, tensor in tensors.items()}, "is no tensor of weights"),
+        (lambda tensors: tensors | dict.fromkeys(tensors, torch.tensor(1.0)), r"has shape \(\)"),
+        (lambda tensors: {name: tensor[:, None] for name, tensor in tensors.items()}, "has shape"),
+        (lambda tensors: {(0, ((1,),)): tensors}, "neither a word nor a number"),
+    ],
+)
+@pytest.mark.parametrize("entry", [0, 5], ids=["embedding", "last norm"])
+def test_a_file_of_other_types_is_refused_in_a_sentence(tmp_path, entry, change, sentence):
+    folder = write_layers(tmp_path / "neox", replace(MODEL, num_layers=2), 2)
+    file = folder / f"layer_{entry:02}-model_01-model_states.pt"
+    torch.save(change(torch.load(file)), file)
+    refused(folder, replace(MODEL, num_layers=2), sentence)
+
+
+@pytest.mark.parametrize("module", [None, 7, [1, 2], "sequential.0.word_embeddings.weight"])
+def test_a_rank_whose_module_is_no_dict_is_refused(tmp_path, module):
+    torch.save({"module": module}, tmp_path / "mp_rank_00_model_states.pt")
+    refused(tmp_path, MODEL, "does not hold the model that was described")
 
 
 @pytest.mark.parametrize("named", [b"../elsewhere", b"/etc", b"\xff\xfe", b""])

@@ -16,13 +16,23 @@ from pathlib import Path
 class UserError(ValueError):
     """A mistake in a setting, a file or a command: its message is one sentence (or a few) that names the
     setting, its value, the limit and a way out. Entry points print the message alone and exit with status 1;
-    every other exception but an `OSError` is a bug of ours and keeps its traceback."""
+    every other exception but an `OSError` is a bug of ours and keeps its traceback.
+
+    It may quote a stranger's file: what no terminal should act on, and what is no text, stands in it as escapes."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what cannot be printed, or encoded."""
+    return "".join(each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode() for each in text)
 
 
 def in_words(error: OSError) -> str:
     """What the system said, and of which file: "No space left on device (runs/a/metrics.jsonl)"."""
     said = error.strerror or str(error) or type(error).__name__
-    return said if error.filename is None else f"{said} ({error.filename})"
+    return said if error.filename is None else f"{said} ({printable(str(error.filename))})"
 
 
 @contextmanager

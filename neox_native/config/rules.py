@@ -54,6 +54,8 @@ LARGEST = {
     "model.vocab_multiple_of": 1 << 20,
 }
 """Far above any model; above these a wrong number, which a file may tell, would fill the memory before it is noticed."""
+LARGEST_WHOLE_NUMBER = (1 << 63) - 1
+"""Of all other settings: what the numbers of tensors and files can be."""
 DATASET_KEYS = ("path", "weight", "labels")
 """Of an entry of a mixture."""
 MAX_DATASETS = 255
@@ -66,8 +68,9 @@ def _range_broken(dotted: str, number: float) -> str:
         return "" if number == -1 or number >= 1 else "1 or more, or -1 for the ranks that pp and tp leave"
     if dotted in HIGHEST:
         return "" if 0 <= number <= HIGHEST[dotted] else f"between 0 and {HIGHEST[dotted]}"
-    if number > LARGEST.get(dotted, math.inf):
-        return f"{LARGEST[dotted]:,} or less"
+    largest = LARGEST.get(dotted, LARGEST_WHOLE_NUMBER if isinstance(number, int) else math.inf)
+    if number > largest:
+        return f"{largest:,} or less"
     if dotted in AT_LEAST_ONE:
         return "" if number >= 1 else "1 or more"
     if dotted in ABOVE_ZERO:

@@ -99,7 +99,8 @@ def to_toml(value: Any) -> str:
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     assert isinstance(value, int | float), f"no TOML for {value!r}"
-    return repr(value)
+    # Python writes no more than 4300 digits.
+    return hex(value) if isinstance(value, int) and value.bit_length() > 64 else repr(value)
 
 
 def _key(name: str) -> str:

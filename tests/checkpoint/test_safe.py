@@ -216,6 +216,15 @@ def test_an_index_that_attacks_the_reader_is_refused_at_once(path: Path, program
     assert "__fspath__" not in vars(type(path)) and os.fspath(path) == str(path)
 
 
+@pytest.mark.parametrize("word", [b"\xed\xa0\x80", b"\x1b[2J"], ids=["half a character", "a terminal's command"])
+def test_a_text_that_is_none_cannot_keep_a_run_from_the_checkpoint_before(path: Path, word: bytes) -> None:
+    torn = store.save(path.parent, 2, {"model.a": torch.ones(3)}, {"step": 2}, Ranks())
+    rewrite(torn / ".metadata", b"\x80\x04\x8c" + bytes([len(word)]) + word + text("a") + b"\x93.")
+    said: list[str] = []
+    assert store.newest(path.parent, Ranks(), said.append) == path
+    assert said[0].isprintable() and "it asks for \\" in said[0]
+
+
 def test_a_damaged_index_is_refused_or_read_as_one_of_dcps_own_types(path: Path) -> None:
     state = {f"model.{name}": torch.ones(n, 2, dtype=dtype) for n, (name, dtype) in enumerate(safe.DTYPES.items()) if n < 9}
     whole = (store.save(path.parent, 2, state, {"step": 2}, Ranks()) / ".metadata").read_bytes()

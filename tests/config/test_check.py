@@ -230,6 +230,7 @@ def test_every_number_refuses_what_is_no_size(dotted: str, bad: str) -> None:
         ("--optimizer.betas=[0.9, 1]", "optimizer.betas = [0.9, 1.0] must be at least 0 and below 1."),
         ("--parallel.stage_layers=[4, 0]", "parallel.stage_layers = [4, 0] must be 1 or more."),
         ("--checkpoint.save_steps=[-1]", "checkpoint.save_steps = [-1] must be 0 or more and finite."),
+        (f"--training.steps={10**30}", f"training.steps = {hex(10**30)} must be 9,223,372,036,854,775,807 or less."),
         ("--training.clip_grad_norm=inf", "training.clip_grad_norm = inf must be 0 or more and finite."),
         ("--optimizer.eps=0", "optimizer.eps = 0.0 must be above 0 and finite."),
     ],

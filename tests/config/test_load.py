@@ -124,6 +124,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         ("[training]\nsteps = 1979-05-27\n", [], ["training.steps = 1979-05-27", "a whole number"]),
         ("[optimizer]\nlr = '1e-4'\n", [], ['optimizer.lr = "1e-4"', "must be a number"]),
         (f"[optimizer]\nlr = {10**400}\n", [], ["optimizer.lr", "must be a number"]),
+        (f"[optimizer]\nlr = 0x{'f' * 5000}\n", [], ["optimizer.lr = 0xffff", "must be a number"]),
         ("[optimizer]\nbetas = [0.9, 'x']\n", [], ["optimizer.betas", "a list of numbers"]),
         ("[training]\nprecision = 'fp8'\n", [], ['training.precision = "fp8"', '"fp32", "bf16", "fp16"']),
         ("[data]\ntrain = 3\n", [], ["data.train = 3", "a string or a list of tables"]),

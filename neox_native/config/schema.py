@@ -129,7 +129,8 @@ class Data:
     tokenizer: str = "byte"
     """Tokenizer that made the data: "byte", a Hugging Face tokenizer.json, or "tiktoken:gpt2" and its like."""
     order: Literal["neox", "epoch", "stored"] = "neox"
-    """Order of the samples: "neox" is GPT-NeoX's, to the token; "epoch" shuffles each epoch on its own, so that a longer
+    """Order of the samples: "neox" is GPT-NeoX's, to the token, and where a run is made longer than that, further epochs
+    follow, drawn anew; "epoch" shuffles each epoch on its own, so that a longer
     run continues a shorter one; "stored" takes rows of seq_length + 1 tokens as they lie (Pythia's preshuffled data)."""
     packing: Literal["packed", "pack_until_overflow", "unpacked"] = "packed"
     """How documents fill a row: end to end, whole documents while they fit, or one document; the last two pad."""

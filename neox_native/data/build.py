@@ -13,7 +13,7 @@ from neox_native.config.schema import Data
 from neox_native.data.builtin import PYTHON_STDLIB, prepare_python_stdlib
 from neox_native.data.dataset import Dataset, Mixture, Reading, TokenDataset
 from neox_native.data.indexed import IndexedDataset
-from neox_native.data.order import split_documents
+from neox_native.data.order import ENDLESS, split_documents
 from neox_native.data.sidecar import Vocabulary, check_tokenizer, read_sidecar, vocabulary_of
 from neox_native.data.tokenizers import OutOfReach, Tokenizer, load_tokenizer
 from neox_native.errors import UserError
@@ -96,6 +96,23 @@ def samples_needed(
         return position.consumed_samples + max(0, steps - position.step) * global_batch_size
     evaluations = steps // max(1, eval_every or steps) + 1 if part == "valid" and eval_rotate else 1
     return evaluations * eval_batches * global_batch_size
+
+
+def how_far(data: Dataset, global_batch_size: int, position: Position) -> str:
+    """How far `training.steps` can be raised in the order of the training data, in a sentence; "" where it has no end.
+
+    A run that goes beyond what it had drawn is told so.
+    """
+    order = data.reading.order
+    if data.samples_drawn >= ENDLESS:
+        return ""
+    if position.begun and position.begun != data.fingerprint():
+        return f'data.order = "{order}": the run is longer than the order it began, which further samples follow, drawn anew'
+    steps = position.step + (data.samples_drawn - position.consumed_samples) // global_batch_size
+    beyond = "there are no more rows"
+    if order == "neox":
+        beyond = 'beyond, further samples follow, drawn anew (data.order = "epoch", from the start, is one order at any length)'
+    return f'data.order = "{order}": training.steps can be raised to {steps:,}; {beyond}'
 
 
 class Source(NamedTuple):

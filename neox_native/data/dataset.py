@@ -65,6 +65,8 @@ class Dataset(Protocol):
     """Token ids must be below it; the loader checks every batch."""
     num_samples: int
     """Samples that the order offers, at least as many as the run needs."""
+    samples_drawn: int
+    """Samples that a longer run would read in the same order."""
 
     def read(self, index: int) -> Row:
         """Sample `index`."""
@@ -118,7 +120,7 @@ class TokenDataset:
         self.corpus = Corpus(documents, files.sizes, reading.seq_length, reading.packing, usable)
         self._check_length()
         self.order = self._arrange(num_samples)
-        self.num_samples = self.order.num_samples
+        self.num_samples = self.samples_drawn = self.order.num_samples
 
     def _usable(self, documents: range) -> np.ndarray:
         """Documents that are not empty and have a target; GPT-NeoX too leaves out those whose labels are all
@@ -252,6 +254,9 @@ class Mixture:
                     "training.global_batch_size, or give more rows."
                 )
         self.seq_length, self.vocab_size = self.reading.seq_length, self.reading.vocab_size
+        # Of a longer mixture a dataset would give its share with the same margin, and one.
+        reaches = [int((dataset.num_samples - 1) / (1.005 * share)) for dataset, share in zip(self.datasets, shares)]
+        self.samples_drawn = max(num_samples, min(reaches))
 
     def read(self, index: int) -> Row:
         """See `Dataset.read`."""
@@ -304,12 +309,12 @@ def _sha256(path: Path) -> str:
 def check_fingerprint(saved: dict[str, object], current: dict[str, object], what: str) -> None:
     """Raises `UserError` that names every entry in which the data of a checkpoint and of this run differ.
 
-    "samples" may have grown: the order goes on behind those that the checkpoint knew.
+    "samples" and "epochs" may have grown: the order goes on behind those that the checkpoint knew, see [Note: legs].
     """
 
     def goes_on(name: str) -> bool:
         before, now = saved.get(name), current.get(name)
-        if name.split(".")[-1] == "samples" and isinstance(now, list):
+        if name.split(".")[-1] in ("samples", "epochs") and isinstance(now, list):
             before = before if isinstance(before, list) else [before]
             return now[: len(before)] == before
         return before == now
@@ -319,7 +324,5 @@ def check_fingerprint(saved: dict[str, object], current: dict[str, object], what
     if changed:
         raise UserError(
             f"the {what} data is not in the order that the checkpoint was reading: {'; '.join(changed)}. Continue with "
-            'the data settings of the checkpoint (data.order = "neox" also depends on training.steps * '
-            'training.global_batch_size once the data is read more than once; "epoch" does not), or start anew with '
-            'checkpoint.resume = "none" in another run.dir.'
+            'the data settings of the checkpoint, or start anew with checkpoint.resume = "none" in another run.dir.'
         )

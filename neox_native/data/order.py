@@ -3,10 +3,15 @@
 `np.random.RandomState` is frozen by NumPy, so that a seed means the same order for ever. The terms are those of
 [Note: packing terms]. Three orders:
 
-- "neox": GPT-NeoX's to the token. All epochs that the run needs are shuffled together: a longer run may have another
-order.
+- "neox": GPT-NeoX's to the token. All epochs that the run needs are shuffled together: a run that is longer from the start may
+have another order.
 - "epoch": each epoch is shuffled on its own, from (seed, documents, epoch): a longer run continues a shorter one.
 - "stored": row i of the file is sample i, for files that were shuffled and cut beforehand, as Pythia's were.
+
+[Note: legs] A run in order "neox" that is made longer keeps what it has drawn, its first leg, which is GPT-NeoX's. Where that
+holds too few samples, a further leg follows: as many epochs as suffice, shuffled together from (seed, epochs before it), or, of
+whole documents, the further samples, shuffled from (seed, samples before them). The fingerprint tells where each leg ends, so
+that the run finds them again, and may be made longer any number of times.
 """
 
 from __future__ import annotations
@@ -115,8 +120,10 @@ def _numbers(documents: range) -> np.ndarray:
 
 
 def _counts(told: object) -> list[int]:
-    """The counts that an entry of a fingerprint tells, one or a list of them."""
-    return [count for count in (told if isinstance(told, list) else [told]) if isinstance(count, int) and count > 0]
+    """The counts that an entry of a fingerprint tells, one or a rising list of them."""
+    counts = told if isinstance(told, list) else [told]
+    rises = all(isinstance(count, int) for count in counts) and all(a < b for a, b in zip([0, *counts], counts))
+    return list(counts) if rises else []
 
 
 def draw_at_once(_facts: Facts, draw: Draw) -> Arrays:
@@ -133,8 +140,8 @@ class NeoxOrder:
 
     Args:
         keep: where long orders of packed samples are kept, for shuffling 1e8 numbers takes many seconds.
-        begun: fingerprint of the order that the run has been reading, which goes on as far as it reaches. Beyond it, packed
-            samples are drawn anew; of whole documents the further samples follow, shuffled among themselves.
+        begun: fingerprint of the order that the run has been reading, which goes on as far as it reaches. Beyond it further
+            samples follow, see [Note: legs].
     """
 
     def __init__(
@@ -143,37 +150,29 @@ class NeoxOrder:
         self.packing = corpus.packing
         begun = begun if begun and begun.get("order") == "neox" else {}
         if corpus.packing == "packed":
-            needed = epochs_needed(corpus.num_tokens, corpus.seq_length, num_samples)
-            self.epochs = max([needed, *_counts(begun.get("epochs"))])
-            self._lay_out_packed(corpus, seed, keep)
-        else:
-            self.legs = _counts(begun.get("samples"))
-            if not self.legs or self.legs[-1] < num_samples:
-                self.legs.append(num_samples)
-            rng = np.random.RandomState(seed)
-            self.shuffle = shuffled_samples(self.legs[0], rng)
-            for first, stop in zip(self.legs, self.legs[1:]):
-                further = first + shuffled_samples(stop - first, np.random.RandomState([seed, first])).astype(np.int64)
-                self.shuffle = np.concatenate([self.shuffle, further])
-            self._lay_out_whole_documents(corpus, rng)
-        self.num_samples = len(self.shuffle)
+            self.legs = _counts(begun.get("epochs"))
+            self._lay_out_packed(corpus, num_samples, seed, keep)
+            return
+        self.legs = _counts(begun.get("samples"))
+        if not self.legs or self.legs[-1] < num_samples:
+            self.legs.append(num_samples)
+        rng = np.random.RandomState(seed)
+        self.shuffle = shuffled_samples(self.legs[0], rng)
+        for first, stop in zip(self.legs, self.legs[1:]):
+            further = first + shuffled_samples(stop - first, np.random.RandomState([seed, first])).astype(np.int64)
+            self.shuffle = np.concatenate([self.shuffle, further])
+        self._lay_out_whole_documents(corpus, rng)
+        self.parts, self.num_samples = [(self.stream, self.shuffle)], len(self.shuffle)
 
-    def _lay_out_packed(self, corpus: Corpus, seed: int, keep: Keep) -> None:
-        num_samples = (self.epochs * corpus.num_tokens - 1) // corpus.seq_length
-
-        def draw() -> Arrays:
-            rng = np.random.RandomState(seed)
-            documents = np.tile(_numbers(corpus.documents), self.epochs)
-            rng.shuffle(documents)
-            ends = ends_in_stream(documents, corpus.sizes)
-            return {"documents": documents, "ends": ends, "samples": shuffled_samples(num_samples, rng)}
-
-        span = corpus.documents.start, corpus.documents.stop
-        facts = {"seed": seed, "documents": span, "epochs": self.epochs, "seq_length": corpus.seq_length}
-        is_long = max(self.epochs * len(corpus.documents), num_samples) >= LONG
-        arrays = (keep if is_long else draw_at_once)(facts, draw)
-        self.stream = PackedStream(arrays["documents"], arrays["ends"], corpus.seq_length)
-        self.shuffle = arrays["samples"]
+    def _lay_out_packed(self, corpus: Corpus, num_samples: int, seed: int, keep: Keep) -> None:
+        """Draws each leg, and one more where they hold too few samples."""
+        tokens, length = corpus.num_tokens, corpus.seq_length
+        held = sum(((stop - first) * tokens - 1) // length for first, stop in zip([0, *self.legs], self.legs))
+        if not self.legs or held < num_samples:
+            self.legs.append(sum(self.legs[-1:]) + epochs_needed(tokens, length, num_samples - held))
+        self.parts = [_packed_leg(corpus, first, stop, seed, keep) for first, stop in zip([0, *self.legs], self.legs)]
+        self.stream, self.shuffle = self.parts[0]
+        self.num_samples = sum(len(shuffle) for _, shuffle in self.parts)
 
     def _lay_out_whole_documents(self, corpus: Corpus, rng: np.random.RandomState) -> None:
         epoch, parts = _numbers(corpus.documents), []
@@ -186,21 +185,45 @@ class NeoxOrder:
             self.stream = corpus.stream(np.concatenate(parts))
             samples = self.stream.num_samples - 1
             missing = -(-(len(self.shuffle) - samples) * len(parts) // max(1, samples))
-        self.epochs = len(parts)
 
     def segments(self, sample: int) -> list[Segment]:
         """See `Order.segments`."""
-        return self.stream.segments(int(self.shuffle[sample]))
+        for stream, shuffle in self.parts:
+            if sample < len(shuffle):
+                return stream.segments(int(shuffle[sample]))
+            sample -= len(shuffle)
+        raise IndexError(sample)
 
     def samples_of(self, document: int, stop: int) -> np.ndarray:
         """See `Order.samples_of`."""
-        return np.flatnonzero(np.isin(self.shuffle[:stop], self.stream.samples_of(document)))
+        found, first = [], 0
+        for stream, shuffle in self.parts:
+            found.append(first + np.flatnonzero(np.isin(shuffle[: max(0, stop - first)], stream.samples_of(document))))
+            first += len(shuffle)
+        return np.concatenate(found)
 
     def fingerprint(self) -> dict[str, object]:
         """See `Order.fingerprint`."""
-        if self.packing == "packed":
-            return {"order": "neox", "epochs": self.epochs}
-        return {"order": "neox", "samples": self.legs if len(self.legs) > 1 else self.num_samples}
+        counted = "epochs" if self.packing == "packed" else "samples"
+        return {"order": "neox", counted: self.legs if len(self.legs) > 1 else self.legs[0]}
+
+
+def _packed_leg(corpus: Corpus, first: int, stop: int, seed: int, keep: Keep) -> tuple[PackedStream, np.ndarray]:
+    """The stream of epochs [first, stop) and the order of its samples; from epoch 0 on it is GPT-NeoX's."""
+    num_samples = ((stop - first) * corpus.num_tokens - 1) // corpus.seq_length
+
+    def draw() -> Arrays:
+        rng = np.random.RandomState([seed, first] if first else seed)
+        documents = np.tile(_numbers(corpus.documents), stop - first)
+        rng.shuffle(documents)
+        ends = ends_in_stream(documents, corpus.sizes)
+        return {"documents": documents, "ends": ends, "samples": shuffled_samples(num_samples, rng)}
+
+    span = corpus.documents.start, corpus.documents.stop
+    facts: Facts = {"seed": seed, "documents": span, "epochs": stop - first, "seq_length": corpus.seq_length}
+    is_long = max((stop - first) * len(corpus.documents), num_samples) >= LONG
+    arrays = (keep if is_long else draw_at_once)(facts | ({"after_epochs": first} if first else {}), draw)
+    return PackedStream(arrays["documents"], arrays["ends"], corpus.seq_length), arrays["samples"]
 
 
 class EpochOrder:

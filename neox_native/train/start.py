@@ -19,7 +19,7 @@ from neox_native.checkpoint.tokenizer_files import or_own, other_tokenizer, own_
 from neox_native.config.check import notices
 from neox_native.config.schema import Config, Run
 from neox_native.config.settings import SETTINGS
-from neox_native.data.build import Datasets, Position, build_data
+from neox_native.data.build import Datasets, Position, build_data, how_far
 from neox_native.errors import UserError
 from neox_native.mesh import Launch, build_mesh, start_process_group
 from neox_native.metrics.health import FLIGHT_RECORDER, Watchdog, enable_flight_recorder, job_store
@@ -114,6 +114,7 @@ def open_data(config: Config, ranks: Ranks, start: Start | None, watchdog: Watch
             own = own_tokenizer(start.path, saved)
     saved, own = ranks.from_first((saved, own))
     goes_on = start is not None and not start.weights_only
+    position = Position.of(saved if goes_on else {})
     data = build_data(
         replace(config.data, tokenizer=or_own(config.data.tokenizer, own) if goes_on else config.data.tokenizer),
         seq_length=config.model.seq_length,
@@ -126,7 +127,7 @@ def open_data(config: Config, ranks: Ranks, start: Start | None, watchdog: Watch
         eval_rotate=config.evaluation.rotate,
         is_writer=ranks.rank == 0,
         wait=dist.barrier,
-        position=Position.of(saved if goes_on else {}),
+        position=position,
     )
     check_agreement({name: str(value) for name, value in data.train.fingerprint().items()}, ranks.gather)
     if another := other_tokenizer(saved, config.data.tokenizer, data.tokenizer):
@@ -136,6 +137,8 @@ def open_data(config: Config, ranks: Ranks, start: Start | None, watchdog: Watch
             print(f"{another}: ids mean other texts than the weights learnt", flush=True)
     if ranks.rank == 0:
         print(data.train.describe(), flush=True)
+        if reach := how_far(data.train, config.training.global_batch_size, position):
+            print(reach, flush=True)
     watchdog.at(0, "build the model")
     return data
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neox_native.config.schema import Data
-from neox_native.data.build import Position, build_data
+from neox_native.data.build import Position, build_data, how_far
 from neox_native.data.dataset import Dataset, check_fingerprint
 from neox_native.errors import UserError
 from tests.data.corpora import blend, neox_samples, random_documents, write_files
@@ -236,9 +236,50 @@ def test_more_steps_of_whole_documents_follow_those_of_the_checkpoint(prefix: st
         check_fingerprint(longest.fingerprint(), datasets(data, packing=packing, steps=14).train.fingerprint(), "training")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["one", "mixture"])
+def test_more_steps_than_the_epochs_drawn_are_followed_by_further_epochs(
+    prefix: str, documents: list[list[int]], kind: str
+) -> None:
+    data = mixture_of(prefix, kind)
+
+    def go_on(steps: int, before: Dataset, step: int) -> Dataset:
+        position = Position(step, 12 * step, before.fingerprint())
+        found = datasets(data, packing="packed", steps=steps, split="1", position=position).train  # type: ignore[arg-type]
+        check_fingerprint(before.fingerprint(), found.fingerprint(), "training")
+        assert all(found.sample(n).tolist() == before.sample(n).tolist() for n in range(12 * step))
+        return found
+
+    short = datasets(data, steps=6, split="1").train  # type: ignore[arg-type]
+    reach = short.samples_drawn // 12
+    said = how_far(short, 12, Position())
+    assert said.startswith(f'data.order = "neox": training.steps can be raised to {reach}; beyond, further samples')
+    assert go_on(reach, short, 6).fingerprint() == short.fingerprint()  # as it said
+    longer = go_on(2 * reach, short, 6)
+    assert "further samples follow" in how_far(longer, 12, Position(6, 72, short.fingerprint()))
+    longest = go_on(5 * reach, longer, reach)
+    assert longest.num_samples >= 60 * reach
+    again = go_on(5 * reach, longer, 2 * reach)
+    assert all(again.sample(n).tolist() == longest.sample(n).tolist() for n in range(60 * reach))
+    if kind == "mixture":
+        return
+    assert how_far(again, 12, Position(9, 108, again.fingerprint())).startswith('data.order = "neox": training.steps can be')
+    assert [longest.sample(n).tolist() for n in range(12 * reach)] == neox_samples(documents, 0, 60, SEQ_LENGTH, 72, SEED)[: 12 * reach]
+    fingerprint = longest.fingerprint()
+    legs, total = fingerprint["epochs"], sum(map(len, documents))
+    assert legs[:2] == [1, 2] and len(legs) == 3  # type: ignore[index, arg-type]
+    per_epoch = (total - 1) // SEQ_LENGTH
+    second = sorted(tuple(longest.sample(n).tolist()) for n in range(per_epoch, 2 * per_epoch))
+    assert second != sorted(tuple(longest.sample(n).tolist()) for n in range(per_epoch))  # documents in another order
+    document = max(range(60), key=lambda n: len(documents[n]))
+    found = longest.samples_of(prefix, document, 60 * reach).tolist()
+    assert found == [n for n in range(60 * reach) if document in {each.document for each in longest.locate(n).segments}]
+
+
 def test_stored_rows_are_read_in_the_order_of_the_file(tmp_path: Path) -> None:
     rows = [[number] * (SEQ_LENGTH + 1) for number in range(72)]
     data = datasets(write_files(tmp_path / "rows", rows), order="stored", split="1")
+    assert how_far(data.train, 12, Position()).endswith("training.steps can be raised to 6; there are no more rows")
+    assert how_far(datasets(data.train.files.prefix, order="epoch", split="1").train, 12, Position()) == ""  # type: ignore[attr-defined]
     read = torch.cat([step.inputs.flatten(0, 2) for step in steps_of(data, micro=12)])
     assert read.reshape(72, SEQ_LENGTH).tolist() == [row[1:] for row in rows]
     with pytest.raises(UserError, match="the run needs sample 83, but there are 72"):

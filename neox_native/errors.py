@@ -47,6 +47,15 @@ def naming(path: object) -> Iterator[None]:
 
 
 @contextmanager
+def named_as(setting: str, option: str) -> Iterator[None]:
+    """Sentences of the body call a setting by the option that the user gave: --device, not run.device."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(setting, option)) from None
+
+
+@contextmanager
 def report_user_errors(prefix: str = "error") -> Iterator[None]:
     """Print a `UserError`, or what the system refused, as a sentence and exit with status 1. Where the reader of the
     output has left, as `head` does, nobody is to be told; the status is a shell's for that."""

@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from neox_native.errors import UserError, in_words
+from neox_native.errors import UserError
 
 MAX_TEXT_BYTES = 1 << 25
 """Largest file that is read as text: a manifest of 300,000 files."""
@@ -40,7 +40,7 @@ def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES, missing: str = "") -> by
     except FileNotFoundError:
         raise UserError(f"{path} is missing" + (f": {missing}." if missing else ".")) from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {in_words(error)}.") from None
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 def read_text(path: Path, missing: str = "") -> str:

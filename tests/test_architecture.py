@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "neox_native"
 LAYERS = [
     {"errors", "units"},
-    {"plain_files"},
+    {"plain_files", "options"},
     {"config"},
     {"durable"},
     {"mesh", "model", "data"},

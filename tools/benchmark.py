@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib
 import platform
@@ -18,7 +17,9 @@ from pathlib import Path
 
 import torch
 
+from neox_native.errors import report_user_errors
 from neox_native.metrics.throughput import device_name
+from neox_native.options import Parser
 
 SUBJECTS = ("training", "peers", "checkpoint", "data", "generate")
 
@@ -37,10 +38,10 @@ def machine() -> str:
 
 def main(arguments: list[str]) -> None:
     """Run one subject's benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     choice = parser.add_mutually_exclusive_group()
     for subject in SUBJECTS:
-        choice.add_argument(f"--{subject}", dest="subject", action="store_const", const=subject)
+        choice.add_argument(f"--{subject}", dest="subject", action="store_const", const=subject, help="see above")
     subject = parser.parse_args(arguments).subject or "training"
     print(f"`python tools/benchmark.py --{subject}` on {machine()}\n", flush=True)
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools is a folder of the clone, not of the package
@@ -48,4 +49,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with report_user_errors():
+        main(sys.argv[1:])

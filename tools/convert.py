@@ -4,7 +4,7 @@
     python tools/convert.py from-hf FOLDER OUT                              Hugging Face -> ours
     python tools/convert.py from-neox global_step150000 OUT --config configs/20b.toml    GPT-NeoX (DeepSpeed) -> ours
 
-Weights that are not finite are refused by name. OUT of the last two is a checkpoint; train from it with --checkpoint.initialize_from OUT.
+`python tools/convert.py to-hf --help` lists the options of to-hf, and so on. Weights that are not finite are refused by name. OUT of the last two is a checkpoint; train from it with --checkpoint.initialize_from OUT.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from neox_native.config.load import load
 from neox_native.config.schema import Model
 from neox_native.data.tokenizers import load_tokenizer
 from neox_native.durable import clear_away, writing
-from neox_native.errors import UserError, report_user_errors
+from neox_native.errors import UserError, named_as, report_user_errors
+from neox_native.options import Parser, number_above, whole
 
 
 def to_hf(options: argparse.Namespace) -> None:
     """Our checkpoint -> a Hugging Face folder."""
     reader = interop.CheckpointReader(interop.find_checkpoint(options.source))
     tokenizer, dtype = options.tokenizer or there_is(own_tokenizer(reader.path, reader.metadata)), DTYPES[options.dtype]
-    shard_bytes = int(options.shard_gb * 1e9)
-    with writing(options.out):
+    shard_bytes = max(1, int(options.shard_gb * 1e9))
+    whose = "--tokenizer" if options.tokenizer else f"the tokenizer of {options.source}"
+    with writing(options.out), named_as("data.tokenizer", whose):
         weights = checked(reader, options, dtype)
         remarks = write_folder(options.out, reader.model, reader.shapes, weights, Ranks(), dtype, tokenizer, shard_bytes)
     print(*remarks, sep="\n", end="\n" if remarks else "")
@@ -87,7 +89,8 @@ def neox_model(options: argparse.Namespace) -> Model:
     if options.vocab_size:
         return model_from_yaml(files, options.vocab_size)
     if options.tokenizer:
-        return model_from_yaml(files, load_tokenizer(options.tokenizer).vocab_size)
+        with named_as("data.tokenizer", "--tokenizer"):
+            return model_from_yaml(files, load_tokenizer(options.tokenizer).vocab_size)
     # Nothing says where padding begins: keep every row.
     smallest = replace(model_from_yaml(files, 1), vocab_multiple_of=1)
     rows = NeoxReader(folder, smallest).vocabulary_rows()
@@ -96,7 +99,8 @@ def neox_model(options: argparse.Namespace) -> Model:
 
 def write(options: argparse.Namespace, model: Model, read: interop.Read, tokenizer: str) -> None:
     """Write our checkpoint, with the tokenizer in it where it is known."""
-    about, beside = tokenizer_facts(tokenizer, fitting_tokenizer(tokenizer, model, "--tokenizer") if tokenizer else None)
+    with named_as("data.tokenizer", "--tokenizer"):
+        about, beside = tokenizer_facts(tokenizer, fitting_tokenizer(tokenizer, model) if tokenizer else None)
     with writing(options.out):
         interop.write_checkpoint(options.out, model, checked(read, options), about, beside)
 
@@ -122,32 +126,48 @@ def checked(read: interop.Read, options: argparse.Namespace, dtype: torch.dtype 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="to-hf | from-hf | from-neox")
 
-    def command(name: str, function, source: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=function.__doc__)
+    def command(name: str, function, source: str, what: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         added.set_defaults(function=function)
-        added.add_argument("source", metavar=source, type=Path)
+        added.add_argument("source", metavar=source, type=Path, help=what)
         added.add_argument("out", metavar="OUT", type=Path, help="a new folder")
         added.add_argument(
-            "--tokenizer", default="", help='"byte", a tokenizer.json or "tiktoken:NAME", where it is not known'
+            "--tokenizer",
+            default="",
+            metavar="NAME",
+            help='"byte", the path of a tokenizer.json, or "tiktoken:NAME" (default: the one that the source names)',
         )
         added.add_argument(
             "--allow-nonfinite", action="store_true", help="convert weights that are infinite or no numbers, too"
         )
         return added
 
-    export = command("to-hf", to_hf, "CHECKPOINT")
+    export = command("to-hf", to_hf, "CHECKPOINT", "a checkpoint of ours, or a run's folder: its newest one")
     export.add_argument(
         "--dtype", choices=DTYPES, default="fp32", help="type of the written weights (default: fp32, exact)"
     )
-    export.add_argument("--shard-gb", type=float, default=2.0, help="largest file, which bounds memory [GB]")
-    command("from-hf", from_hf, "FOLDER")
-    neox = command("from-neox", from_neox, "FOLDER")
-    neox.add_argument("--config", help="our config file whose [model] section describes the checkpoint")
+    export.add_argument(
+        "--shard-gb",
+        type=number_above(0),
+        default=2.0,
+        metavar="GB",
+        help="size of the largest file, which bounds memory [GB] (default: 2)",
+    )
+    command("from-hf", from_hf, "FOLDER", "a folder with config.json and .safetensors files")
+    neox = command("from-neox", from_neox, "FOLDER", "a global_stepN folder, or the one around it")
     neox.add_argument(
-        "--vocab-size", type=int, default=0, help="ids of the tokenizer; the padding above is cut [tokens]"
+        "--config",
+        metavar="FILE",
+        help="our config file whose [model] section describes the checkpoint (default: as the .yml files beside it say)",
+    )
+    neox.add_argument(
+        "--vocab-size",
+        type=whole(1),
+        metavar="IDS",
+        help="ids of the tokenizer; the padding above is cut (default: as --config or --tokenizer says, else all rows are kept)",
     )
     return parser.parse_args(arguments)
 

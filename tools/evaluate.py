@@ -25,7 +25,7 @@ import torch.distributed as dist
 from neox_native.data.indexed import IndexedDataset
 from neox_native.data.sidecar import check_tokenizer, read_sidecar, vocabulary_of
 from neox_native.data.tokenizers import Tokenizer, load_tokenizer
-from neox_native.errors import UserError, report_user_errors
+from neox_native.errors import UserError, named_as, report_user_errors
 from neox_native.generate.choices import accuracy, read_questions
 from neox_native.generate.command import add_model_options, model_from, tokenizer_of
 from neox_native.generate.generator import Generator
@@ -33,26 +33,41 @@ from neox_native.generate.load import Loaded
 from neox_native.generate.perplexity import measure
 from neox_native.generate.runner import Runner
 from neox_native.generate.score import Scorer
+from neox_native.options import Parser, whole
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_model_options(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", help="prefix of .idx and .bin files")
-    what.add_argument("--text", type=Path, help="a text file, read as one document")
+    what.add_argument("--data", metavar="PREFIX", help="prepared token files, without .idx or .bin")
+    what.add_argument("--text", type=Path, metavar="FILE", help="a text file (UTF-8), read as one document")
     what.add_argument(
-        "--tasks", help="a .jsonl file of questions, or names of lm-evaluation-harness's tasks with commas between"
+        "--tasks",
+        metavar="NAMES",
+        help="a .jsonl file of questions, or names of lm-evaluation-harness's tasks with commas between",
     )
     parser.add_argument(
-        "--stride", type=int, default=0, help="tokens that a window predicts; 0: the whole context, no overlap"
+        "--stride",
+        type=whole(0),
+        default=0,
+        metavar="TOKENS",
+        help="how many tokens each window predicts: fewer than the context give each token more to look back on, and take "
+        "longer (default: 0, the whole context, no overlap)",
     )
-    parser.add_argument("--documents", type=int, default=0, help="read the first so many documents of --data; 0: all")
-    parser.add_argument("--include-path", help="a folder with more tasks for lm-evaluation-harness")
-    parser.add_argument("--limit", type=int, help="questions of each task of lm-evaluation-harness")
     parser.add_argument(
-        "--num-fewshot", type=int, help="examples before each question of lm-evaluation-harness's tasks"
+        "--documents", type=whole(0), default=0, metavar="N", help="read the first N documents of --data (default: 0, all)"
+    )
+    parser.add_argument("--include-path", metavar="FOLDER", help="more tasks for lm-evaluation-harness")
+    parser.add_argument(
+        "--limit", type=whole(1), metavar="N", help="the first N questions of each harness task (default: all)"
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=whole(0),
+        metavar="N",
+        help="examples before each question of harness tasks (default: as the task says)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(arguments)
@@ -96,16 +111,16 @@ def perplexity(options: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     """Of `--data` or `--text`."""
     scorer = Scorer(Runner(loaded), options.batch_size)
     tokenizer = tokenizer_of(options, loaded) if options.text or options.tokenizer else tokenizer_if_any(options, loaded)
-    stride = options.stride or scorer.context
     if options.data and (sidecar := read_sidecar(IndexedDataset(options.data))):
         given = f"--tokenizer {options.tokenizer}" if options.tokenizer else f"the tokenizer of {options.checkpoint}"
         made = {options.data: vocabulary_of(sidecar)}
         check_tokenizer(made, tokenizer, given, loaded.model.vocab_size, notice=lambda _: None)
     if options.text:
-        return measure(scorer, [text_document(options.text, tokenizer)], stride, tokenizer).report()
-    return measure(
-        scorer, documents(options.data, options.documents, loaded.model.vocab_size), stride, tokenizer
-    ).report()
+        read = iter([text_document(options.text, tokenizer)])
+    else:
+        read = documents(options.data, options.documents, loaded.model.vocab_size)
+    with named_as("stride = ", "--stride "):
+        return measure(scorer, read, options.stride or scorer.context, tokenizer).report()
 
 
 def tasks(options: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:

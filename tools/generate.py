@@ -1,8 +1,8 @@
 """Generate text from a checkpoint, on one process or on a tensor- and pipeline-parallel mesh.
 
-python tools/generate.py --checkpoint runs/quickstart --prompt "def main("
-torchrun --standalone --nproc-per-node 2 tools/generate.py --checkpoint runs/quickstart --prompts prompts.txt --json
-python tools/generate.py --checkpoint pythia-70m --temperature 0.8 --top-p 0.95        # asks for prompts
+    python tools/generate.py --checkpoint runs/quickstart --prompt "def main("
+    torchrun --standalone --nproc-per-node 2 tools/generate.py --checkpoint runs/quickstart --prompts prompts.txt --json
+    python tools/generate.py --checkpoint pythia-70m --temperature 0.8 --top-p 0.95        # asks for prompts
 """
 
 from __future__ import annotations
@@ -22,40 +22,77 @@ from neox_native.generate.command import add_model_options, model_from, tokenize
 from neox_native.generate.generator import Generator, Limits, Row
 from neox_native.generate.runner import Runner
 from neox_native.generate.sampling import Sampling
+from neox_native.options import Parser, number, number_above, whole
 
 DEFAULTS, LIMITS = Sampling(), Limits()
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_model_options(parser)
     text = parser.add_argument_group("prompts (neither: asks for them)")
-    text.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    text.add_argument("--prompts", type=Path, help='a file: one prompt per line, or .jsonl with {"prompt": ...}')
-    how = parser.add_argument_group("generation")
-    how.add_argument("--max-new-tokens", type=int, default=LIMITS.max_new_tokens)
-    how.add_argument(
-        "--temperature", type=float, default=DEFAULTS.temperature, help="0 (default): the most probable token"
+    text.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="text to go on from; may be given several times"
     )
-    how.add_argument("--top-k", type=int, default=DEFAULTS.top_k, help="draw among the k most probable tokens; 0: all")
-    how.add_argument(
-        "--top-p", type=float, default=DEFAULTS.top_p, help="draw among the tokens that reach this probability"
-    )
-    how.add_argument("--repetition-penalty", type=float, default=DEFAULTS.repetition_penalty, help="1 (default): none")
-    how.add_argument(
-        "--stop", action="append", default=[], help="a string that ends an answer; may be given several times"
-    )
-    how.add_argument("--seed", type=int, default=DEFAULTS.seed)
-    how.add_argument("--samples", type=int, default=LIMITS.samples, help="answers to each prompt")
-    how.add_argument("--ignore-end", action="store_true", help="go on after the end of a document")
-    how.add_argument("--no-cache", action="store_true", help="compute every position anew for every token")
+    text.add_argument("--prompts", type=Path, metavar="FILE", help='a file: one prompt per line, or .jsonl with {"prompt": ...}')
+    add_generation_options(parser.add_argument_group("generation"))
     shown = parser.add_argument_group("output")
     shown.add_argument("--json", action="store_true", help="one JSON object per answer")
     shown.add_argument(
         "--logprobs", action="store_true", help="with the log-probability of every token (in the JSON objects)"
     )
     return parser.parse_args(arguments)
+
+
+def add_generation_options(how: argparse._ArgumentGroup) -> None:
+    """How tokens are drawn, and when an answer ends."""
+    how.add_argument(
+        "--max-new-tokens",
+        type=whole(1),
+        default=LIMITS.max_new_tokens,
+        metavar="N",
+        help="most tokens of an answer (default: %(default)s)",
+    )
+    how.add_argument(
+        "--temperature",
+        type=number(0),
+        default=DEFAULTS.temperature,
+        metavar="T",
+        help="divides the logits: a lower one gives likelier answers (default: 0, always the most probable token)",
+    )
+    how.add_argument(
+        "--top-k",
+        type=whole(0),
+        default=DEFAULTS.top_k,
+        metavar="K",
+        help="draw among the K most probable tokens only (default: 0, all)",
+    )
+    how.add_argument(
+        "--top-p",
+        type=number_above(0, most=1),
+        default=DEFAULTS.top_p,
+        metavar="P",
+        help="draw among the most probable tokens that together reach this probability (default: 1, all)",
+    )
+    how.add_argument(
+        "--repetition-penalty",
+        type=number_above(0),
+        default=DEFAULTS.repetition_penalty,
+        metavar="X",
+        help="above 1: tokens that occurred become less likely (default: 1, none)",
+    )
+    how.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given several times"
+    )
+    how.add_argument(
+        "--seed", type=whole(), default=DEFAULTS.seed, metavar="N", help="of the draws (default: %(default)s)"
+    )
+    how.add_argument(
+        "--samples", type=whole(1), default=LIMITS.samples, metavar="N", help="answers to each prompt (default: 1)"
+    )
+    how.add_argument("--ignore-end", action="store_true", help="go on after the end of a document")
+    how.add_argument("--no-cache", action="store_true", help="compute every position anew for every token")
 
 
 def read_prompts(path: Path) -> list[str]:

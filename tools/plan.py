@@ -5,7 +5,7 @@
     python tools/plan.py calibrate --config configs/pythia/1b.toml --like H100 --write machine.toml
     python tools/plan.py validate
 
-Settings follow as for train.py: --parallel.tp 4.
+Settings may follow each but the last, as --parallel.tp 4; `python train.py --help` lists them. `COMMAND --help` lists a command's options.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from neox_native.config.check import require, require_some_layout
 from neox_native.config.load import dump, load
-from neox_native.errors import UserError, report_user_errors
+from neox_native.errors import UserError, named_as, report_user_errors
+from neox_native.options import Parser, whole
 from neox_native.plan import published
 from neox_native.plan.hardware import find_gpu
 from neox_native.plan.search import reasons, search, table
 from neox_native.plan.speed import COMPILED, EAGER, Machine
 
-COUNTS = ("world_size", "gpus", "gpus_per_node", "top")
-"""Options that must be at least 1."""
+SETTINGS_FOLLOW = " Settings may follow, as --parallel.tp 4; `python train.py --help` lists them."
 
 
 def dry_run(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -34,8 +35,9 @@ def dry_run(options: argparse.Namespace, overrides: list[str]) -> None:
     config = load(options.config, overrides)
     if options.rank is not None and not 0 <= options.rank < options.world_size:
         raise UserError(f"--rank {options.rank} is none of the ranks 0 to {options.world_size - 1} of --world-size.")
-    ranks = dryrun.distinct_ranks(config, options.world_size) if options.rank is None else [options.rank]
-    reports = [dryrun.dry_run(config, rank, options.world_size) for rank in ranks]
+    with named_as("torchrun started", "--world-size is"):
+        ranks = dryrun.distinct_ranks(config, options.world_size) if options.rank is None else [options.rank]
+        reports = [dryrun.dry_run(config, rank, options.world_size) for rank in ranks]
     if options.json:
         for report in reports:
             print(json.dumps(report.as_dict()))
@@ -76,10 +78,12 @@ def calibrate(options: argparse.Namespace, overrides: list[str]) -> None:
     require_writable(options.write)
     config, launch = load(options.config, overrides), Launch.from_environment()
     require_some_layout(config)
+    with named_as("--gpu", "--like"):
+        known = find_gpu(options.like)
     device = pick_device(config.run.device, launch)
     if launch.world_size > 1:
         start_process_group(device, launch)
-    gpu = measure(config, device, find_gpu(options.like), device_name(device))
+    gpu = measure(config, device, known, device_name(device))
     if launch.rank == 0:
         Path(options.write).write_text(to_toml(gpu), encoding="utf-8")
         print(f"{to_toml(gpu)}\nWrote {options.write}; use it with --hardware {options.write} --gpu {gpu.name!r}.")
@@ -108,50 +112,46 @@ def validate(_options: argparse.Namespace, _overrides: list[str]) -> None:
     print(published.table(published.comparisons()))
 
 
-def require_counts(options: argparse.Namespace) -> None:
-    """Refuse numbers of things that are less than one."""
-    for name in COUNTS:
-        count = getattr(options, name, None)
-        if count is not None and count < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {count} but must be at least 1.")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = top.add_subparsers(required=True)
+    top = Parser(description=__doc__)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    dry = commands.add_parser("dry-run", help=dry_run.__doc__)
-    dry.add_argument("--config", required=True)
-    dry.add_argument("--world-size", type=int, required=True)
-    dry.add_argument("--rank", type=int)
-    dry.add_argument("--json", action="store_true")
-    dry.set_defaults(run=dry_run)
+    def command(name: str, function: Callable[..., None], config: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=function.__doc__, description=f"{function.__doc__}{SETTINGS_FOLLOW}")
+        added.add_argument("--config", required=True, metavar="FILE", help=config)
+        added.set_defaults(run=function)
+        return added
 
-    find = commands.add_parser("search", help=search_layouts.__doc__)
-    find.add_argument("--config", required=True)
-    find.add_argument("--gpus", type=int, required=True)
-    find.add_argument("--gpu", required=True)
-    find.add_argument("--gpus-per-node", type=int, default=8)
-    find.add_argument("--hardware", help="a file that calibrate wrote")
-    find.add_argument("--top", type=int, default=5)
-    find.add_argument("--write", help="write the best layout's config here")
-    find.set_defaults(run=search_layouts)
+    dry = command("dry-run", dry_run, "the run's config")
+    dry.add_argument("--world-size", type=whole(1), required=True, metavar="RANKS", help="ranks (GPUs) of the run")
+    dry.add_argument("--rank", type=whole(0), metavar="R", help="this rank alone, from 0 (default: one of each kind)")
+    dry.add_argument("--json", action="store_true", help="print one JSON object a rank")
 
-    measure = commands.add_parser("calibrate", help=calibrate.__doc__)
-    measure.add_argument("--config", required=True, help="whose shapes to measure")
-    measure.add_argument("--like", required=True, help="known device that gives the peak and what cannot be measured")
-    measure.add_argument("--write", required=True)
-    measure.set_defaults(run=calibrate)
+    find = command("search", search_layouts, "the run's config; its layout is what is searched")
+    find.add_argument("--gpus", type=whole(1), required=True, metavar="N", help="GPUs of the run")
+    find.add_argument("--gpu", required=True, metavar="NAME", help="their kind, such as H100")
+    find.add_argument(
+        "--gpus-per-node", type=whole(1), default=8, metavar="N", help="GPUs that fast links join (default: 8)"
+    )
+    find.add_argument("--hardware", metavar="FILE", help="a file that calibrate wrote (default: the built-in devices)")
+    find.add_argument("--top", type=whole(1), default=5, metavar="N", help="layouts to print (default: 5)")
+    find.add_argument("--write", metavar="FILE", help="write the config with the best layout here")
 
-    commands.add_parser("validate", help=validate.__doc__).set_defaults(run=validate)
+    measure = command("calibrate", calibrate, "whose shapes to measure")
+    measure.add_argument(
+        "--like", required=True, metavar="NAME", help="known device that gives the peak and what cannot be measured"
+    )
+    measure.add_argument("--write", required=True, metavar="FILE", help="where to write what was measured (TOML)")
+
+    about = validate.__doc__
+    commands.add_parser("validate", help=about, description=about).set_defaults(run=validate)
     return top
 
 
 def main(arguments: list[str]) -> None:
     """Run the command."""
     options, overrides = parser().parse_known_args(arguments)
-    require_counts(options)
     options.run(options, overrides)
 
 

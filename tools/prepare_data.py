@@ -20,12 +20,13 @@ from pathlib import Path
 from neox_native.data import documents
 from neox_native.data.part import Recipe, Report
 from neox_native.data.prepare import merge, prepare
-from neox_native.errors import UserError, report_user_errors
+from neox_native.errors import UserError, named_as, report_user_errors
+from neox_native.options import Parser, number, number_above, whole
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = Parser(description=__doc__)
     source = options.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input", nargs="+", metavar="PATH", help="files, folders or globs: .jsonl (a document a line), others"
@@ -33,30 +34,44 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--merge", nargs="+", metavar="PREFIX", help="prepared files to join, in this order")
     options.add_argument("--output", required=True, metavar="PREFIX", help="where to write, without .idx or .bin")
     options.add_argument(
-        "--tokenizer", default="byte", help='"byte", a tokenizer.json, or "tiktoken:gpt2" (default: byte)'
+        "--tokenizer",
+        default="byte",
+        metavar="NAME",
+        help='"byte", the path of a tokenizer.json, or "tiktoken:gpt2" (default: byte)',
     )
-    options.add_argument("--key", default="text", help="key of a .jsonl line that holds the document (default: text)")
+    options.add_argument(
+        "--key", default="text", metavar="KEY", help="key of a .jsonl line that holds the document (default: text)"
+    )
     options.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     options.add_argument(
         "--allow-special", action="store_true", help="let texts that spell special tokens have their ids"
     )
     options.add_argument(
-        "--prompt", default="", help="template over the keys of a line; what it makes is not to be predicted"
+        "--prompt",
+        default="",
+        metavar="TEMPLATE",
+        help="text before the response, with keys of the line in braces; the model does not learn to predict it "
+        "(default: none, documents are plain text)",
     )
     options.add_argument(
-        "--response-key", default="response", help="with --prompt: key of the response (default: response)"
+        "--response-key", default="response", metavar="KEY", help="with --prompt: key of the response (default: response)"
     )
     options.add_argument(
         "--max-line-mb",
-        type=float,
+        type=number_above(0),
+        metavar="MB",
         default=documents.LONGEST_LINE_BYTES / 1e6,
         help="a longer .jsonl line is faulty [MB] (default: %(default)g)",
     )
     options.add_argument(
-        "--workers", type=int, default=1, help="processes (default: 1); the result is the same for any"
+        "--workers", type=whole(1), default=1, metavar="N", help="processes (default: 1); the result is the same for any"
     )
     options.add_argument(
-        "--max-bad", type=float, default=0.001, help="share of faulty lines that is let pass (default: 0.001)"
+        "--max-bad",
+        type=number(0, most=1),
+        default=0.001,
+        metavar="SHARE",
+        help="share of faulty lines that is let pass, 0 to 1 (default: 0.001)",
     )
     return options
 
@@ -81,10 +96,6 @@ def main(arguments: list[str]) -> None:
         tokens = merge([Path(prefix) for prefix in options.merge], output)
         print(f"{output}: {tokens:,} tokens of {len(options.merge)} files")
         return
-    if options.workers < 1:
-        raise UserError(f"--workers {options.workers} must be at least 1.")
-    if not options.max_line_mb >= 1e-6 or options.max_line_mb == float("inf"):
-        raise UserError(f"--max-line-mb {options.max_line_mb:g} must be a number above 0.")
     recipe = Recipe(
         tokenizer=options.tokenizer,
         text_key=options.key,
@@ -92,10 +103,11 @@ def main(arguments: list[str]) -> None:
         allow_special=options.allow_special,
         prompt=options.prompt.replace("\\n", "\n"),
         response_key=options.response_key,
-        max_line_bytes=int(options.max_line_mb * 1e6),
+        max_line_bytes=max(1, int(options.max_line_mb * 1e6)),
     )
     start = time.monotonic()
-    report = prepare(options.input, output, recipe, workers=options.workers, max_bad_share=options.max_bad)
+    with named_as("data.tokenizer", "--tokenizer"):
+        report = prepare(options.input, output, recipe, workers=options.workers, max_bad_share=options.max_bad)
     print(summary(report, time.monotonic() - start))
 
 

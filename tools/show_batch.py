@@ -7,7 +7,8 @@
 
 Steps count from 1, as in metrics.jsonl, whose `batch_hash` is the one shown here. `--json` prints one object a line.
 A run that went on with another batch size or more steps reads on in the order of the checkpoint it resumed: name that
-with `--checkpoint` to see what came after it. Any setting of the config may be overridden as in train.py.
+with `--checkpoint` to see what came after it. `--config FILE` is needed, and settings may follow, as --parallel.dp 2;
+`python train.py --help` lists them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from neox_native.data.loader import as_signed, format_hash, hash_row
 from neox_native.data.order import rows_of_rank
 from neox_native.data.tokenizers import Tokenizer, load_tokenizer
 from neox_native.errors import UserError, report_user_errors
+from neox_native.options import Parser, whole
 
 SHOWN_CHARACTERS = 160
 QUESTION_OF = {"rank": "step", "consumed": "step", "dataset": "document"}
@@ -36,21 +38,19 @@ QUESTION_OF = {"rank": "step", "consumed": "step", "dataset": "document"}
 
 def parser() -> argparse.ArgumentParser:
     """The options beside those of the config."""
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    options = Parser(description=__doc__, allow_abbrev=False)
     question = options.add_mutually_exclusive_group(required=True)
-    question.add_argument("--step", type=int, metavar="N", help="rows of this step")
+    question.add_argument("--step", type=whole(), metavar="N", help="rows of this step")
     question.add_argument(
-        "--document", type=int, metavar="D", help="steps and rows that see this document of the training data"
+        "--document", type=whole(), metavar="D", help="steps and rows that see this document of the training data"
     )
     question.add_argument("--hash", metavar="A:B", help="batch_hash of steps A to B")
     options.add_argument(
-        "--rank", type=int, metavar="R", help="with --step: only the rows of this data-parallel rank, in its order"
+        "--rank", type=whole(), metavar="R", help="with --step: only the rows of this data-parallel rank, in its order"
     )
     options.add_argument("--dataset", metavar="PREFIX", help="with --document: which files of a mixture")
     options.add_argument(
-        "--consumed", type=int, metavar="SAMPLES", help="with --step: samples before it, if the batch size changed"
+        "--consumed", type=whole(), metavar="SAMPLES", help="with --step: samples before it, if the batch size changed"
     )
     options.add_argument("--checkpoint", metavar="FOLDER", help="checkpoint that the run resumed, to see the steps after it")
     options.add_argument("--json", action="store_true", help="one JSON object a line")

@@ -5,18 +5,19 @@
     python tools/show_schedule.py --config configs/20b.toml --format svg --gpu H100 > to_scale.svg
 
 With --gpu the times are those that the planner predicts on that device, stage by stage.
+`--config FILE` is needed, and settings may follow, as --parallel.pp 4; `python train.py --help` lists them.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from xml.sax.saxutils import escape
 
 from neox_native.config.check import require
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
-from neox_native.errors import UserError, report_user_errors
+from neox_native.errors import report_user_errors
+from neox_native.options import Parser, whole
 from neox_native.parallel.timeline import Timeline, lay_out, order_of, timeline
 from neox_native.plan.hardware import find_gpu
 from neox_native.plan.speed import COMPILED, EAGER, Machine, stage_passes
@@ -101,13 +102,19 @@ def caption(config: Config, drawn: Timeline, microbatches: int) -> str:
 
 def main(arguments: list[str]) -> None:
     """Print the drawing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--format", default="text", help="text or svg; all other arguments are train.py's")
-    parser.add_argument("--gpu", help="draw to scale with the times predicted on this device, such as H100")
-    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser = Parser(description=__doc__)
+    parser.add_argument("--format", choices=("text", "svg"), default="text", help="(default: text)")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="draw to scale with the times predicted on this device, such as H100"
+    )
+    parser.add_argument(
+        "--gpus-per-node",
+        type=whole(1),
+        default=8,
+        metavar="N",
+        help="with --gpu: GPUs that fast links join (default: 8)",
+    )
     options, rest = parser.parse_known_args(arguments)
-    if options.format not in ("text", "svg"):
-        raise UserError(f'--format {options.format} is not known; give "text" or "svg".')
     config = from_command_line(rest)
     # The number of microbatches depends on dp; where it is left open, the schedule of dp 1 is drawn.
     config = require(config, config.parallel.pp * config.parallel.tp * max(config.parallel.dp, 1))

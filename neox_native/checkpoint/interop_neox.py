@@ -160,7 +160,8 @@ class NeoxReader:
                 f"{self.path}: {name} has shape {shapes} over {self.tp} ranks, the model that was "
                 f"described has {wanted}"
                 + (
-                    "; set model.vocab_size and model.vocab_multiple_of to at most that many rows."
+                    "; describe a vocabulary of at most that many rows, with --vocab-size or in --config with "
+                    "model.vocab_size and model.vocab_multiple_of."
                     if vocabulary
                     else "."
                 )

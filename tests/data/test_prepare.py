@@ -247,7 +247,7 @@ def test_the_command_prepares_and_merges(tmp_path: Path, capsys: pytest.CaptureF
     assert files_of(tmp_path / "twice") == file_bytes([[*b"one", END], [*b"two", END]] * 2)
     with pytest.raises(UserError, match="twice.idx exists already"):
         prepare_data.main(["--merge", out, "--output", str(tmp_path / "twice")])
-    with pytest.raises(UserError, match="--workers 0 must be at least 1"):
+    with pytest.raises(UserError, match="--workers 0 must be a whole number of at least 1"):
         prepare_data.main(["--input", str(tmp_path / "a.jsonl"), "--workers", "0", "--output", out + "2"])
 
 

@@ -158,7 +158,7 @@ def test_files_and_settings_that_cannot_work_are_refused(paths, tmp_path):
         (["--tasks", str(tmp_path / "none.jsonl")], "none.jsonl cannot be read"),
         (["--data", large], "document 0 holds the id 300.*model.vocab_size = 257"),
         (["--data", write(tmp_path / "empty", [np.array([1], np.uint16)])], "nothing to predict"),
-        (["--data", large, "--stride", "33"], "stride = 33 must lie between 1 and the model's context"),
+        (["--data", large, "--stride", "33"], "--stride 33 must lie between 1 and the model's context"),
         (["--text", str(tmp_path / "none.txt")], "none.txt cannot be read"),
     ):
         with pytest.raises(UserError, match=sentence):

@@ -169,7 +169,7 @@ def test_wrong_folders_are_refused_with_a_sentence(tmp_path):
     refused(tmp_path, MODEL, "is no checkpoint of GPT-NeoX")
     refused(folder, replace(MODEL, num_layers=5), "has no layer_0.-model_00.*model.num_layers = 5")
     refused(folder, replace(MODEL, hidden_size=64), r"embed_in.weight has shape \(260, 32\) over 2 ranks")
-    refused(folder, replace(MODEL, vocab_size=300), r"set model.vocab_size and model.vocab_multiple_of")
+    refused(folder, replace(MODEL, vocab_size=300), "at most that many rows, with --vocab-size or in --config with model.vocab_size")
     refused(folder, replace(MODEL, norm="layernorm", activation="swiglu"), "orders the weights of gated layers")
     with pytest.raises(UserError, match="does not say what model it holds"):
         convert.main(["from-neox", str(folder), str(tmp_path / "ours")])

@@ -98,4 +98,4 @@ def in_words(origin: dict[str, Any]) -> str:
     """The same in a few words."""
     names = origin["hosts"]
     where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{origin['world_size']} ranks ({origin['layout']}) on {where}, code {origin['code']}, torch {origin['torch']}"
+    return f"on {origin['world_size']} ranks ({origin['layout']}) of {where}, code {origin['code']}, torch {origin['torch']}"

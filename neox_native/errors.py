@@ -55,10 +55,18 @@ def named_as(setting: str, option: str) -> Iterator[None]:
         raise UserError(str(error).replace(setting, option)) from None
 
 
+def open_standard_streams() -> None:
+    """Where the process was started with a stream closed (`<&-`), there is nothing to read, and nobody reads."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
 @contextmanager
 def report_user_errors(prefix: str = "error") -> Iterator[None]:
     """Print a `UserError`, or what the system refused, as a sentence and exit with status 1. Where the reader of the
     output has left, as `head` does, nobody is to be told; the status is a shell's for that."""
+    open_standard_streams()
     try:
         yield
         sys.stdout.flush()

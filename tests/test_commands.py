@@ -59,6 +59,16 @@ def test_a_shipped_config_is_found_from_any_folder(tmp_path: Path, monkeypatch: 
     assert load("configs/20b.toml") == here
 
 
+def test_closed_streams_are_empty_ones() -> None:
+    code = (
+        "import sys\nfrom neox_native.errors import report_user_errors\nwith report_user_errors():\n"
+        "    print(1)\n    sys.exit(len(sys.stdin.readline()))"
+    )
+    words = ["bash", "-c", 'exec "$0" -c "$1" <&- >&-', sys.executable, code]
+    done = subprocess.run(words, stderr=subprocess.PIPE, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
     code = "from neox_native.errors import report_user_errors\nwith report_user_errors():\n    print('x' * 100_000)"
     reading, writing = os.pipe()

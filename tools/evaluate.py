@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> None:
     """Evaluate; rank 0 prints."""
     options = parse(arguments)
     with model_from(options) as loaded:
-        found = tasks(options, loaded) if options.tasks else perplexity(options, loaded)
+        found = tasks(options, loaded) if options.tasks is not None else perplexity(options, loaded)
         if dist.get_rank() == 0:
             print(json.dumps(found) if options.json else "\n".join(lines(found)))
 

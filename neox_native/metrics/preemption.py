@@ -31,6 +31,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
+from neox_native.errors import open_standard_streams
 from neox_native.mesh import Launch
 from neox_native.metrics.health import EXIT_STATUS, python_stacks
 
@@ -235,6 +236,7 @@ def end_of_process() -> Iterator[None]:
     Finalisation is left out: it would wait for threads that read ahead, and for collectives that no other rank joins.
     """
     status = 1
+    open_standard_streams()
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)  # type: ignore[assignment]
     try:
         yield

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from neox_native.data import documents
+from neox_native.data.indexed import SUFFIX
 from neox_native.data.part import Recipe, Report
 from neox_native.data.prepare import merge, prepare
 from neox_native.errors import UserError, named_as, report_user_errors
@@ -94,7 +95,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--output {options.output!r} is a folder; give the common prefix of the files, such as {output / 'text'}.")
     if options.merge:
         tokens = merge([Path(prefix) for prefix in options.merge], output)
-        print(f"{output}: {tokens:,} tokens of {len(options.merge)} files")
+        told = "" if Path(f"{output}{SUFFIX}").exists() else "; not each of them tells its tokenizer, so the result does not"
+        print(f"{output}: {tokens:,} tokens of {len(options.merge)} files{told}")
         return
     recipe = Recipe(
         tokenizer=options.tokenizer,

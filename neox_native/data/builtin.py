@@ -55,8 +55,11 @@ def prepare_python_stdlib(
                     log(f"{PYTHON_STDLIB}: preparing {len(texts):,} files into {folder}")
                     _write(prefix, texts, tokenizer, log)
     except (UserError, OSError) as error:
-        said = in_words(error) if isinstance(error, OSError) else str(error)
-        raise UserError(f"data.cache_dir = {cache_dir!r} cannot keep {PYTHON_STDLIB}: {said.rstrip('.')}; set it to a folder that can be written.") from error
+        cause = error.__cause__ or error
+        said = in_words(cause) if isinstance(cause, OSError) else str(error).rstrip(".")
+        raise UserError(
+            f"data.cache_dir = {cache_dir!r} cannot keep {PYTHON_STDLIB}: {said}; set it to a folder that can be written."
+        ) from error
     finally:
         wait()
     if is_writer:

@@ -72,7 +72,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     datasets(prefix)
 
 
-def test_two_tokenizers_are_neither_mixed_nor_merged(tmp_path: Path) -> None:
+def test_two_tokenizers_are_neither_mixed_nor_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tokenizer_file(tmp_path, "tok")
     first, second = prepared(tmp_path, "first", file), prepared(tmp_path, "second", "byte")
     said = rf"{first} was made with the tokenizer .*tok-.* and {second} with byte .*; a model reads one"
@@ -88,6 +88,7 @@ def test_two_tokenizers_are_neither_mixed_nor_merged(tmp_path: Path) -> None:
     foreign = write_files(tmp_path / "foreign", random_documents(1, 9))
     prepare_data.main(["--merge", first, foreign, "--output", str(tmp_path / "some")])
     assert read_sidecar(IndexedDataset(tmp_path / "some")) is None
+    assert "of 2 files; not each of them tells its tokenizer" in capsys.readouterr().out
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused_or_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,23 +1,19 @@
-"""The loop around the steps: resume, train, log, evaluate, save, and leave in good order."""
+"""The loop around the steps: train, log, evaluate, save, and leave in good order."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
 from itertools import chain, islice
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from neox_native.checkpoint import store
 from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.files import step_folder
 from neox_native.checkpoint.resume import Start
 from neox_native.checkpoint.retention import should_save
-from neox_native.checkpoint.saver import NotSaved, Saver
-from neox_native.checkpoint.tokenizer_files import tokenizer_facts
 from neox_native.config.schema import Config
 from neox_native.data.build import Datasets
 from neox_native.data.loader import StepBatch, build_loader
@@ -33,11 +29,11 @@ from neox_native.train import provenance
 from neox_native.train import state as run_states
 from neox_native.train.build import build_engine, build_step
 from neox_native.train.evaluate import evaluate, evaluation_number, in_words
-from neox_native.train.exports import Exports
 from neox_native.train.folder import RunFolder
+from neox_native.train.keeping import Keeper
 from neox_native.train.report import Report
 from neox_native.train.step import StepResult
-from neox_native.train.verdict import BAD_STEPS, go_on, verdict
+from neox_native.train.verdict import verdict
 from neox_native.zero.optimizer import ShardedOptimizer
 
 
@@ -77,27 +73,24 @@ class Trainer:
         self.engine = build_engine(config, mesh, device, parts, optimizer)
         self.train_step = build_step(config, mesh, device, self.engine, optimizer)
         self.losses, self.loss_scale = self.train_step.losses, self.train_step.loss_scale
-        self.spike_guard = self.train_step.spike_guard
         self.bad_steps, self.empty_steps = BadSteps(training), EmptySteps(mesh.get_group("dp"), device)
-        self.tokenizer, beside = tokenizer_facts(config.data.tokenizer, data.tokenizer)
-        self.saver = Saver(folder.path / "checkpoints", config.checkpoint, beside)
-        self.exports = Exports(config, folder.path, ranks, self.saver)
+        scales = self.train_step.loss_scale, self.train_step.spike_guard
+        self.keeper = Keeper(config, folder.path, device, optimizer, *scales, self.bad_steps, data, ranks, watchdog)
         self.leave = LeaveRequest(requests)
-        self.fingerprint, self.runtime = data.train.fingerprint(), run_states.runtime_of(device, ranks.gather)
         self.step, self.consumed_samples = 0, 0
         self.phase = "start"
 
     def run(self) -> None:
         """Train until `training.steps`, or until a request to leave."""
         self.watchdog.at(0, "resume")
-        self.resume()
+        self.step, self.consumed_samples = self.keeper.resume(self.start)
         if self.has_nothing_to_do():
             return
         batches = self.steps_left()
         changed = self.folder.begin(self.config, self.step)
         if self.device.type == "cuda":
             make_folder(self.folder.path / FLIGHT_RECORDER)  # for NCCL, on each machine
-        self.report = Report(
+        self.report = self.keeper.report = Report(
             self.config, self.mesh, self.device, self.ranks, self.losses, self.engine.timing, resumed_step=self.step
         )
         self.report_start(changed)
@@ -106,14 +99,14 @@ class Trainer:
             self.train(batches)
         finally:
             self.watchdog.at(self.step, "save")
-            self.saver.close()
+            self.keeper.saver.close()
             self.requests.end_within()
             self.report.close()
 
     def has_nothing_to_do(self) -> bool:
         """Whether the run is complete, exports included: then this start changes nothing."""
         total_steps = self.config.training.steps
-        if self.step < total_steps or self.exports.due(self.step, missing_only=True):
+        if self.step < total_steps or self.keeper.exports.due(self.step, missing_only=True):
             return False
         if not self.folder.needs_nothing(self.config, self.step):
             return False
@@ -145,7 +138,7 @@ class Trainer:
         self.phase = "train"
         if self.step == 0 and should_save(0, settings.checkpoint, total_steps):
             self.save()
-        self.export_if_due(missing_only=True)
+        self.keeper.export_if_due(self.step, self.consumed_samples, missing_only=True)
         overflows = self.loss_scale.overflows if self.loss_scale else None
         rates = Rates(settings.lr_schedule, settings.optimizer.lr, total_steps, overflows)
         for batch in batches:
@@ -158,17 +151,17 @@ class Trainer:
             self.log_if_due(batch, result, rate)
             with self.report.throughput.paused():
                 self.evaluate_if_due()
-                signal = self.leave.after_step(self.saver.failed)
+                signal = self.leave.after_step(self.keeper.saver.failed)
                 self.save_if_due(signal)
                 if signal or self.step == total_steps:
-                    self.finish_saves()
-                self.export_if_due()
-                self.report_saves()
+                    self.keeper.finish_saves(self.step, self.consumed_samples)
+                self.keeper.export_if_due(self.step, self.consumed_samples)
+                self.keeper.report_saves(self.step)
             if signal:
                 self.report.event("signal", self.step, f"step {self.step}: leaving after {signal}; the state is saved")
                 return
-        if self.step == total_steps and self.saver.last_step == total_steps:
-            self.report.finished(step_folder(self.saver.directory, total_steps))
+        if self.step == total_steps and self.keeper.saver.last_step == total_steps:
+            self.report.finished(step_folder(self.keeper.saver.directory, total_steps))
 
     def batches(self, part: str, consumed_samples: int, steps: int) -> Iterator[StepBatch]:
         """This data rank's batches of "train" or "valid" from a sample on."""
@@ -213,9 +206,9 @@ class Trainer:
             self.report.event("empty step", step, message)
         for bad in self.bad_steps.collect():
             self.report.event("bad step", bad.step, str(bad), sample_ids=list(bad.sample_ids))
-        if found := verdict(self.bad_steps, self.saver.directory, self.step):
-            self.write_checkpoint()
-            self.finish_saves()
+        if found := verdict(self.bad_steps, self.keeper.saver.directory, self.step):
+            self.keeper.save(self.step, self.consumed_samples)
+            self.keeper.finish_saves(self.step, self.consumed_samples)
             raise found
 
     def while_listening(self, batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
@@ -223,7 +216,7 @@ class Trainer:
         wait for the end."""
         for batch in batches:
             yield batch
-            if self.leave.after_step(self.saver.failed):
+            if self.leave.after_step(self.keeper.saver.failed):
                 self.save()
 
     def evaluate_if_due(self) -> None:
@@ -243,74 +236,16 @@ class Trainer:
         self.report.event("evaluation", self.step, f"step {self.step}: {found}", loss=loss)
         self.phase = "train"
 
-    def state(self) -> store.State:
-        """The tensors of a checkpoint; they alias what they show."""
-        return run_states.run_state(self.optimizer, self.loss_scale, self.spike_guard)
-
     def save_if_due(self, signal: str | None) -> None:
         """Save where the [checkpoint] section says so, before leaving, and where a rank has seen a save in the background fail."""
-        failed = self.leave.failed and self.saver.settle()
+        failed = self.leave.failed and self.keeper.saver.settle()
         if signal or failed or should_save(self.step, self.config.checkpoint, self.config.training.steps):
             self.save()
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
-        if self.saver.last_step != self.step:
+        if self.keeper.saver.last_step != self.step:
             self.look_at_bad_steps()
             if (every := self.config.run.check_replicas_every) and self.step % every:  # else they have just been checked
                 self.check_replicas()
-            self.write_checkpoint()
-
-    def write_checkpoint(self) -> None:
-        """Save what is known of this step. While updates are skipped, the checkpoints before them do not make way."""
-        self.watchdog.at(self.step, "save")
-        self.report.sync()
-        self.saver.save(self.step, self.state(), self.metadata(), keep_all=self.bad_steps.count > 0)
-
-    def finish_saves(self) -> None:
-        """Wait for a save in the background; one that failed is tried once more."""
-        if self.saver.settle():
-            self.write_checkpoint()
-            self.saver.wait()
-        self.report_saves()
-
-    def metadata(self) -> dict[str, Any]:
-        """What a checkpoint of this step says about itself."""
-        metadata = run_states.metadata(self.config, self.step, self.consumed_samples, self.fingerprint, self.runtime)
-        return metadata | self.tokenizer | {BAD_STEPS: self.bad_steps.count}
-
-    def export_if_due(self, missing_only: bool = False) -> None:
-        """Write the weights for others where that is due after this step; with `missing_only`, what a killed run did not
-        come to."""
-        for folder in self.exports.due(self.step, missing_only):
-            self.watchdog.at(self.step, "export")
-            wrote = self.exports.write(folder, self.state(), self.metadata())
-            self.report.event("export", self.step, f"step {self.step}: {wrote}")
-
-    def report_saves(self) -> None:
-        """Write down the checkpoints that have been finished, and those that failed in the background."""
-        for saved in self.saver.reports():
-            if isinstance(saved, NotSaved):
-                self.report.event("save failed", self.step, str(saved))
-            else:
-                self.report.event("checkpoint", saved.step, str(saved), stall_seconds=saved.stall_seconds)
-
-    def resume(self) -> None:
-        """Start from what was found: a checkpoint, another run's weights, or anew."""
-        show = print if self.ranks.rank == 0 else lambda message: None
-        if self.start is None:
-            return
-        start, state = self.start, self.state()
-        if start.weights_only:
-            remarks = run_states.load_weights(start.path, state, self.config, self.ranks)
-            self.optimizer.after_load()
-            show(" ".join([f"starts from the weights of {start.path}", *(f"({remark})" for remark in remarks)]))
-            return
-        saved = store.load(start.path, state, self.ranks, lenient=run_states.OPTIONAL, verified=True)
-        sha256 = self.tokenizer.get("tokenizer_sha256", "")
-        run_states.check_fits(saved, self.config, self.fingerprint, self.runtime, sha256)
-        go_on(self.bad_steps, saved, self.config, self.saver.directory)
-        self.optimizer.after_load()
-        self.step, self.consumed_samples = saved["step"], saved["consumed_samples"]
-        self.saver.pass_over(self.step)
-        show(f"resumed {start.path} at step {self.step}")
+            self.keeper.save(self.step, self.consumed_samples)

@@ -16,6 +16,7 @@ that the run finds them again, and may be made longer any number of times.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from neox_native.data.packing import (
     ends_in_stream,
     starts_of_samples,
 )
+from neox_native.errors import UserError
 
 ENDLESS = 2**62
 """Number of samples of an order that never ends."""
@@ -126,6 +128,17 @@ def _counts(told: object) -> list[int]:
     return list(counts) if rises else []
 
 
+def _require_memory(entries: int) -> None:
+    """Raise `UserError` where so many documents and samples cannot be shuffled at once in the memory of this machine."""
+    needed, has = 4 * entries, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > has:
+        raise UserError(
+            f'data.order = "neox" shuffles all epochs of a run together: {entries:,} documents and samples take '
+            f"{needed / 2**30:,.0f} GiB or more, and this machine has {has / 2**30:,.0f} GiB; lower training.steps, or take "
+            'data.order = "epoch". Where a checkpoint\'s metadata.json asks for that many, do not go on from it.'
+        )
+
+
 def draw_at_once(_facts: Facts, draw: Draw) -> Arrays:
     """Keeps nothing."""
     return draw()
@@ -156,6 +169,7 @@ class NeoxOrder:
         self.legs = _counts(begun.get("samples"))
         if not self.legs or self.legs[-1] < num_samples:
             self.legs.append(num_samples)
+        _require_memory(self.legs[-1])
         rng = np.random.RandomState(seed)
         self.shuffle = shuffled_samples(self.legs[0], rng)
         for first, stop in zip(self.legs, self.legs[1:]):
@@ -170,6 +184,7 @@ class NeoxOrder:
         held = sum(((stop - first) * tokens - 1) // length for first, stop in zip([0, *self.legs], self.legs))
         if not self.legs or held < num_samples:
             self.legs.append(sum(self.legs[-1:]) + epochs_needed(tokens, length, num_samples - held))
+        _require_memory(self.legs[-1] * (len(corpus.documents) + tokens // length))
         self.parts = [_packed_leg(corpus, first, stop, seed, keep) for first, stop in zip([0, *self.legs], self.legs)]
         self.stream, self.shuffle = self.parts[0]
         self.num_samples = sum(len(shuffle) for _, shuffle in self.parts)

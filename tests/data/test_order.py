@@ -15,6 +15,7 @@ from neox_native.data.order import (
     rows_of_rank,
     split_documents,
 )
+from neox_native.errors import UserError
 from tests.data.corpora import neox_samples, random_documents, whole_document_samples
 
 
@@ -66,6 +67,14 @@ def test_neighbouring_samples_share_one_token() -> None:
         for sample in range(7)
     ]
     assert packed == [list(range(7 * sample, 7 * sample + 8)) for sample in range(7)]
+
+
+@pytest.mark.parametrize("packing", ["packed", "unpacked", "pack_until_overflow"])
+@pytest.mark.parametrize("told", [False, True], ids=["steps", "metadata.json"])
+def test_an_order_beyond_this_machines_memory_is_refused(packing: str, told: bool) -> None:
+    begun: dict[str, object] = {"order": "neox", "epochs": [10**15], "samples": [10**15]} if told else {}
+    with pytest.raises(UserError, match="documents and samples take .* GiB or more.*lower training.steps"):
+        NeoxOrder(corpus([4] * 8, 4, packing=packing, usable=[True] * 8), 10 if told else 10**15, seed=0, begun=begun)
 
 
 def test_totals_beyond_32_bits_do_not_overflow() -> None:

@@ -78,6 +78,14 @@ def _not_json(text: str) -> NoReturn:
     raise ValueError(f"{text[:20]} is no number")
 
 
+def at_home(name: str) -> Path:
+    """The path of that name, its "~" replaced by the home folder. Raises `UserError` where no such user has one."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name!r} cannot be found: {str(error).rstrip('.').lower()}; write the whole path.") from None
+
+
 def is_plain_name(name: Any) -> bool:
     """Whether it names a file right inside a folder: no path, nothing that a terminal would act on."""
     return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and "/" not in name

@@ -7,6 +7,7 @@ there was one, so that it reads and writes text wherever it is copied. Those of 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from neox_native.checkpoint import files
 from neox_native.config.schema import Model
 from neox_native.data.tokenizers import END_OF_DOCUMENT, Tokenizer, load_tokenizer
 from neox_native.errors import UserError
+from neox_native.plain_files import at_home
 
 
 TOKENIZER = "tokenizer.json"
@@ -42,7 +44,7 @@ def own_tokenizer(checkpoint: Path, metadata: Mapping[str, Any]) -> str:
 def or_own(name: str, own: str) -> str:
     """What `data.tokenizer` says, or the file that a checkpoint holds of its `own_tokenizer` where the one it names is gone."""
     names_file = name not in ("", "byte") and not name.startswith("tiktoken:")
-    return own if names_file and Path(own).name == TOKENIZER and not Path(name).expanduser().exists() else name
+    return own if names_file and Path(own).name == TOKENIZER and not os.path.exists(os.path.expanduser(name)) else name
 
 
 def other_tokenizer(metadata: Mapping[str, Any], name: str, tokenizer: Tokenizer | None) -> str:
@@ -79,7 +81,7 @@ def tokenizer_files(name: str, model: Model) -> tuple[dict[str, bytes], int | No
     tokenizer = fitting_tokenizer(name, model)
     if name.startswith("tiktoken:"):
         return {}, tokenizer.eod_id, [f"{name} is no tokenizer.json: the folder gets no tokenizer."]
-    path = Path(name).expanduser()
+    path = at_home(name)
     path = path / TOKENIZER if path.is_dir() else path
     content = json.dumps(byte_level_json()).encode() if name == "byte" else path.read_bytes()
     eod = tokenizer.decode([tokenizer.eod_id])

@@ -17,6 +17,7 @@ from neox_native.data.order import ENDLESS, split_documents
 from neox_native.data.sidecar import Vocabulary, check_tokenizer, read_sidecar, vocabulary_of
 from neox_native.data.tokenizers import OutOfReach, Tokenizer, load_tokenizer
 from neox_native.errors import UserError
+from neox_native.plain_files import at_home
 
 PARTS = ("train", "valid", "test")
 
@@ -186,7 +187,7 @@ def build_data(
     def build(part: str) -> Dataset:
         reading = Reading(
             part, seq_length, vocab_size, seed, config.order, config.packing, config.document_attention,
-            config.document_positions, kept_orders=str(Path(config.cache_dir).expanduser() / "orders"),
+            config.document_positions, kept_orders=str(at_home(config.cache_dir) / "orders"),
         )  # fmt: skip
         entries = sources[settings[part]]
         num_samples = samples_needed(part, steps, global_batch_size, eval_every, eval_batches, eval_rotate, position)

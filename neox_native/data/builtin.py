@@ -16,6 +16,7 @@ from neox_native.data.sidecar import Vocabulary, about
 from neox_native.data.tokenizers import Tokenizer
 from neox_native.durable import clear_away, writing
 from neox_native.errors import UserError, in_words
+from neox_native.plain_files import at_home
 
 PYTHON_STDLIB = "builtin:python-stdlib"
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -43,7 +44,7 @@ def prepare_python_stdlib(
     for path, text in texts.items():
         digest.update(str(path).encode() + b"\0" + str(len(text)).encode() + b"\0" + text)
     corpus_hash = digest.hexdigest()[:16]
-    folder = Path(cache_dir).expanduser() / f"python-stdlib-{platform.python_version()}-{tokenizer.name}-{corpus_hash}"
+    folder = at_home(cache_dir) / f"python-stdlib-{platform.python_version()}-{tokenizer.name}-{corpus_hash}"
     prefix = str(folder / "text")
     try:
         if is_writer and _opens(prefix):

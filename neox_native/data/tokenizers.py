@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ import tiktoken
 
 from neox_native.data.bpe_file import BpeFile, nfc, read_bpe_file
 from neox_native.errors import UserError
-from neox_native.plain_files import read_bytes
+from neox_native.plain_files import at_home, read_bytes
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MOST_BYTES_OF_A_FILE = 1 << 28
@@ -164,7 +163,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         return byte_tokenizer()
     if name.startswith("tiktoken:"):
         return _named_encoding(name.removeprefix("tiktoken:"))
-    path = Path(name).expanduser()
+    path = at_home(name)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise UserError(

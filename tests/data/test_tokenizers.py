@@ -282,6 +282,11 @@ def test_a_file_that_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
         load_tokenizer(str(tmp_path / "bad.json"))
 
 
+def test_a_home_of_nobody_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="'~nobody-here/tokenizer.json' cannot be found: .*; write the whole path"):
+        load_tokenizer("~nobody-here/tokenizer.json")
+
+
 def test_a_folder_stands_for_its_tokenizer_json(tmp_path: Path) -> None:
     (tmp_path / "pythia").mkdir()
     (tmp_path / "pythia" / "tokenizer.json").write_text(json.dumps(tokenizer_json([])))

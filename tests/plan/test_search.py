@@ -80,7 +80,7 @@ def test_an_unknown_gpu_lists_the_known() -> None:
 
 def test_where_nothing_fits_the_nearest_is_named_with_what_it_lacks() -> None:
     with pytest.raises(
-        UserError, match=r"the nearest, pp 1 dp 1 tp 2 .* needs [\d.]+ GB per GPU, [\d.]+ GB more than 80% of 42.4 GB"
+        UserError, match=r"the nearest, pp 1 dp 1 tp 2 .* needs [\d.]+ GiB per GPU, [\d.]+ GiB more than 80% of 39.5 GiB"
     ):
         search(load("configs/20b.toml"), 2, Machine(find_gpu("A100-40")))
 

@@ -6,6 +6,7 @@ under such a name is swept by the next one that holds the lock of that name.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import os
@@ -30,9 +31,9 @@ def disk_errors_named(what: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{what} could not be written: {error.strerror or error}; free space there or choose another place."
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "free space there or choose another place" if full else "choose another place"
+        raise UserError(f"{what} could not be written: {error.strerror or error}; {way_out}.") from error
 
 
 def temporary_name(path: Path) -> Path:
@@ -92,7 +93,10 @@ def make_folder(path: Path) -> None:
     if path.is_dir():
         return
     make_folder(path.parent)
-    path.mkdir(exist_ok=True)
+    try:
+        path.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
     sync_folder(path.parent)
 
 

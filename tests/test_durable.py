@@ -42,6 +42,13 @@ def test_what_the_disk_refuses_is_a_sentence_that_names_the_file(
     assert not names(tmp_path)
 
 
+def test_a_folder_under_a_file_is_no_matter_of_space(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="text could not be written: Not a directory; choose another place.$"):
+        with durable.writing(tmp_path / "file" / "text"):
+            pass
+
+
 def test_a_lock_and_a_temporary_file_follow_no_symbolic_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "precious").write_text("kept")
     monkeypatch.setattr(durable.secrets, "token_hex", lambda _: "0")

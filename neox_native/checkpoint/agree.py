@@ -73,8 +73,8 @@ class Ranks:
         if not failures:
             return
         first = failures[0]
-        others = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
-        where = f"{doing} failed on rank {first.rank}{others}, host {first.host}"
+        others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        where = f"{doing} failed" + (f" on rank {first.rank}{others}, host {first.host}" if self.size > 1 else "")
         if all(failure.of_the_user for failure in failures):
             raise UserError(f"{where}: {first.message}") from error
         if error is not None:

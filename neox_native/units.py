@@ -21,6 +21,11 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things: "1 rank", "8 ranks"."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
 def share_of_step(idle_over_compute: float) -> float:
     """A pipeline's idle time as a share of the step, from its ratio to the compute time, (p - 1) / m in the papers."""
     return idle_over_compute / (1 + idle_over_compute)

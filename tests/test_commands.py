@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import neox_native
 from neox_native import __version__, commands
 from neox_native.config.load import load
+from neox_native.train import __main__
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -36,6 +38,18 @@ def test_a_command_runs_its_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(sys, "argv", ["neox-plan", "--version"])
     commands.plan()
     assert capsys.readouterr().out == f"neox_native {__version__}\n"
+    __main__.command()
+    assert capsys.readouterr().out == f"neox_native {__version__}\n"
+
+
+def test_what_to_type_next_is_said_as_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert neox_native.tool_command("generate") == "python tools/generate.py"
+    monkeypatch.chdir(ROOT / "configs")
+    assert neox_native.tool_command("generate") == "python ../tools/generate.py"
+    (tmp_path / "tools").mkdir()
+    monkeypatch.setattr(neox_native, "__file__", str(tmp_path / "__init__.py"))
+    assert neox_native.tool_command("generate") == "neox-generate"
 
 
 def test_training_is_a_command_of_its_own(tmp_path: Path) -> None:

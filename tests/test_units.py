@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from neox_native.units import count, share_of_step, size
+from neox_native.units import count, counted, share_of_step, size
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,10 @@ def test_sizes_have_one_unit_and_three_digits(number: float, shown: str) -> None
 
 def test_counts_have_three_digits() -> None:
     assert [count(n) for n in (12_000, 929_536, 20.6e9, 3e12)] == ["12,000", "0.93M", "20.6B", "3T"]
+
+
+def test_one_thing_is_singular() -> None:
+    assert [counted(n, "rank") for n in (1, 2, 1024)] == ["1 rank", "2 ranks", "1,024 ranks"]
 
 
 def test_a_bubble_of_as_long_as_the_compute_is_half_of_the_step() -> None:

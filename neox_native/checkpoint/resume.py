@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from neox_native import tool_command
 from neox_native.checkpoint import files, store
 from neox_native.checkpoint.agree import Ranks
 from neox_native.config.schema import Checkpoint
@@ -55,8 +56,8 @@ def _weights(path: str, ranks: Ranks, report: Callable[[str], None]) -> Path:
     with ranks.together(f'checkpoint.initialize_from = "{path}"'):
         if (folder / HUGGING_FACE).is_file() and not (folder / files.MANIFEST).is_file():
             raise UserError(
-                "this is a Hugging Face folder; make a checkpoint of it, and name that: python tools/convert.py from-hf "
-                f"{path} CHECKPOINT."
+                "this is a Hugging Face folder; make a checkpoint of it, and name that: "
+                f"{tool_command('convert')} from-hf {path} CHECKPOINT."
             )
     for directory in folder / "checkpoints", folder:
         if newest := _newest(directory, ranks, report, "or name another in checkpoint.initialize_from"):

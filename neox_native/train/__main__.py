@@ -5,9 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 
+from neox_native import __version__
+
 
 def command() -> None:
     """Train as this process's command line says, and end the process."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"neox_native {__version__}")
+        return
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
     from neox_native.errors import report_user_errors

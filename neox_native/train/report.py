@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from neox_native import tool_command
 from neox_native.checkpoint.agree import Ranks
 from neox_native.config.load import dump
 from neox_native.config.schema import Config
@@ -26,7 +27,7 @@ from neox_native.model.flops import model_flops_per_token, total_parameters
 from neox_native.parallel.timing import Timing
 from neox_native.plan import costs
 from neox_native.train.step import Losses, StepResult
-from neox_native.units import count, share_of_step
+from neox_native.units import count, counted, share_of_step
 
 
 class Report:
@@ -135,7 +136,7 @@ class Report:
         tokens = training.global_batch_size * config.model.seq_length
         return (
             f"{count(total_parameters(config.model))} parameters in {training.precision} on {self.ranks.size} x "
-            f"{device_name(device)}; {tokens:,} tokens a step, {count(tokens * training.steps)} in {training.steps:,} steps; "
+            f"{device_name(device)}; {tokens:,} tokens a step, {count(tokens * training.steps)} in {counted(training.steps, 'step')}; "
             f"run folder {config.run.dir}"
         )
 
@@ -146,7 +147,7 @@ class Report:
         took = datetime.timedelta(seconds=round(self.writers.elapsed_seconds()))
         best = "".join(f"best validation loss {loss:.4f}, after step {step}; " for loss, step in filter(None, [self.writers.best]))
         print(f"finished in {took}; {best}saved {checkpoint}")
-        print(f"next: python tools/generate.py --checkpoint {checkpoint.parents[1]}")
+        print(f"next: {tool_command('generate')} --checkpoint {checkpoint.parents[1]}")
 
     def sync(self) -> None:
         """Flush what is written to the disk."""

@@ -23,6 +23,7 @@ from neox_native.data.part import Recipe, Report
 from neox_native.data.prepare import merge, prepare
 from neox_native.errors import UserError, named_as, report_user_errors
 from neox_native.options import Parser, number, number_above, whole
+from neox_native.units import counted
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,7 +82,7 @@ def summary(report: Report, seconds: float) -> str:
     """What was read and written, in lines."""
     per_token = report.text_bytes / max(1, report.tokens)
     lines = [
-        f"{report.documents:,} documents, {report.tokens:,} tokens, {per_token:.3f} bytes per token, {seconds:.1f} s",
+        f"{counted(report.documents, 'document')}, {report.tokens:,} tokens, {per_token:.3f} bytes per token, {seconds:.1f} s",
         *report.dropped(),
     ]
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from neox_native.data.tokenizers import Tokenizer
 from neox_native.durable import clear_away, writing
 from neox_native.errors import UserError, in_words
 from neox_native.plain_files import at_home
+from neox_native.units import size
 
 PYTHON_STDLIB = "builtin:python-stdlib"
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -91,6 +92,6 @@ def _write(prefix: str, texts: dict[Path, bytes], tokenizer: Tokenizer, log: Cal
             writer.add_document(end_of_document)
             done += len(text)
             if time.monotonic() >= next_report:
-                log(f"{PYTHON_STDLIB}: {done / 1e6:.1f} of {total / 1e6:.1f} MB")
+                log(f"{PYTHON_STDLIB}: {size(done)} of {size(total)}")
                 next_report = time.monotonic() + PROGRESS_SECONDS
-    log(f"{PYTHON_STDLIB}: {total / 1e6:.1f} MB, {writer.num_tokens:,} tokens written")
+    log(f"{PYTHON_STDLIB}: {size(total)}, {writer.num_tokens:,} tokens written")

@@ -36,6 +36,7 @@ from neox_native.data.part import (
 from neox_native.data.sidecar import Vocabulary, about, merged
 from neox_native.durable import clear_away, disk_errors_named, make_folder, remove_folder, writing
 from neox_native.errors import UserError
+from neox_native.units import counted, size
 
 PROGRESS_SECONDS = 2.0
 
@@ -215,8 +216,8 @@ class Progress:
             self.last, seconds = now, now - self.start
             left = seconds * (self.total_bytes - self.bytes) / max(1, self.bytes)
             self.log(
-                f"{100 * self.bytes / max(1, self.total_bytes):.0f}% of {self.total_bytes / 1e6:,.0f} MB, "
-                f"{self.bytes / 1e6 / seconds:.1f} MB/s, {self.tokens / seconds:,.0f} tokens/s, {left:.0f} s left"
+                f"{100 * self.bytes / max(1, self.total_bytes):.0f}% of {size(self.total_bytes)}, "
+                f"{size(self.bytes / seconds)}/s, {self.tokens / seconds:,.0f} tokens/s, {left:.0f} s left"
             )
 
 

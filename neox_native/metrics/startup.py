@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.errors import UserError
+from neox_native.units import counted
 
 EXTRA_SECONDS = 5.0
 """Ranks whose collective fails late are still heard."""
@@ -124,7 +125,7 @@ def describe_mesh(mesh: DeviceMesh, hosts: list[str]) -> str:
     """The mesh as a table: one line per (pp, dp) with its tp ranks and their hosts."""
     names = mesh.mesh_dim_names or ()
     sizes = " x ".join(f"{name} {size}" for name, size in zip(names, mesh.mesh.shape, strict=True))
-    lines = [f"mesh {sizes} = {mesh.mesh.numel()} ranks on {len(set(hosts))} hosts"]
+    lines = [f"mesh {sizes} = {counted(mesh.mesh.numel(), 'rank')} on {counted(len(set(hosts)), 'host')}"]
     for place in itertools.product(*(range(size) for size in mesh.mesh.shape[:-1])):
         ranks = mesh.mesh[place].tolist()
         at = " ".join(f"{name} {number}" for name, number in zip(names, place))

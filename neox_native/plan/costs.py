@@ -172,11 +172,11 @@ class Prediction:
 
     def sentence(self, with_memory: bool) -> str:
         """For people; memory is a GPU's, which a CPU's process cannot be held against."""
-        memory = f"{size(self.peak_bytes)} of memory; " if with_memory else ""
+        memory = f"needs {size(self.peak_bytes)} of memory and " if with_memory else ""
         sent = self.bytes_by_axis | {"stages": self.point_to_point_bytes}
         sends = ", ".join(f"{axis} {size(number)}" for axis, number in sent.items() if number) or "nothing"
         bubble = f"; the pipeline idles {share_of_step(self.bubble_fraction):.1%} of it" if self.bubble_fraction else ""
-        return f"predicted of the busiest rank: {memory}sent in a step: {sends}{bubble}"
+        return f"predicted: the busiest rank {memory}sends {sends} in a step{bubble}"
 
 
 def predict(config: Config) -> Prediction:

@@ -21,6 +21,7 @@ from neox_native.durable import replacing
 from neox_native.errors import UserError
 from neox_native.metrics.startup import code_hash
 from neox_native.plain_files import read_bytes
+from neox_native.units import counted
 
 SETTINGS_FILE = "config.toml"
 EARLIER = "config_*.toml"
@@ -98,4 +99,5 @@ def in_words(origin: dict[str, Any]) -> str:
     """The same in a few words."""
     names = origin["hosts"]
     where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"on {origin['world_size']} ranks ({origin['layout']}) of {where}, code {origin['code']}, torch {origin['torch']}"
+    ranks = counted(origin["world_size"], "rank")
+    return f"on {ranks} ({origin['layout']}) of {where}, code {origin['code']}, torch {origin['torch']}"

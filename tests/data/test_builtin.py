@@ -105,7 +105,7 @@ def test_progress_is_shown(library: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(builtin, "PROGRESS_SECONDS", 0.0)
     messages: list[str] = []
     prepare(tmp_path / "cache", log=messages.append)
-    assert "0.0 of 0.0 MB" in messages[1] and "24 tokens written" in messages[-2]
+    assert "B of 21 B" in messages[1] and "24 tokens written" in messages[-2]
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(library: Path, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_progress_names_rates_and_the_time_left(monkeypatch: pytest.MonkeyPatch)
     messages: list[str] = []
     progress = module.Progress(4_000_000, messages.append)
     progress.add(1_000_000, 500)
-    assert messages[0].startswith("25% of 4 MB, ") and "MB/s" in messages[0] and "tokens/s" in messages[0]
+    assert messages[0].startswith("25% of 3.81 MiB, ") and "iB/s, " in messages[0] and "tokens/s" in messages[0]
     assert messages[0].endswith(" s left")
 
 
@@ -218,7 +218,7 @@ def test_the_last_word_on_progress_is_said_however_fast_it_was() -> None:
     progress = module.Progress(4_000_000, messages.append)
     progress.add(3_000_000, 500)
     progress.add(1_000_000, 500)
-    assert len(messages) == 1 and messages[0].startswith("100% of 4 MB, ")
+    assert len(messages) == 1 and messages[0].startswith("100% of 3.81 MiB, ")
 
 
 def test_joined_files_are_the_documents_of_all(tmp_path: Path) -> None:

@@ -32,4 +32,4 @@ def test_a_prediction_is_of_the_busiest_rank() -> None:
     assert predicted.bytes_by_axis == {
         axis: max(costs.traffic(config, rank)[axis] for rank in range(2)) for axis in ("pp", "dp", "tp", "world")
     }
-    assert "iB of memory; sent in a step: dp " in str(predicted) and "tp" not in str(predicted)
+    assert "iB of memory and sends dp " in str(predicted) and "tp" not in str(predicted)

@@ -55,7 +55,9 @@ def test_what_to_type_next_is_said_as_it_is_there(tmp_path: Path, monkeypatch: p
 def test_training_is_a_command_of_its_own(tmp_path: Path) -> None:
     """Away from the clone, as `neox-train`; and Ctrl-C is left to the system before torch is imported."""
     code = (
-        "import signal, sys; from neox_native import commands; sys.argv = ['neox-train', '--help']; "
+        # As at a terminal; a script's background ignores Ctrl-C.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from neox_native import commands; sys.argv = ['neox-train', '--help']; "
         "sys.addaudithook(lambda event, told: event != 'import' or told[0] != 'torch' or print(signal.getsignal(signal.SIGINT)));"
         "commands.train()"
     )

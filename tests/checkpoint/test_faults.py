@@ -129,12 +129,6 @@ def survives(folder: Path, corpus: str, expected: list[tuple], seed: int, in_bac
     assert all(store.find_damage(path, Ranks()) == [] for path in checkpoints)
 
 
-def test_run_that_loses_ranks_logs_what_an_undisturbed_one_does(
-    corpus: str, undisturbed: list[tuple], tmp_path: Path
-) -> None:
-    survives(tmp_path, corpus, undisturbed, seed=0, in_background=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 11))
 def test_thirty_kills_lose_nothing(corpus: str, undisturbed: list[tuple], tmp_path: Path, seed: int) -> None:

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 
@@ -33,6 +34,7 @@ KEYS = {
     "hardware_flops",
     "bubble_fraction",
 }
+slow = partial(pytest.param, marks=pytest.mark.slow)
 SMALL = Config(
     model=Model(num_layers=4, hidden_size=64, num_heads=4, seq_length=64, vocab_size=256),
     training=Training(global_batch_size=16, micro_batch_size=1),
@@ -40,6 +42,7 @@ SMALL = Config(
 )
 
 
+@pytest.mark.slow
 def test_twenty_billion_parameters_on_a_laptop() -> None:
     command = [
         "tools/plan.py",
@@ -78,9 +81,8 @@ def test_twenty_billion_parameters_on_a_laptop() -> None:
     assert after.ru_maxrss < 2 * 2**20  # kilobytes
 
 
-@pytest.mark.parametrize(
-    "recompute, expected", [("none", 22.2), pytest.param("full", 13.8 - 3 * 0.577, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute, expected", [("none", 22.2), ("full", 13.8 - 3 * 0.577)])
 def test_twenty_billion_parameters_need_what_was_counted_apart_from_this_code(recompute: str, expected: float) -> None:
     """The first stage of 20B, one sequence per microbatch, 8 microbatches, no recomputation. A program that shares no
     code with this one (torch's own tensor-parallel styles, ZeRO stage 1) counted 22.2 GiB as the peak of forward and
@@ -112,7 +114,7 @@ def test_pythia_still_assembles_and_steps(size: str, ranks: int) -> None:
     assert report.hardware_flops > report.model_flops
 
 
-@pytest.mark.parametrize("schedule", ["interleaved_zero_bubble", "zbv"])
+@pytest.mark.parametrize("schedule", [slow("interleaved_zero_bubble"), "zbv"])
 def test_recomputation_under_split_backward_passes_needs_what_the_closed_form_says(schedule: str) -> None:
     training = replace(SMALL.training, global_batch_size=8, activation_checkpointing="full")
     parallel = Parallel(pp=2, dp=1, pipeline_schedule=schedule, virtual_stages=2)
@@ -126,13 +128,13 @@ def test_recomputation_under_split_backward_passes_needs_what_the_closed_form_sa
     "parallel, rank, microbatches, recompute",
     [
         (Parallel(pp=2, dp=1), 1, 16, "none"),
-        (Parallel(pp=2, dp=1, pipeline_schedule="interleaved_zero_bubble", virtual_stages=2), 1, 16, "none"),
-        (Parallel(pp=2, dp=1, pipeline_schedule="zbv", virtual_stages=2), 0, 16, "none"),
+        slow(Parallel(pp=2, dp=1, pipeline_schedule="interleaved_zero_bubble", virtual_stages=2), 1, 16, "none"),
+        slow(Parallel(pp=2, dp=1, pipeline_schedule="zbv", virtual_stages=2), 0, 16, "none"),
         (Parallel(dp=2, zero_stage=2), 1, 8, "none"),
         # Rounds of 5 microbatches.
-        (Parallel(pp=4, dp=1, pipeline_schedule="interleaved_1f1b", virtual_stages=2), 0, 15, "none"),
+        slow(Parallel(pp=4, dp=1, pipeline_schedule="interleaved_1f1b", virtual_stages=2), 0, 15, "none"),
         # Another kind of work needs most than in a short step.
-        (Parallel(pp=2, dp=2, zero_stage=2, pipeline_schedule="looped_bfs", virtual_stages=2), 0, 24, "full"),
+        slow(Parallel(pp=2, dp=2, zero_stage=2, pipeline_schedule="looped_bfs", virtual_stages=2), 0, 24, "full"),
     ],
     ids=str,
 )

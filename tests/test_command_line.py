@@ -70,11 +70,12 @@ def test_a_failure_on_one_rank_ends_the_job_with_its_error_first(tmp_path):
     assert any("traceback : " in line and "token id 300" in line for line in done.stderr.splitlines()), "torchrun was not told"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ranks, layout",
     [
         (8, ["--parallel.pp=2", "--parallel.dp=2", "--parallel.tp=2"]),
-        pytest.param(4, ["--parallel.tp=2", "--parallel.zero_stage=3"], marks=pytest.mark.slow),
+        (4, ["--parallel.tp=2", "--parallel.zero_stage=3"]),
     ],
     ids=["three axes", "ZeRO-3 and tp"],
 )

@@ -15,9 +15,9 @@ def size(num_bytes: float) -> str:
 
 def count(number: float) -> str:
     """A number of parameters or tokens, three digits: "0.93M", "20.6B"."""
-    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e5, "M")):
-        if number >= factor:
-            return f"{number / (1e6 if unit == 'M' else factor):.3g}{unit}"
+    for least, factor, unit in ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e5, 1e6, "M")):
+        if number >= least:
+            return f"{number / factor:.3g}{unit}"
     return f"{number:,.0f}"
 
 

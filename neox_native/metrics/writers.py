@@ -128,12 +128,12 @@ def _step_of(said: dict[str, Any]) -> float:
     return step if type(step) is int else math.inf
 
 
-def _evaluation(line: bytes) -> tuple[float, float] | None:
-    """Loss and step, where the line of events.jsonl is an evaluation's."""
-    said = _said(line)
-    if said is None or said.get("kind") != "evaluation" or not isinstance(said.get("loss"), float):
+def _evaluation(said: dict[str, Any] | None) -> tuple[float, float] | None:
+    """Loss and step, where what a line of events.jsonl says is an evaluation with a loss."""
+    if said is None or said.get("kind") != "evaluation":
         return None
-    return said["loss"], _step_of(said)
+    loss = said.get("loss")
+    return (loss, _step_of(said)) if isinstance(loss, float) and math.isfinite(loss) else None
 
 
 class Writers:
@@ -167,7 +167,7 @@ class Writers:
             mend_logs(folder, resumed_step)
             self._metrics: TextIO = opened.enter_context(append_to(folder / METRICS))
             self._events: TextIO = opened.enter_context(append_to(folder / EVENTS))
-            self.best = min(filter(None, map(_evaluation, _lines(folder / EVENTS))), default=None)
+            self.best = min(filter(None, map(_evaluation, map(_said, _lines(folder / EVENTS)))), default=None)
             """The lowest validation loss of the run and its step, earlier starts included."""
             sync_folder(folder)
             if tensorboard:
@@ -198,12 +198,12 @@ class Writers:
     def event(self, kind: str, step: int, message: str, **values: Any) -> None:
         """Write something that is no training step: an evaluation, a skipped update, a checkpoint, a straggler."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        line = strict_json({"time": now, "kind": kind, "step": step, "message": message, **values})
+        said = {"time": now, "kind": kind, "step": step, "message": message, **values}
         with self._writing():
-            self._events.write(line + "\n")
+            self._events.write(strict_json(said) + "\n")
             self._show(message)
             self._scalars(values, step, kind)
-        if found := _evaluation(line.encode() + b"\n"):
+        if found := _evaluation(said):
             self.best = min(found, self.best or found)
 
     def elapsed_seconds(self) -> float:

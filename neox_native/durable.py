@@ -79,6 +79,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             discard(file)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces a file; it is whole, the old one or the new one, whenever the power goes. Raises as `replacing` does."""
+    with replacing(path) as file:
+        file.write(content)
+
+
 def sync_folder(path: Path) -> None:
     """Flushes a folder's entries to the disk, so that a rename survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

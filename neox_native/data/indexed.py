@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from neox_native.durable import disk_errors_named, discard, new_file, replacing, sync_and_rename, sync_folder, writing
+from neox_native.durable import disk_errors_named, discard, new_file, sync_and_rename, sync_folder, write_whole, writing
 from neox_native.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -283,8 +283,7 @@ class IndexedWriter:
                 sync_folder(old.parent)
         if self.about is not None:
             content = self.about | {"documents": len(self._sizes), "tokens": self.num_tokens}
-            with replacing(self._about_path) as file:
-                file.write(json.dumps(content, indent=1).encode())
+            write_whole(self._about_path, json.dumps(content, indent=1).encode())
         sync_and_rename(self._bin, self._bin_path)
         sync_and_rename(idx, self._idx_path)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from neox_native.data.order import Arrays, Draw, Facts
-from neox_native.durable import clear_away, put_in_place, replacing, temporary_name, writing
+from neox_native.durable import clear_away, put_in_place, replacing, temporary_name, write_whole, writing
 from neox_native.errors import UserError
 
 NAMES = "names.json"
@@ -62,8 +62,7 @@ def _write(place: Path, arrays: Arrays) -> None:
         for name, array in arrays.items():
             with replacing(temporary / f"{name}.npy") as file:
                 np.save(file, array)
-        with replacing(temporary / NAMES) as file:
-            file.write(json.dumps(list(arrays)).encode())
+        write_whole(temporary / NAMES, json.dumps(list(arrays)).encode())
         put_in_place(temporary, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

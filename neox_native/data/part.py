@@ -15,7 +15,7 @@ from neox_native.data import documents
 from neox_native.data.documents import BadLine, Piece
 from neox_native.data.indexed import IGNORED, IndexedWriter, token_dtype
 from neox_native.data.tokenizers import encode_batch, load_tokenizer
-from neox_native.durable import replacing
+from neox_native.durable import write_whole
 
 EMPTY = "empty"
 """Reason for leaving out a document without text, the only one that is no fault."""
@@ -190,5 +190,4 @@ def prepare_part(pieces: list[Piece], recipe: Recipe, prefix: Path) -> Report:
 
 def write_json(path: Path, content: object) -> None:
     """Complete or absent, like all files here."""
-    with replacing(path) as file:
-        file.write(json.dumps(content).encode())
+    write_whole(path, json.dumps(content).encode())

@@ -17,7 +17,7 @@ from neox_native.config.load import dump, load
 from neox_native.config.schema import Config, Parallel
 from neox_native.config.settings import SETTINGS
 from neox_native.config.values import to_toml
-from neox_native.durable import replacing
+from neox_native.durable import write_whole
 from neox_native.errors import UserError
 from neox_native.metrics.startup import code_hash
 from neox_native.plain_files import read_bytes
@@ -76,12 +76,6 @@ def _keep(settings: bytes, file: Path) -> None:
         number += 1
         name = file.with_name(f"{file.stem}_{number}{file.suffix}")
     write_whole(name, settings)
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Replace a file; it is whole, the old one or the new one, whenever the power goes."""
-    with replacing(file) as stream:
-        stream.write(content)
 
 
 def origin(parallel: Parallel, hosts: list[str]) -> dict[str, Any]:

@@ -20,10 +20,12 @@ LAYERS = [
     {"plain_files", "options"},
     {"config"},
     {"durable"},
-    {"mesh", "model", "data"},
+    {"launch", "mesh", "model", "data"},
     {"parallel", "zero", "optim"},
-    {"checkpoint", "metrics", "plan"},
-    {"train", "generate"},
+    {"engine", "checkpoint", "metrics", "reliability"},
+    {"interop", "plan"},
+    {"inference"},
+    {"evaluation", "train"},
     {"commands"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
@@ -109,12 +111,12 @@ def test_arithmetic_does_not_communicate() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_only_the_mesh_reads_the_launchers_variables() -> None:
+def test_only_the_launch_reads_the_launchers_variables() -> None:
     names = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
     wrong = [
         f"{path.relative_to(ROOT)} line {node.lineno} says {node.value!r}"
         for path in sources("neox_native", "tools")
-        if path != PACKAGE / "mesh.py"
+        if path != PACKAGE / "launch.py"
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.Constant) and node.value in names
     ]

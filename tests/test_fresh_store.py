@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from neox_native.errors import UserError
-from neox_native.mesh import Launch, fresh_store
+from neox_native.launch import Launch, fresh_store
 
 
 def attempt(store: dist.Store, world_size: int) -> list[bytes]:

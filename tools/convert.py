@@ -17,23 +17,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neox_native.checkpoint import interop
-from neox_native.checkpoint.agree import Ranks
-from neox_native.checkpoint.interop_hf import DTYPES, HuggingFaceReader, write_folder
-from neox_native.checkpoint.interop_neox import NeoxReader, step_folder
-from neox_native.checkpoint.interop_neox_config import find_yaml, model_from_yaml
 from neox_native.checkpoint.tokenizer_files import fitting_tokenizer, own_tokenizer, tokenizer_facts
 from neox_native.config.load import load
 from neox_native.config.schema import Model
 from neox_native.data.tokenizers import load_tokenizer
 from neox_native.durable import clear_away, writing
 from neox_native.errors import UserError, named_as, report_user_errors
+from neox_native.interop import checkpoints
+from neox_native.interop.gpt_neox import NeoxReader, step_folder
+from neox_native.interop.gpt_neox_config import find_yaml, model_from_yaml
+from neox_native.interop.hugging_face import DTYPES, HuggingFaceReader, write_folder
+from neox_native.launch import Ranks
 from neox_native.options import Parser, number_above, whole
 
 
 def to_hf(options: argparse.Namespace) -> None:
     """Our checkpoint -> a Hugging Face folder."""
-    reader = interop.CheckpointReader(interop.find_checkpoint(options.source))
+    reader = checkpoints.CheckpointReader(checkpoints.find_checkpoint(options.source))
     tokenizer, dtype = options.tokenizer or there_is(own_tokenizer(reader.path, reader.metadata)), DTYPES[options.dtype]
     shard_bytes = max(1, int(options.shard_gb * 1e9))
     whose = "--tokenizer" if options.tokenizer else f"the tokenizer of {options.source}"
@@ -56,7 +56,7 @@ def there_is(tokenizer: str) -> str:
 
 def from_hf(options: argparse.Namespace) -> None:
     """A Hugging Face folder -> our checkpoint."""
-    interop.require_new(options.out)
+    checkpoints.require_new(options.out)
     reader = HuggingFaceReader(options.source)
     tokenizer = options.tokenizer
     if reader.tokenizer and not tokenizer:
@@ -70,7 +70,7 @@ def from_hf(options: argparse.Namespace) -> None:
 
 def from_neox(options: argparse.Namespace) -> None:
     """A checkpoint of GPT-NeoX -> our checkpoint."""
-    interop.require_new(options.out)
+    checkpoints.require_new(options.out)
     reader = NeoxReader(options.source, neox_model(options))
     write(options, reader.model, reader, options.tokenizer)
 
@@ -97,15 +97,15 @@ def neox_model(options: argparse.Namespace) -> Model:
     return replace(smallest, vocab_size=rows)
 
 
-def write(options: argparse.Namespace, model: Model, read: interop.Read, tokenizer: str) -> None:
+def write(options: argparse.Namespace, model: Model, read: checkpoints.Read, tokenizer: str) -> None:
     """Write our checkpoint, with the tokenizer in it where it is known."""
     with named_as("data.tokenizer", "--tokenizer"):
         about, beside = tokenizer_facts(tokenizer, fitting_tokenizer(tokenizer, model) if tokenizer else None)
     with writing(options.out):
-        interop.write_checkpoint(options.out, model, checked(read, options), about, beside)
+        checkpoints.write_checkpoint(options.out, model, checked(read, options), about, beside)
 
 
-def checked(read: interop.Read, options: argparse.Namespace, dtype: torch.dtype = torch.float32) -> interop.Read:
+def checked(read: checkpoints.Read, options: argparse.Namespace, dtype: torch.dtype = torch.float32) -> checkpoints.Read:
     """The same tensors, of which the first that is not finite in `dtype` is refused, or told with `--allow-nonfinite`."""
     told = False
 

@@ -26,13 +26,13 @@ from neox_native.data.indexed import IndexedDataset
 from neox_native.data.sidecar import check_tokenizer, read_sidecar, vocabulary_of
 from neox_native.data.tokenizers import Tokenizer, load_tokenizer
 from neox_native.errors import UserError, named_as, report_user_errors
-from neox_native.generate.choices import accuracy, read_questions
-from neox_native.generate.command import add_model_options, model_from, tokenizer_of
-from neox_native.generate.generator import Generator
-from neox_native.generate.load import Loaded
-from neox_native.generate.perplexity import measure
-from neox_native.generate.runner import Runner
-from neox_native.generate.score import Scorer
+from neox_native.evaluation.choices import accuracy, read_questions
+from neox_native.evaluation.perplexity import measure
+from neox_native.inference.command import add_model_options, model_from, tokenizer_of
+from neox_native.inference.generator import Generator
+from neox_native.inference.load import Loaded
+from neox_native.inference.runner import Runner
+from neox_native.inference.score import Scorer
 from neox_native.options import Parser, whole
 
 
@@ -129,7 +129,7 @@ def tasks(options: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     scorer = Scorer(runner, options.batch_size)
     if options.tasks.endswith(".jsonl"):
         return accuracy(scorer, tokenizer, read_questions(Path(options.tasks)))
-    from neox_native.generate.harness import HarnessModel, evaluate_tasks  # an optional extra
+    from neox_native.evaluation.harness import HarnessModel, evaluate_tasks  # an optional extra
 
     model = HarnessModel(Generator(runner, tokenizer), scorer)
     return evaluate_tasks(model, options.tasks.split(","), options.include_path, options.limit, options.num_fewshot)

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from neox_native.checkpoint.agree import Ranks
 from neox_native.errors import UserError, report_user_errors
-from neox_native.generate.command import add_model_options, model_from, tokenizer_of
-from neox_native.generate.generator import Generator, Limits, Row
-from neox_native.generate.runner import Runner
-from neox_native.generate.sampling import Sampling
+from neox_native.inference.command import add_model_options, model_from, tokenizer_of
+from neox_native.inference.generator import Generator, Limits, Row
+from neox_native.inference.runner import Runner
+from neox_native.inference.sampling import Sampling
+from neox_native.launch import Ranks
 from neox_native.options import Parser, number, number_above, whole
 
 DEFAULTS, LIMITS = Sampling(), Limits()

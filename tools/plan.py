@@ -30,19 +30,19 @@ SETTINGS_FOLLOW = " Settings may follow, as --parallel.tp 4; `python train.py --
 
 def dry_run(options: argparse.Namespace, overrides: list[str]) -> None:
     """Run one rank, or the distinct ones, and print what they need."""
-    from neox_native.train import dryrun
+    from neox_native.plan import dry_run
 
     config = load(options.config, overrides)
     if options.rank is not None and not 0 <= options.rank < options.world_size:
         raise UserError(f"--rank {options.rank} is none of the ranks 0 to {options.world_size - 1} of --world-size.")
     with named_as("torchrun started", "--world-size is"):
-        ranks = dryrun.distinct_ranks(config, options.world_size) if options.rank is None else [options.rank]
-        reports = [dryrun.dry_run(config, rank, options.world_size) for rank in ranks]
+        ranks = dry_run.distinct_ranks(config, options.world_size) if options.rank is None else [options.rank]
+        reports = [dry_run.dry_run(config, rank, options.world_size) for rank in ranks]
     if options.json:
         for report in reports:
             print(json.dumps(report.as_dict()))
     else:
-        print(dryrun.text(reports))
+        print(dry_run.text(reports))
 
 
 def search_layouts(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -70,10 +70,9 @@ def calibrate(options: argparse.Namespace, overrides: list[str]) -> None:
     """Measure this machine and write a hardware file; under torchrun its links, too."""
     import torch.distributed as dist
 
-    from neox_native.mesh import Launch, pick_device, start_process_group
+    from neox_native.launch import Launch, pick_device, start_process_group
     from neox_native.metrics.throughput import device_name
-    from neox_native.plan.calibrate import calibrate as measure
-    from neox_native.plan.calibrate import to_toml
+    from neox_native.plan.calibrate import calibrate as measure, to_toml
 
     require_writable(options.write)
     config, launch = load(options.config, overrides), Launch.from_environment()

@@ -17,10 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-from neox_native.data import documents
 from neox_native.data.indexed import SUFFIX
-from neox_native.data.part import Recipe, Report
-from neox_native.data.prepare import merge, prepare
+from neox_native.data.preparation import documents
+from neox_native.data.preparation.part import Recipe, Report
+from neox_native.data.preparation.prepare import merge, prepare
 from neox_native.errors import UserError, named_as, report_user_errors
 from neox_native.options import Parser, number, number_above, whole
 from neox_native.units import counted

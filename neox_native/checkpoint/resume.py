@@ -8,10 +8,10 @@ from pathlib import Path
 
 from neox_native import tool_command
 from neox_native.checkpoint import files, store
-from neox_native.checkpoint.agree import Ranks
 from neox_native.config.schema import Checkpoint
 from neox_native.durable import put_back, sweep_all
 from neox_native.errors import UserError
+from neox_native.launch import Ranks
 
 HUGGING_FACE = "config.json"
 """What tells a Hugging Face folder."""

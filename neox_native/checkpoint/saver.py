@@ -20,11 +20,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from neox_native.checkpoint import files, store
-from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.retention import to_delete
 from neox_native.config.schema import Checkpoint
 from neox_native.durable import remove_folder
 from neox_native.errors import UserError
+from neox_native.launch import Ranks
 from neox_native.units import size
 from neox_native.zero.state import Boxes
 

@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.tensor import DTensor
 
 from neox_native.checkpoint import files
-from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.safe import INDEX, SafeLoadPlanner, SafeReader, read_index
 from neox_native.durable import make_folder, put_in_place
 from neox_native.errors import UserError, in_words
+from neox_native.launch import Ranks
 from neox_native.zero.state import Boxes
 
 State = dict[str, torch.Tensor]

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from neox_native.config.rules import wrong_datasets
 from neox_native.config.schema import Data
-from neox_native.data.builtin import PYTHON_STDLIB, prepare_python_stdlib
 from neox_native.data.dataset import Dataset, Mixture, Reading, TokenDataset
 from neox_native.data.indexed import IndexedDataset
 from neox_native.data.order import ENDLESS, split_documents
+from neox_native.data.preparation.builtin import PYTHON_STDLIB, prepare_python_stdlib
 from neox_native.data.sidecar import Vocabulary, check_tokenizer, read_sidecar, vocabulary_of
 from neox_native.data.tokenizers import OutOfReach, Tokenizer, load_tokenizer
 from neox_native.errors import UserError

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from neox_native.durable import disk_errors_named, discard, new_file, sync_and_rename, sync_folder, write_whole, writing
+from neox_native.durable import discard, disk_errors_named, new_file, sync_and_rename, sync_folder, write_whole, writing
 from neox_native.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"

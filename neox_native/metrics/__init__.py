@@ -1,1 +1,1 @@
-"""What a run measures, what it writes down, and how it notices that something is wrong."""
+"""What a run measures and writes down."""

@@ -1,7 +1,7 @@
 """Traffic, bubble and FLOPs of a layout as closed forms; memory is in `memory.py`. Pure arithmetic, [Note: letters].
 
 A ring collective on n ranks sends (n - 1) / n of the whole tensor for a gather or a reduce-scatter and twice that for
-an all-reduce (Patarasuk and Yuan 2009). `train/dryrun.py` measures the same quantities by running the code, and a test
+an all-reduce (Patarasuk and Yuan 2009). `plan/dry_run.py` measures the same quantities by running the code, and a test
 holds the two together.
 """
 

@@ -16,7 +16,7 @@ def command() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
     from neox_native.errors import report_user_errors
-    from neox_native.metrics.preemption import end_of_process
+    from neox_native.reliability.preemption import end_of_process
     from neox_native.train.main import main
 
     with end_of_process(), report_user_errors():

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neox_native.data.loader import StepBatch
+from neox_native.engine.single_stage import Engine
+from neox_native.engine.step import Losses, to_device
 from neox_native.model.transformer import Transformer
 from neox_native.parallel.loss import cross_entropy_sum
-from neox_native.train.engine import Engine
-from neox_native.train.step import Losses, to_device
 
 
 def evaluate(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from neox_native.checkpoint import files, store
-from neox_native.checkpoint.agree import Ranks
-from neox_native.checkpoint.interop_hf import describe, export_state
 from neox_native.checkpoint.saver import Saver
 from neox_native.config.schema import Config
 from neox_native.errors import UserError
+from neox_native.interop.hugging_face import describe, export_state
+from neox_native.launch import Ranks
 from neox_native.train.state import config_of
 
 WEIGHTS = "weights"

@@ -14,12 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from neox_native.checkpoint import files
-from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.resume import tidy
 from neox_native.config.schema import Config
 from neox_native.durable import Lock, make_folder, sync_folder, write_whole
 from neox_native.errors import UserError
-from neox_native.mesh import Launch
+from neox_native.launch import Launch, Ranks
 from neox_native.metrics.writers import check_logs, mend_logs
 from neox_native.plain_files import read_text
 from neox_native.train.provenance import EARLIER, SETTINGS_FILE, write_settings

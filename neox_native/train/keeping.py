@@ -8,15 +8,16 @@ from typing import Any
 import torch
 
 from neox_native.checkpoint import store
-from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.resume import Start
 from neox_native.checkpoint.saver import NotSaved, Saver
 from neox_native.checkpoint.tokenizer_files import tokenizer_facts
 from neox_native.config.schema import Config
 from neox_native.data.build import Datasets
-from neox_native.metrics.guards import BadSteps, SpikeGuard
-from neox_native.metrics.health import Watchdog
+from neox_native.engine.spikes import SpikeGuard
+from neox_native.launch import Ranks
 from neox_native.optim.loss_scale import LossScale
+from neox_native.reliability.bad_steps import BadSteps
+from neox_native.reliability.watchdog import Watchdog
 from neox_native.train import state as run_states
 from neox_native.train.exports import Exports
 from neox_native.train.report import Report

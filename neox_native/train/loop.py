@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.files import step_folder
 from neox_native.checkpoint.resume import Start
 from neox_native.checkpoint.retention import should_save
@@ -18,21 +17,21 @@ from neox_native.config.schema import Config
 from neox_native.data.build import Datasets
 from neox_native.data.loader import StepBatch, build_loader
 from neox_native.durable import make_folder
+from neox_native.engine.build import build_engine, build_step
+from neox_native.engine.step import StepResult
 from neox_native.errors import UserError
-from neox_native.metrics.guards import BadSteps, EmptySteps
-from neox_native.metrics.health import FLIGHT_RECORDER, Watchdog
-from neox_native.metrics.preemption import LeaveRequest, Requests
-from neox_native.metrics.replicas import check_replicas
+from neox_native.launch import Ranks
 from neox_native.model.transformer import Transformer
 from neox_native.optim.schedule import Rates
-from neox_native.train import provenance
-from neox_native.train import state as run_states
-from neox_native.train.build import build_engine, build_step
+from neox_native.reliability.bad_steps import BadSteps, EmptySteps
+from neox_native.reliability.preemption import LeaveRequest, Requests
+from neox_native.reliability.replicas import check_replicas
+from neox_native.reliability.watchdog import FLIGHT_RECORDER, Watchdog
+from neox_native.train import provenance, state as run_states
 from neox_native.train.evaluate import evaluate, evaluation_number, in_words
 from neox_native.train.folder import RunFolder
 from neox_native.train.keeping import Keeper
 from neox_native.train.report import Report
-from neox_native.train.step import StepResult
 from neox_native.train.verdict import verdict
 from neox_native.zero.optimizer import ShardedOptimizer
 

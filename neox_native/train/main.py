@@ -10,10 +10,10 @@ import torch
 from neox_native.config.check import require, require_on
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
-from neox_native.mesh import Launch, pick_device
-from neox_native.metrics.preemption import Requests
-from neox_native.train.build import build_model
-from neox_native.train.dryrun import report_of
+from neox_native.engine.build import build_model
+from neox_native.launch import Launch, pick_device
+from neox_native.plan.dry_run import report_of
+from neox_native.reliability.preemption import Requests
 from neox_native.train.loop import Trainer
 from neox_native.train.start import choose_start, joined_ranks, lay_out_ranks, open_data, watched
 

@@ -19,8 +19,8 @@ from neox_native.config.settings import SETTINGS
 from neox_native.config.values import to_toml
 from neox_native.durable import write_whole
 from neox_native.errors import UserError
-from neox_native.metrics.startup import code_hash
 from neox_native.plain_files import read_bytes
+from neox_native.reliability.startup import code_hash
 from neox_native.units import counted
 
 SETTINGS_FILE = "config.toml"

@@ -16,17 +16,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native import tool_command
-from neox_native.checkpoint.agree import Ranks
 from neox_native.config.load import dump
 from neox_native.config.schema import Config
 from neox_native.data.loader import StepBatch, format_hash
-from neox_native.metrics.health import slowest_ranks
+from neox_native.engine.step import Losses, StepResult
+from neox_native.launch import Ranks
 from neox_native.metrics.throughput import Throughput, device_name, memory_bytes, peak_flops_per_second, peak_memory_bytes
 from neox_native.metrics.writers import Scale, StepRecord, Writers
 from neox_native.model.flops import model_flops_per_token, total_parameters
 from neox_native.parallel.timing import Timing
 from neox_native.plan import costs
-from neox_native.train.step import Losses, StepResult
+from neox_native.reliability.watchdog import slowest_ranks
 from neox_native.units import count, counted, share_of_step
 
 

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.files import read_metadata
 from neox_native.checkpoint.resume import Start, find_start
 from neox_native.checkpoint.tokenizer_files import or_own, other_tokenizer, own_tokenizer
@@ -21,10 +20,11 @@ from neox_native.config.schema import Config, Run
 from neox_native.config.settings import SETTINGS
 from neox_native.data.build import Datasets, Position, build_data, how_far
 from neox_native.errors import UserError
-from neox_native.mesh import Launch, build_mesh, start_process_group
-from neox_native.metrics.health import FLIGHT_RECORDER, Watchdog, enable_flight_recorder, job_store
-from neox_native.metrics.preemption import Requests
-from neox_native.metrics.startup import check_agreement, check_axes, code_version, describe_mesh
+from neox_native.launch import Launch, start_process_group, Ranks
+from neox_native.mesh import build_mesh
+from neox_native.reliability.preemption import Requests
+from neox_native.reliability.startup import check_agreement, check_axes, code_version, describe_mesh
+from neox_native.reliability.watchdog import FLIGHT_RECORDER, Watchdog, enable_flight_recorder, job_store
 from neox_native.train.folder import RunFolder, has_begun
 
 

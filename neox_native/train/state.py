@@ -14,17 +14,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 
 from neox_native.checkpoint import files, store
-from neox_native.checkpoint.agree import Ranks
-from neox_native.checkpoint.interop import PREFIX
 from neox_native.config.check import adaptations, incompatible, kept_rows, other_model
 from neox_native.config.described import described_config
 from neox_native.config.layout_rules import in_use
 from neox_native.config.schema import Config
 from neox_native.config.settings import SETTINGS
 from neox_native.data.dataset import check_fingerprint
+from neox_native.engine.spikes import SpikeGuard
 from neox_native.errors import UserError
+from neox_native.interop.checkpoints import PREFIX
+from neox_native.launch import Ranks
 from neox_native.mesh import AXES
-from neox_native.metrics.guards import SpikeGuard
 from neox_native.metrics.throughput import device_name
 from neox_native.model.initialize import seed_of
 from neox_native.optim.loss_scale import LossScale

@@ -8,7 +8,7 @@ from typing import Any
 from neox_native.checkpoint import files
 from neox_native.config.schema import Config
 from neox_native.errors import UserError
-from neox_native.metrics.guards import BadSteps
+from neox_native.reliability.bad_steps import BadSteps
 from neox_native.train.state import config_of
 
 BAD_STEPS = "bad_steps_in_a_row"

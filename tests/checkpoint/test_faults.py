@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from neox_native.checkpoint import files, store
-from neox_native.checkpoint.agree import Ranks
 from neox_native.config.load import dump
+from neox_native.launch import Ranks
 from tests.checkpoint.small_runs import curve, run, settings, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from neox_native.checkpoint import files, safe, store
-from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.resume import find_start
 from neox_native.config.schema import Checkpoint
 from neox_native.errors import UserError, report_user_errors
+from neox_native.launch import Ranks
 from tests.checkpoint.test_safe import rewrite
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from neox_native.checkpoint.interop import CheckpointReader
+from neox_native.interop.checkpoints import CheckpointReader
 from tests.checkpoint.small_runs import curve, run, settings, write_corpus
 
 FAST = "--run.determinism=fast"

@@ -19,9 +19,9 @@ import train as entry
 from neox_native.checkpoint import files
 from neox_native.config.check import require
 from neox_native.config.schema import Config, Run
-from neox_native.metrics import health
+from neox_native.engine.step import TrainStep
+from neox_native.reliability import watchdog as module
 from neox_native.train import loop, start
-from neox_native.train.step import TrainStep
 from tests.checkpoint.small_runs import curve, events, run, saved, settings, write_corpus
 from tests.ranks import RankError, run_ranks
 
@@ -311,7 +311,7 @@ def test_request_during_an_evaluation_saves_before_its_end(corpus, tmp_path, mon
 
 
 def test_rank_that_is_stopped_while_data_is_opened_is_named(corpus, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(health, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.5)
     open_data = start.build_data
 
     def stop_rank_1(*args, **settings):

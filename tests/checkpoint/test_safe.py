@@ -18,9 +18,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from neox_native.checkpoint import files, safe, store
-from neox_native.checkpoint.agree import Ranks
 from neox_native.config.schema import Config
 from neox_native.errors import UserError
+from neox_native.launch import Ranks
 from neox_native.train import state
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from neox_native.checkpoint import files, saver, store
-from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.resume import Start, find_start, tidy
 from neox_native.config.schema import Checkpoint
 from neox_native.errors import UserError
+from neox_native.launch import Ranks
 from tests.checkpoint.states import full, state, wrong
 from tests.ranks import run_ranks
 

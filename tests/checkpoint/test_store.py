@@ -14,8 +14,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from neox_native.checkpoint import files, store
-from neox_native.checkpoint.agree import Ranks
 from neox_native.errors import UserError
+from neox_native.launch import Ranks
 from tests.checkpoint.states import full, state, wrong
 from tests.ranks import run_ranks
 

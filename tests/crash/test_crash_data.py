@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from neox_native.config.schema import Model
-from neox_native.data import builtin, documents, prepare
 from neox_native.data.indexed import IndexedWriter
 from neox_native.data.kept import kept
+from neox_native.data.preparation import builtin, documents, prepare
 from neox_native.data.tokenizers import load_tokenizer
 from neox_native.errors import UserError
 from tests.crash import disk

@@ -23,11 +23,10 @@ import torch.distributed as dist
 
 import train as entry
 from neox_native.checkpoint import files, store
-from neox_native.checkpoint.agree import Ranks
 from neox_native.config.check import require
 from neox_native.config.schema import Config
-from neox_native.mesh import Launch, start_process_group
-from neox_native.metrics.preemption import Requests
+from neox_native.launch import Launch, start_process_group, Ranks
+from neox_native.reliability.preemption import Requests
 from tests.checkpoint.small_runs import curve, settings, write_corpus
 from tests.crash import disk
 from tests.crash.recorder import Recorder

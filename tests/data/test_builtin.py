@@ -9,9 +9,9 @@ import pytest
 import torch.distributed as dist
 
 from neox_native.config.schema import Data
-from neox_native.data import builtin
 from neox_native.data.build import Datasets, build_data
 from neox_native.data.indexed import IndexedDataset
+from neox_native.data.preparation import builtin
 from neox_native.data.tokenizers import byte_tokenizer
 from neox_native.errors import UserError
 from tests.ranks import run_ranks

@@ -15,8 +15,8 @@ import pytest
 import regex
 import zstandard
 
-from neox_native.data import documents, zst
-from neox_native.data.documents import BadLine, Piece
+from neox_native.data.preparation import documents, zst
+from neox_native.data.preparation.documents import BadLine, Piece
 from neox_native.errors import UserError
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from neox_native.data import indexed
 from neox_native.data.indexed import IndexedDataset, IndexedWriter, token_dtype
-from neox_native.data.prepare import join
+from neox_native.data.preparation.prepare import join
 from neox_native.errors import UserError
 from tests.data.corpora import CODES, file_bytes, random_documents, write_files
 

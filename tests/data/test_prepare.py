@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from neox_native.data import documents
-from neox_native.data import prepare as module
 from neox_native.data.indexed import IndexedDataset
-from neox_native.data.part import PieceReport, Recipe, Report
-from neox_native.data.prepare import join, prepare
+from neox_native.data.preparation import documents, prepare as module
+from neox_native.data.preparation.part import PieceReport, Recipe, Report
+from neox_native.data.preparation.prepare import join, prepare
 from neox_native.errors import UserError
 from tests.data.corpora import file_bytes, random_documents, write_files
 from tests.data.loading import datasets, steps_of

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from neox_native.data import prepare as module
-from neox_native.data.part import Recipe, write_json
+from neox_native.data.preparation import prepare as module
+from neox_native.data.preparation.part import Recipe, write_json
 from neox_native.durable import temporary_name, writing
 from neox_native.errors import UserError
 from tests.data.corpora import file_bytes, write_files

@@ -16,8 +16,8 @@ import pytest
 import tiktoken
 import tokenizers
 
-from neox_native.data import documents
 from neox_native.data.bpe_file import BYTE_OF_CHARACTER, nfc
+from neox_native.data.preparation import documents
 from neox_native.data.tokenizers import END_OF_DOCUMENT, Tokenizer, encode_batch, load_tokenizer
 from neox_native.errors import UserError
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from neox_native.checkpoint import interop
 from neox_native.config.schema import Model
+from neox_native.interop import checkpoints
 from neox_native.model.initialize import seed_of
 from neox_native.model.transformer import Transformer
 
@@ -15,9 +15,9 @@ SMALL = Model(num_layers=3, hidden_size=32, num_heads=4, seq_length=32, vocab_si
 TOKENS = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-def draw(model: Model) -> interop.Read:
+def draw(model: Model) -> checkpoints.Read:
     """Weights of a size that makes attention and logits lively, by name."""
-    shapes = interop.parameter_shapes(model)
+    shapes = checkpoints.parameter_shapes(model)
 
     def read(name: str) -> torch.Tensor:
         noise = torch.randn(shapes[name], generator=torch.Generator().manual_seed(seed_of(7, name)))
@@ -29,11 +29,11 @@ def draw(model: Model) -> interop.Read:
 
 def checkpoint(path: Path, model: Model = SMALL, **about) -> Path:
     """A checkpoint of the drawn weights."""
-    interop.write_checkpoint(path, model, draw(model), about)
+    checkpoints.write_checkpoint(path, model, draw(model), about)
     return path
 
 
-def built(model: Model, read: interop.Read) -> Transformer:
+def built(model: Model, read: checkpoints.Read) -> Transformer:
     """The model with these weights."""
     whole = Transformer(model)
     with torch.no_grad():
@@ -42,9 +42,9 @@ def built(model: Model, read: interop.Read) -> Transformer:
     return whole
 
 
-def weights(read: interop.Read, model: Model) -> dict[str, torch.Tensor]:
+def weights(read: checkpoints.Read, model: Model) -> dict[str, torch.Tensor]:
     """Every parameter by name."""
-    return {name: read(name) for name in interop.parameter_shapes(model)}
+    return {name: read(name) for name in checkpoints.parameter_shapes(model)}
 
 
 def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:

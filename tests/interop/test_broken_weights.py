@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from neox_native.checkpoint import interop
-from neox_native.checkpoint.interop_hf import HuggingFaceReader
 from neox_native.data.indexed import IndexedWriter
 from neox_native.errors import UserError
+from neox_native.interop import checkpoints
+from neox_native.interop.hugging_face import HuggingFaceReader
 from tests.interop.models import SMALL, checkpoint, draw
 from tools import convert, evaluate
 
@@ -30,7 +30,7 @@ def broken(path: Path, value: float) -> Path:
             tensor.view(-1)[3] = value
         return tensor
 
-    interop.write_checkpoint(path, SMALL, read_broken, {})
+    checkpoints.write_checkpoint(path, SMALL, read_broken, {})
     return path
 
 
@@ -52,7 +52,7 @@ def test_weights_that_are_not_finite_are_converted_only_if_asked(tmp_path: Path,
         convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "back")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "nan"]
     convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "back"), "--allow-nonfinite"])
-    assert torch.equal(interop.CheckpointReader(tmp_path / "back")(BROKEN).isnan(), HuggingFaceReader(tmp_path / "hf")(BROKEN).isnan())
+    assert torch.equal(checkpoints.CheckpointReader(tmp_path / "back")(BROKEN).isnan(), HuggingFaceReader(tmp_path / "hf")(BROKEN).isnan())
 
 
 def test_numbers_beyond_the_range_of_the_type_are_named_too(tmp_path: Path) -> None:

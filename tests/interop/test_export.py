@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import train as entry
-from neox_native.checkpoint.interop import CheckpointReader
-from neox_native.checkpoint.interop_hf import HuggingFaceReader, export_state
 from neox_native.config.check import require
+from neox_native.interop.checkpoints import CheckpointReader
+from neox_native.interop.hugging_face import HuggingFaceReader, export_state
 from neox_native.train import exports
 from tests.interop.models import assert_equal, weights
 from tests.ranks import RankError, run_ranks

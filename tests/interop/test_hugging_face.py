@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from neox_native.checkpoint.agree import Ranks
-from neox_native.checkpoint.interop import CheckpointReader
-from neox_native.checkpoint.interop_hf import HuggingFaceReader, plan_shards, write_folder
 from neox_native.errors import UserError
+from neox_native.interop.checkpoints import CheckpointReader
+from neox_native.interop.hugging_face import HuggingFaceReader, plan_shards, write_folder
+from neox_native.launch import Ranks
 from tests.checkpoint.test_safe import rewrite
 from tests.interop.models import SMALL, TOKENS, assert_equal, built, checkpoint, draw, weights
 from tools import convert

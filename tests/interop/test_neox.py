@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from neox_native.checkpoint.interop import CheckpointReader
-from neox_native.checkpoint.interop_neox import CUT_DIM, NeoxReader, place_of, within_layer
-from neox_native.checkpoint.interop_neox_config import model_from_yaml
 from neox_native.config.schema import Model
 from neox_native.errors import UserError
+from neox_native.interop.checkpoints import CheckpointReader
+from neox_native.interop.gpt_neox import CUT_DIM, NeoxReader, place_of, within_layer
+from neox_native.interop.gpt_neox_config import model_from_yaml
 from tests.interop.models import SMALL, TOKENS, built, draw, weights
 from tools import convert
 

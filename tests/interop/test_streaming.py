@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from neox_native.checkpoint.agree import Ranks
-from neox_native.checkpoint.interop import CheckpointReader, write_checkpoint
-from neox_native.checkpoint.interop_hf import write_folder
+from neox_native.interop.checkpoints import CheckpointReader, write_checkpoint
+from neox_native.interop.hugging_face import write_folder
+from neox_native.launch import Ranks
 from tests.interop.models import SMALL, checkpoint, draw
 
 MODEL = replace(SMALL, num_layers=6)

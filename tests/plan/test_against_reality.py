@@ -9,10 +9,10 @@ import torch
 
 from neox_native.config.check import require
 from neox_native.config.schema import Config, Model, Parallel, Training
+from neox_native.engine.build import build_engine, build_model, build_step
 from neox_native.mesh import build_mesh
+from neox_native.plan.dry_run import axes_of, dry_run, fake_batch, run_step
 from neox_native.plan.ledger import Ledger
-from neox_native.train.build import build_engine, build_model, build_step
-from neox_native.train.dryrun import axes_of, dry_run, fake_batch, run_step
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")

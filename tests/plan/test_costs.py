@@ -10,10 +10,10 @@ from neox_native.config.schema import Config, Model, Parallel, Training
 from neox_native.model.flops import model_flops_per_token
 from neox_native.parallel.timeline import timeline
 from neox_native.plan import costs
+from neox_native.plan.dry_run import dry_run
 from neox_native.plan.flight import in_flight
 from neox_native.plan.memory import memory
 from neox_native.plan.shares import elements_of
-from neox_native.train.dryrun import dry_run
 
 # Config, ranks, rank, microbatch, microbatches per step, settings of [parallel], [training] and [model].
 Case = tuple[str, int, int, int, int, str]

@@ -14,13 +14,12 @@ from neox_native.config.load import load
 from neox_native.config.schema import Config, Model, Parallel, Training
 from neox_native.errors import UserError, report_user_errors
 from neox_native.plan.calibrate import calibrate, to_toml
+from neox_native.plan.dry_run import distinct_ranks, dry_run
 from neox_native.plan.hardware import Gpu, find_gpu, load_gpus
 from neox_native.plan.published import comparisons, table
 from neox_native.plan.search import MEMORY_SHARE, Candidate, peak_bytes, reasons, search
 from neox_native.plan.speed import COMPILED, EAGER, Machine, stage_passes, step_time
-from neox_native.train.dryrun import distinct_ranks, dry_run
-from tools import plan as tool
-from tools import show_schedule
+from tools import plan as tool, show_schedule
 
 H100 = Machine(find_gpu("H100"))
 

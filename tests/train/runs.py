@@ -13,11 +13,11 @@ from neox_native.config.check import require
 from neox_native.config.schema import Compile, Config, Model, Optimizer, Parallel, Training
 from neox_native.data.loader import StepBatch
 from neox_native.data.order import rows_of_rank
+from neox_native.engine.build import build_engine, build_model
+from neox_native.engine.step import Losses, TrainStep
 from neox_native.mesh import AXES, build_mesh
 from neox_native.optim.loss_scale import LossScale
-from neox_native.train.build import build_engine, build_model
 from neox_native.train.evaluate import evaluate
-from neox_native.train.step import Losses, TrainStep
 from tests.ranks import run_ranks
 
 STEPS = 3

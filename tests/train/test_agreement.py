@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from neox_native.checkpoint.agree import Ranks
 from neox_native.config.schema import Config, Parallel, Training
+from neox_native.engine.build import build_engine, build_model
+from neox_native.engine.spikes import SpikeGuard
+from neox_native.engine.step import Losses, TrainStep
+from neox_native.launch import Ranks
 from neox_native.mesh import AXES, build_mesh
-from neox_native.metrics.guards import SpikeGuard
-from neox_native.metrics.replicas import check_replicas
 from neox_native.optim.loss_scale import LossScale
-from neox_native.train.build import build_engine, build_model
+from neox_native.reliability.replicas import check_replicas
 from neox_native.train.state import copies, seed_dropout
-from neox_native.train.step import Losses, TrainStep
 from tests.ranks import run_ranks
 from tests.train.runs import CPU, batch, close, config_of, serial, shards, train
 

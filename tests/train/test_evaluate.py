@@ -12,10 +12,10 @@ import torch
 from neox_native.config.schema import Config, Parallel
 from neox_native.data.indexed import IndexedWriter
 from neox_native.data.loader import StepBatch
+from neox_native.engine.build import build_engine, build_model
+from neox_native.engine.step import Losses
 from neox_native.mesh import build_mesh
-from neox_native.train.build import build_engine, build_model
 from neox_native.train.evaluate import evaluate
-from neox_native.train.step import Losses
 from tests.checkpoint.small_runs import curve, events, run, settings, write_corpus
 from tests.ranks import run_ranks
 from tests.train.runs import CPU, batch, config_of, total

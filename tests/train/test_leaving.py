@@ -17,8 +17,8 @@ import train as entry
 from neox_native.checkpoint import files
 from neox_native.config.check import require
 from neox_native.config.load import dump
-from neox_native.mesh import Launch
-from neox_native.metrics.preemption import Requests, end_of_process
+from neox_native.launch import Launch
+from neox_native.reliability.preemption import Requests, end_of_process
 from tests.checkpoint.small_runs import events, settings, write_corpus
 from tests.ranks import run_ranks
 

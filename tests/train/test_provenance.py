@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from neox_native.checkpoint.agree import Ranks
 from neox_native.config.load import load
 from neox_native.config.schema import Config
 from neox_native.errors import UserError
+from neox_native.launch import Ranks
 from neox_native.train import folder as folders
 from neox_native.train.folder import RunFolder
 from tests.checkpoint.small_runs import events, run, settings, write_corpus

@@ -14,17 +14,17 @@ import pytest
 import torch
 
 import train as entry
-from neox_native.checkpoint.agree import Ranks
-from neox_native.checkpoint.interop import CheckpointReader
 from neox_native.config.check import require
 from neox_native.config.load import dump, load
 from neox_native.config.schema import Config
 from neox_native.data.indexed import IndexedWriter
+from neox_native.engine.step import TrainStep
 from neox_native.errors import UserError
+from neox_native.interop.checkpoints import CheckpointReader
+from neox_native.launch import Ranks
 from neox_native.model import initialize
 from neox_native.train import state as run_states
 from neox_native.train.folder import RunFolder
-from neox_native.train.step import TrainStep
 from tests.ranks import RankError, run_ranks
 from tools import show_batch
 

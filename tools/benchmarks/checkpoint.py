@@ -18,9 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from neox_native.checkpoint import files, store
-from neox_native.checkpoint.agree import Ranks
 from neox_native.checkpoint.saver import Saver
 from neox_native.config.schema import Checkpoint
+from neox_native.launch import Ranks
 
 COLUMNS = 1024
 

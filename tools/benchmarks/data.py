@@ -21,8 +21,8 @@ from neox_native.data.dataset import Reading, TokenDataset
 from neox_native.data.indexed import HEADER, MAGIC, VERSION, IndexedDataset
 from neox_native.data.loader import build_loader
 from neox_native.data.order import ENDLESS
-from neox_native.data.part import Recipe
-from neox_native.data.prepare import prepare
+from neox_native.data.preparation.part import Recipe
+from neox_native.data.preparation.prepare import prepare
 
 TEXT_BYTES = 50_000_000
 ROUNDS = 3

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from neox_native.checkpoint.agree import Ranks
-from neox_native.checkpoint.interop import parameter_shapes
-from neox_native.checkpoint.interop_hf import DTYPES, write_folder
 from neox_native.config.schema import Model
-from neox_native.generate.generator import Generator, Limits
-from neox_native.generate.load import inference_mesh, load_model
-from neox_native.generate.runner import Runner
-from neox_native.mesh import Launch, pick_device, start_process_group
+from neox_native.inference.generator import Generator, Limits
+from neox_native.inference.load import inference_mesh, load_model
+from neox_native.inference.runner import Runner
+from neox_native.interop.checkpoints import parameter_shapes
+from neox_native.interop.hugging_face import DTYPES, write_folder
+from neox_native.launch import Launch, pick_device, start_process_group, Ranks
 from neox_native.model import initialize
 
 PYTHIA_70M = Model(num_layers=6, hidden_size=512, num_heads=8, vocab_size=50304)

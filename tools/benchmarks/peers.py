@@ -37,11 +37,11 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from neox_native.config.schema import Model, Optimizer, Parallel
+from neox_native.engine.build import units_of
 from neox_native.mesh import build_mesh
 from neox_native.model import initialize
 from neox_native.model.transformer import Transformer
 from neox_native.optim.groups import decays, optimizer_factory
-from neox_native.train.build import units_of
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.optimizer import ShardedOptimizer
 

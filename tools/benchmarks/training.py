@@ -28,15 +28,15 @@ from neox_native.config.load import CONFIGS_FOLDER, load
 from neox_native.config.schema import Config
 from neox_native.data.build import build_data
 from neox_native.data.loader import StepBatch, build_loader
+from neox_native.engine.build import build_engine, build_model
+from neox_native.engine.step import Losses, TrainStep
 from neox_native.mesh import build_mesh
 from neox_native.metrics.throughput import peak_memory_bytes
 from neox_native.model.transformer import Transformer
 from neox_native.optim.groups import decays, optimizer_factory
 from neox_native.plan import costs
 from neox_native.plan.ledger import Ledger
-from neox_native.train.build import build_engine, build_model
 from neox_native.train.start import choose_determinism
-from neox_native.train.step import Losses, TrainStep
 
 CPU = torch.device("cpu")
 WARMUP_STEPS = 3

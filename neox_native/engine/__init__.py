@@ -1,0 +1,1 @@
+"""A model on a mesh with the optimizer that owns it: built, and taken through one step."""

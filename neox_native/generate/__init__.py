@@ -1,1 +1,0 @@
-"""Using a trained model: load it onto a mesh, generate text, score text."""

@@ -13,73 +13,10 @@ from neox_native.config.schema import Config
 from neox_native.config.settings import SETTINGS
 from neox_native.config.values import to_toml
 
-AT_LEAST_ONE = {
-    "model.num_layers",
-    "model.hidden_size",
-    "model.num_heads",
-    "model.seq_length",
-    "model.vocab_size",
-    "model.vocab_multiple_of",
-    "training.steps",
-    "training.global_batch_size",
-    "training.micro_batch_size",
-    "training.loss_scale_window",
-    "training.loss_scale_hysteresis",
-    "training.spike_window",
-    "parallel.pp",
-    "parallel.tp",
-    "parallel.virtual_stages",
-    "parallel.stage_layers",
-    "evaluation.batches",
-    "logging.every",
-}
-ABOVE_ZERO = {
-    "model.norm_eps",
-    "model.rotary_base",
-    "optimizer.eps",
-    "training.initial_loss_scale",
-    "training.min_loss_scale",
-}
-UP_TO_ONE = {"model.rotary_pct", "lr_schedule.warmup_fraction", "lr_schedule.cooldown_fraction"}
-BELOW_ONE = {"model.hidden_dropout", "model.attention_dropout", "optimizer.betas", "optimizer.momentum"}
-HIGHEST = {"parallel.zero_stage": 3}
-LARGEST = {
-    "model.num_layers": 10_000,
-    "model.hidden_size": 1 << 20,
-    "model.num_heads": 1 << 20,
-    "model.num_kv_heads": 1 << 20,
-    "model.ffn_hidden_size": 1 << 23,
-    "model.seq_length": 1 << 24,
-    "model.vocab_size": (1 << 31) - 1,
-    "model.vocab_multiple_of": 1 << 20,
-}
-"""Far above any model; above these a wrong number, which a file may tell, would fill the memory before it is noticed."""
-LARGEST_WHOLE_NUMBER = (1 << 63) - 1
-"""Of all other settings: what the numbers of tensors and files can be."""
 DATASET_KEYS = ("path", "weight", "labels")
 """Of an entry of a mixture."""
 MAX_DATASETS = 255
 """A blend numbers its datasets in one byte."""
-
-
-def _range_broken(dotted: str, number: float) -> str:
-    """What the number of this setting must be, in words, or "" where it is. Unless listed above: zero or more."""
-    if dotted == "parallel.dp":
-        return "" if number == -1 or number >= 1 else "1 or more, or -1 for the ranks that pp and tp leave"
-    if dotted in HIGHEST:
-        return "" if 0 <= number <= HIGHEST[dotted] else f"between 0 and {HIGHEST[dotted]}"
-    largest = LARGEST.get(dotted, LARGEST_WHOLE_NUMBER if isinstance(number, int) else math.inf)
-    if number > largest:
-        return f"{largest:,} or less"
-    if dotted in AT_LEAST_ONE:
-        return "" if number >= 1 else "1 or more"
-    if dotted in ABOVE_ZERO:
-        return "" if 0 < number < math.inf else "above 0 and finite"
-    if dotted in UP_TO_ONE:
-        return "" if 0 <= number <= 1 else "between 0 and 1"
-    if dotted in BELOW_ONE:
-        return "" if 0 <= number < 1 else "at least 0 and below 1"
-    return "" if 0 <= number < math.inf else "0 or more and finite"
 
 
 def out_of_range(config: Config) -> Iterator[str]:
@@ -88,7 +25,7 @@ def out_of_range(config: Config) -> Iterator[str]:
         value = setting.of(config)
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool):
-                if wanted := _range_broken(setting.dotted, number):
+                if wanted := setting.range.broken_by(number):
                     yield f"{setting.dotted} = {to_toml(value)} must be {wanted}."
 
 

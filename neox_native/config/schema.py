@@ -2,12 +2,15 @@
 
 The string under each field is its documentation; `train.py --help` prints it. Units stand in brackets.
 A field whose name is a Python keyword carries a trailing underscore here and none in TOML (`async_` is `async`).
+A number's range stands in its type (`ranges.py`); with none there, it is zero or more.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from neox_native.config.ranges import BelowOne, Count, Positive, Range, Share, at_least_one
 
 
 @dataclass(frozen=True)
@@ -38,34 +41,34 @@ class Run:
 class Model:
     """The NeoX decoder."""
 
-    num_layers: int = 6
+    num_layers: Annotated[int, at_least_one(10_000)] = 6
     """Transformer blocks."""
-    hidden_size: int = 512
+    hidden_size: Annotated[int, at_least_one(1 << 20)] = 512
     """Width of the residual stream [channels]."""
-    num_heads: int = 8
+    num_heads: Annotated[int, at_least_one(1 << 20)] = 8
     """Attention heads; must divide hidden_size."""
-    num_kv_heads: int = 0
+    num_kv_heads: Annotated[int, Range(largest=1 << 20)] = 0
     """Key and value heads for grouped-query attention; 0 means num_heads (multi-head attention). Of fewer than parallel.tp,
     each lies on several ranks."""
-    ffn_hidden_size: int = 0
+    ffn_hidden_size: Annotated[int, Range(largest=1 << 23)] = 0
     """Width of the feed-forward layer [channels]; 0 means 4 * hidden_size."""
-    seq_length: int = 2048
+    seq_length: Annotated[int, at_least_one(1 << 24)] = 2048
     """Sequence length of training [tokens]."""
-    vocab_size: int = 50277
+    vocab_size: Annotated[int, at_least_one((1 << 31) - 1)] = 50277
     """Token ids that data may contain: 0 .. vocab_size - 1."""
-    vocab_multiple_of: int = 128
+    vocab_multiple_of: Annotated[int, at_least_one(1 << 20)] = 128
     """The embedding and the head have vocab_size rounded up to a multiple of this many rows, whatever the mesh."""
     pos_emb: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = "rotary"
     """Position embedding."""
-    rotary_pct: float = 0.25
+    rotary_pct: Share = 0.25
     """Share of each head's channels that rotary embedding turns [fraction]."""
-    rotary_base: float = 10000.0
+    rotary_base: Positive = 10000.0
     """Base of the rotary frequencies."""
     parallel_residual: bool = True
     """True: x + attention(norm1(x)) + mlp(norm2(x)); False: the two one after the other."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Added to the variance inside the normalisation."""
     activation: Literal["gelu", "gelu_tanh", "relu", "silu", "geglu", "swiglu", "reglu"] = "gelu"
     """Activation of the feed-forward layer; geglu, swiglu and reglu add a gate projection."""
@@ -75,10 +78,10 @@ class Model:
     """Biases on the feed-forward projections."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head."""
-    hidden_dropout: float = 0.0
+    hidden_dropout: BelowOne = 0.0
     """Dropout on the embedding and on what is added to the residual stream: with parallel_residual the sum of attention and
     feed-forward, else each of them [probability]."""
-    attention_dropout: float = 0.0
+    attention_dropout: BelowOne = 0.0
     """Dropout on attention weights [probability]."""
     init: Literal["small_init", "wang_init", "normal", "scaled_normal"] = "small_init"
     """Initialisation of embeddings, query-key-value, MLP-in and head."""
@@ -147,11 +150,11 @@ class Data:
 class Training:
     """The optimisation loop."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Optimizer updates of the whole run [steps]."""
-    global_batch_size: int = 32
+    global_batch_size: Count = 32
     """Sequences per update over all ranks [sequences]."""
-    micro_batch_size: int = 4
+    micro_batch_size: Count = 4
     """Sequences per forward pass of one rank [sequences]."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of parameters and activations; bf16 and fp16 keep fp32 master weights and accumulate gradients in fp32."""
@@ -159,13 +162,13 @@ class Training:
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """"full" keeps only each block's input and recomputes the rest in the backward pass (4/3 of the FLOPs)."""
-    initial_loss_scale: float = 4096.0
+    initial_loss_scale: Positive = 4096.0
     """fp16: first dynamic loss scale, of the mean loss of a microbatch."""
-    loss_scale_window: int = 1000
+    loss_scale_window: Count = 1000
     """fp16: steps without overflow after which the loss scale doubles [steps]."""
-    loss_scale_hysteresis: int = 2
+    loss_scale_hysteresis: Count = 2
     """fp16: overflows since the loss scale last doubled from which on each one halves it [steps]."""
-    min_loss_scale: float = 1.0
+    min_loss_scale: Positive = 1.0
     """fp16: smallest loss scale."""
     max_bad_steps: int = 20
     """More steps in a row than this that are not finite, or spikes, end the run, its state saved; a restart with the same
@@ -173,7 +176,7 @@ class Training:
     max_bad_steps + 1 steps, which waits for the device once: such a row ends after 2 * max_bad_steps + 1 of them at the latest."""
     spike_threshold: float = 0.0
     """Skip the update of a loss this many standard deviations above the last ones; 0 skips none."""
-    spike_window: int = 128
+    spike_window: Count = 128
     """Losses that `spike_threshold` looks back at [steps]."""
 
 
@@ -185,13 +188,13 @@ class Optimizer:
     """Update rule."""
     lr: float = 1e-3
     """Peak learning rate."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: list[BelowOne] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's decay rates of the two moments."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """AdamW's term in the denominator."""
     weight_decay: float = 0.1
     """Weight decay: decoupled for AdamW (Loshchilov & Hutter 2019), added to the gradient for SGD."""
-    momentum: float = 0.9
+    momentum: BelowOne = 0.9
     """SGD's momentum."""
 
 
@@ -202,13 +205,13 @@ class LrSchedule:
 
     kind: Literal["cosine", "linear", "exponential", "constant", "inverse_sqrt", "wsd"] = "cosine"
     """Shape after warmup."""
-    warmup_fraction: float = 0.01
+    warmup_fraction: Share = 0.01
     """Share of decay_steps in which the rate rises linearly from zero [fraction]."""
     decay_steps: int = 0
     """Steps over which the schedule's shape extends; 0 means training.steps [steps]."""
     min_lr: float = 0.0
     """Rate that cosine and wsd end at and that no schedule falls below after warmup."""
-    cooldown_fraction: float = 0.1
+    cooldown_fraction: Share = 0.1
     """wsd: share of decay_steps in which the rate falls at the end [fraction]."""
 
 
@@ -217,21 +220,21 @@ class Parallel:
     """How the ranks are laid out: pp * dp * tp = number of ranks. What cuts along an axis is ignored where it has one rank:
     schedule and stages at pp 1, zero_stage at dp 1, sequence_parallel at tp 1."""
 
-    pp: int = 1
+    pp: Count = 1
     """Pipeline-parallel degree [ranks]."""
-    dp: int = -1
+    dp: Annotated[int, Range("1 or more, or -1 for the ranks that pp and tp leave", low=1, besides=-1)] = -1
     """Data-parallel degree [ranks]; -1 takes the ranks that pp and tp leave."""
-    tp: int = 1
+    tp: Count = 1
     """Tensor-parallel degree [ranks]."""
     sequence_parallel: bool = False
     """Shard norms, residual stream and dropout along the sequence over the tp axis."""
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv"] = "1f1b"
     """Order of forward and backward passes in the pipeline."""
-    virtual_stages: int = 1
+    virtual_stages: Count = 1
     """Stages per pipeline rank; looped schedules take 2 or more."""
-    stage_layers: list[int] = field(default_factory=list)
+    stage_layers: list[Count] = field(default_factory=list)
     """Layers of each stage, first to last; empty lets the code balance them, embedding and head weighed in."""
-    zero_stage: int = 0
+    zero_stage: Annotated[int, Range("between 0 and 3", high=3)] = 0
     """ZeRO stage: 0 keeps everything, 1 shards optimizer state, 2 also gradients, 3 also parameters, over dp."""
 
 
@@ -275,7 +278,7 @@ class Evaluation:
 
     every: int = 0
     """Evaluate after every so many steps and at the end; 0 never does [steps]."""
-    batches: int = 10
+    batches: Count = 10
     """Global batches per evaluation."""
     rotate: bool = False
     """Each evaluation reads the next stretch of the validation data, as GPT-NeoX's do; false: all read the same samples, so
@@ -286,7 +289,7 @@ class Evaluation:
 class Logging:
     """What is written down."""
 
-    every: int = 10
+    every: Count = 10
     """Log after every so many steps; nothing waits for the device in between, but for training.max_bad_steps [steps]."""
     tensorboard: bool = True
     """Write TensorBoard scalars beside metrics.jsonl."""

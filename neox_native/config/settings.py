@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from neox_native.config import schema
+from neox_native.config.ranges import Range, range_of
 from neox_native.config.values import describe, to_toml
 
 
@@ -26,6 +27,8 @@ class Setting:
     """Attribute of the section's dataclass; where it is a Python keyword it ends in an underscore."""
     annotation: Any
     """Type of its values."""
+    range: Range
+    """What its numbers may be."""
     default: Any
     """Value where nothing is said."""
 
@@ -45,9 +48,11 @@ def _index() -> dict[str, Setting]:
             section,
             name,
             annotation,
+            range_of(ranges[name]),
             default=getattr(getattr(defaults, section), name),
         )
         for section, section_class in SECTIONS.items()
+        for ranges in [get_type_hints(section_class, include_extras=True)]
         for name, annotation in get_type_hints(section_class).items()
     ]
     return {setting.dotted: setting for setting in found}
@@ -96,7 +101,9 @@ def help_text() -> str:
         lines += ["", f"[{section}]  {_documentation()[section_class.__name__, '']}"]
         for setting in SETTINGS.values():
             if setting.section == section:
-                values, default = describe(setting.annotation), to_toml(setting.default)
-                lines.append(f"  --{setting.dotted}  {values}; default {default}")
+                values = describe(setting.annotation)
+                if setting.range.words != Range().words:
+                    values += f", {setting.range.words}"
+                lines.append(f"  --{setting.dotted}  {values}; default {to_toml(setting.default)}")
                 lines += textwrap.wrap(documentation(setting), 116, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines) + "\n"

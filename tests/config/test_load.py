@@ -227,6 +227,7 @@ def test_help_lists_every_setting_with_documentation_and_default(capsys: pytest.
         assert f"--{setting.dotted}  " in text
     assert "default 0.95" not in text and "default [0.9, 0.95]" in text
     assert "Sequence length of training [tokens]." in text
+    assert "--parallel.zero_stage  a whole number, between 0 and 3; default 0" in text
 
 
 def test_a_keyword_field_drops_its_underscore() -> None:

@@ -1,18 +1,127 @@
-"""Ranks as a mesh."""
+"""The ranks as a mesh, and their groups by purpose. Nobody else needs the names of its axes.
+
+    rows      ranks that read different rows of a step's batch; a step's loss and token counts are summed over them
+    shards    ranks over which ZeRO shards a unit of some family, and over which that unit's gradients are summed
+    pipeline  ranks that hold the successive stages of one model
+    tensor    ranks that hold the slices of one stage's parameters
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from neox_native.config.schema import Parallel
 
 AXES = ("pp", "dp", "tp")
+"""Outermost first: tp is innermost, so that a tensor-parallel group stays inside a node."""
 
 
-def build_mesh(parallel: Parallel, device: torch.device) -> DeviceMesh:
-    """The mesh ("pp", "dp", "tp"), tp innermost so that a tensor-parallel group stays inside a node.
+@dataclass(frozen=True)
+class Axis:
+    """The ranks that differ from this one in one respect, in their order."""
 
-    `parallel.dp` must be resolved: pp * dp * tp = number of ranks.
+    mesh: DeviceMesh
+    """Of one dim, for DTensors."""
+
+    @cached_property
+    def group(self) -> dist.ProcessGroup:
+        """Their process group."""
+        return self.mesh.get_group()
+
+    @cached_property
+    def peers(self) -> dist.ProcessGroup | None:
+        """Their process group, or None where this rank is alone and nothing is to be communicated."""
+        return self.group if self.size > 1 else None
+
+    @cached_property
+    def rank(self) -> int:
+        """This rank's place among them."""
+        return self.mesh.get_local_rank()
+
+    @cached_property
+    def size(self) -> int:
+        """How many they are."""
+        return self.mesh.size()
+
+
+class Mesh:
+    """All ranks, and this rank's groups among them. Creating one is a collective.
+
+    Args:
+        whole: the axes `AXES`.
     """
-    return init_device_mesh(device.type, (parallel.pp, parallel.dp, parallel.tp), mesh_dim_names=AXES)
+
+    def __init__(self, whole: DeviceMesh) -> None:
+        assert whole.mesh_dim_names == AXES, whole.mesh_dim_names
+        self.whole = whole
+        self.named = {name: Axis(whole[name]) for name in AXES}
+        """Every axis by name, for people: tables, the start-up check, the dry run's account."""
+
+    @property
+    def rows(self) -> Axis:
+        """The ranks that read different rows."""
+        return self.named["dp"]
+
+    @property
+    def pipeline(self) -> Axis:
+        """The ranks that hold the stages of one model."""
+        return self.named["pp"]
+
+    @property
+    def tensor(self) -> Axis:
+        """The ranks that hold slices of the same parameters."""
+        return self.named["tp"]
+
+    def shards(self, family: str = "dense") -> Axis:
+        """The ranks over which ZeRO shards units of a family ("dense" or "expert", see `model.parameters.Card`)."""
+        return self.named["dp"]
+
+    def state_mesh(self, family: str = "dense") -> DeviceMesh:
+        """This stage's ranks as ("tp", "dp"): a parameter of the family is first cut by tp, then each slice by `shards`.
+
+        It uses the groups that exist.
+        """
+        ranks = self.whole.mesh[self.pipeline.rank].T.contiguous()
+        groups = [self.tensor.group, self.shards(family).group]
+        return DeviceMesh.from_group(groups, self.whole.device_type, mesh=ranks, mesh_dim_names=("tp", "dp"))
+
+    def across_stages(self, places: Sequence[int]) -> dist.ProcessGroup | None:
+        """A group of the ranks that stand at `places` of the pipeline and are alike in all else; None for a rank elsewhere.
+        A collective."""
+        mine, _ = dist.new_subgroups_by_enumeration(self.whole.mesh[list(places)].flatten(1).T.tolist())
+        return mine
+
+    def tensor_neighbours(self, count: int) -> dist.ProcessGroup:
+        """A group of this rank among each `count` neighbours on the tensor axis. A collective."""
+        if count == self.tensor.size:
+            return self.tensor.group
+        mine, _ = dist.new_subgroups_by_enumeration(self.whole.mesh.reshape(-1, count).tolist())
+        return mine
+
+    @property
+    def place(self) -> dict[str, int]:
+        """This rank's place on each axis, by name."""
+        return {name: axis.rank for name, axis in self.named.items()}
+
+    @property
+    def first_of_last_stage(self) -> int:
+        """The first of the ranks that have a model's output."""
+        return int(self.whole.mesh[-1].flatten()[0])
+
+    def __getattr__(self, name: str) -> Any:  # until nobody asks for an axis by its name
+        return getattr(self.__dict__["whole"], name)
+
+    def __getitem__(self, name: str) -> DeviceMesh:
+        return self.whole[name]
+
+
+def build_mesh(parallel: Parallel, device: torch.device) -> Mesh:
+    """The mesh of the job's ranks. `parallel.dp` must be resolved: pp * dp * tp = number of ranks."""
+    return Mesh(init_device_mesh(device.type, (parallel.pp, parallel.dp, parallel.tp), mesh_dim_names=AXES))

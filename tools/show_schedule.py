@@ -118,8 +118,8 @@ def main(arguments: list[str]) -> None:
     config = from_command_line(rest)
     # The number of microbatches depends on dp; where it is left open, the schedule of dp 1 is drawn.
     config = require(config, config.parallel.pp * config.parallel.tp * max(config.parallel.dp, 1))
-    parallel, training = config.parallel, config.training
-    microbatches = training.global_batch_size // (training.micro_batch_size * parallel.dp)
+    parallel = config.parallel
+    microbatches = config.training.num_microbatches(parallel.dp)
     if options.gpu:
         drawn, unit = to_scale(config, options.gpu, options.gpus_per_node, microbatches)
         note = f"predicted on {options.gpu}: {drawn.duration * 1e3:,.0f} ms, the update left out"

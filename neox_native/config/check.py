@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from neox_native.config import layout_rules, rules
-from neox_native.config.layout_rules import microbatches
 from neox_native.config.schema import Config
 from neox_native.config.settings import SETTINGS, Setting
 from neox_native.config.values import to_toml
@@ -119,8 +118,8 @@ def notices(config: Config, world_size: int, device_type: str) -> list[str]:
             'training.precision = "fp16" on a CPU multiplies matrices at about 1 GFLOP/s per thread, where '
             "fp32 reaches 90 and bf16 400; it is good for tests of the loss scale alone."
         )
-    stage, count = _resolved(config, world_size).parallel.zero_stage, microbatches(config, world_size)
-    assert count is not None, "require() comes first"
+    parallel = _resolved(config, world_size).parallel
+    stage, count = parallel.zero_stage, config.training.num_microbatches(parallel.dp)
     if stage >= 2 and count > 1:
         volume = count + 1 if stage == 2 else 3 * count
         found.append(

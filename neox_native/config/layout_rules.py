@@ -63,10 +63,10 @@ def mesh(config: Config, world_size: int) -> Iterator[str]:
 
 def microbatches(config: Config, world_size: int) -> int | None:
     """Microbatches per step on each data-parallel rank, or None where batch or mesh do not divide."""
-    dp = degree_left(config.parallel, world_size)
-    if dp is None or config.training.global_batch_size % (config.training.micro_batch_size * dp):
+    dp, training = degree_left(config.parallel, world_size), config.training
+    if dp is None or training.global_batch_size % (training.micro_batch_size * dp):
         return None
-    return config.training.global_batch_size // (config.training.micro_batch_size * dp)
+    return training.num_microbatches(dp)
 
 
 def batch(config: Config, world_size: int) -> Iterator[str]:

@@ -179,6 +179,10 @@ class Training:
     spike_window: Count = 128
     """Losses that `spike_threshold` looks back at [steps]."""
 
+    def num_microbatches(self, dp: int) -> int:
+        """Microbatches of a step on each of dp data-parallel ranks, whose number must divide the batch (`layout_rules.batch`)."""
+        return self.global_batch_size // (self.micro_batch_size * dp)
+
 
 @dataclass(frozen=True)
 class Optimizer:

@@ -143,7 +143,7 @@ def build_engine(
             parts,
             num_stages=parallel.pp * parallel.virtual_stages,
             schedule=parallel.pipeline_schedule,
-            num_microbatches=training.global_batch_size // (training.micro_batch_size * parallel.dp),
+            num_microbatches=training.num_microbatches(parallel.dp),
             microbatch_shape=(training.micro_batch_size, model.seq_length),
             hidden_length=model.seq_length // (parallel.tp if parallel.sequence_parallel else 1),
             dtype=DTYPES[training.precision],

@@ -192,10 +192,7 @@ def _why(rival: Candidate, best: Candidate, machine: Machine) -> str:
         return f"never fits; the nearest, {rival.layout}, is {size(over)} over."
     slower = 1.0 - rival.speed / best.speed
     mean = [sum(time.forward + time.backward) / len(time.forward) for time in (rival.time, best.time)]
-    microbatches = [
-        c.config.training.global_batch_size / c.config.training.micro_batch_size / c.config.parallel.dp
-        for c in (rival, best)
-    ]
+    microbatches = [c.config.training.num_microbatches(c.config.parallel.dp) for c in (rival, best)]
     parts = {
         "more exposed tensor-parallel traffic": rival.time.tensor_parallel - best.time.tensor_parallel,
         "more exposed traffic over dp": rival.time.data_parallel - best.time.data_parallel,

@@ -55,8 +55,7 @@ def _share(model: Model, pp: int, virtual_stages: int, schedule: str, explicit: 
 
 def num_microbatches(config: Config) -> int:
     """m."""
-    training = config.training
-    return training.global_batch_size // (training.micro_batch_size * config.parallel.dp)
+    return config.training.num_microbatches(config.parallel.dp)
 
 
 def shard_of_sequence(parallel: Parallel) -> int:

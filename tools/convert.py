@@ -21,12 +21,13 @@ from neox_native.checkpoint.tokenizer_files import fitting_tokenizer, own_tokeni
 from neox_native.config.load import load
 from neox_native.config.schema import Model
 from neox_native.data.tokenizers import load_tokenizer
+from neox_native.dtypes import DTYPES
 from neox_native.durable import clear_away, writing
 from neox_native.errors import UserError, named_as, report_user_errors
 from neox_native.interop import checkpoints
 from neox_native.interop.gpt_neox import NeoxReader, step_folder
 from neox_native.interop.gpt_neox_config import find_yaml, model_from_yaml
-from neox_native.interop.hugging_face import DTYPES, HuggingFaceReader, write_folder
+from neox_native.interop.hugging_face import HuggingFaceReader, write_folder
 from neox_native.launch import Ranks
 from neox_native.options import Parser, number_above, whole
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from neox_native.config.check import require
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
+from neox_native.dtypes import ELEMENT_BYTES
 from neox_native.errors import report_user_errors
 from neox_native.parallel.cuts import held, rows_of_whole, share_of_vocabulary, sharers
 from neox_native.parallel.tensor import plan
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 HEADER = ("module", "weight", "input", "output", "forward", "backward", "bytes per microbatch")
 
 
@@ -23,7 +23,7 @@ def rows(config: Config) -> list[tuple[str, ...]]:
     """The table's rows: module, placement of weight, input and output, collectives, and bytes of one activation [B, T, D]
     times the number of times that the module communicates one, forward and backward together: none on one rank."""
     model, training = config.model, config.training
-    activation = training.micro_batch_size * model.seq_length * model.hidden_size * BYTES[training.precision]
+    activation = training.micro_batch_size * model.seq_length * model.hidden_size * ELEMENT_BYTES[training.precision]
     passes = 1 if model.parallel_residual else 2
     table = []
     for name, rule in plan(model, config.parallel.sequence_parallel).items():

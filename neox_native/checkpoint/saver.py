@@ -22,13 +22,13 @@ from torch.distributed.tensor import DTensor
 from neox_native.checkpoint import files, store
 from neox_native.checkpoint.retention import to_delete
 from neox_native.config.schema import Checkpoint
+from neox_native.dtypes import DTYPES
 from neox_native.durable import remove_folder
 from neox_native.errors import UserError
 from neox_native.launch import Ranks
 from neox_native.units import size
 from neox_native.zero.state import Boxes
 
-EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Saver:
         if self.config.export == "none":
             return None
         self.wait()
-        dtype = EXPORT_DTYPES[self.config.export]
+        dtype = DTYPES[self.config.export]
         weights = {name: value for name, value in state.items() if name.startswith("model.")}
         cast = {name: value.detach().to(dtype) for name, value in store.own_share(weights).items()}
         return store.write(

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from neox_native.config.schema import Config, Model, Parallel
+from neox_native.dtypes import DTYPES
 from neox_native.engine.single_stage import Engine, SingleStage
 from neox_native.engine.spikes import SpikeGuard
 from neox_native.engine.step import Losses, TrainStep
@@ -18,7 +19,7 @@ from neox_native.model.transformer import Transformer
 from neox_native.optim.groups import decays, optimizer_factory
 from neox_native.optim.loss_scale import LossScale
 from neox_native.parallel import tensor
-from neox_native.parallel.assemble import DTYPES, assemble, local_slice
+from neox_native.parallel.assemble import assemble, local_slice
 from neox_native.parallel.cuts import rows_of_rank, rows_of_whole, sharers
 from neox_native.parallel.pipeline import Pipeline
 from neox_native.parallel.stages import rank_of_stage

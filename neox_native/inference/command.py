@@ -10,11 +10,11 @@ from torch.distributed import destroy_process_group as leave_process_group
 
 from neox_native.checkpoint.tokenizer_files import fitting_tokenizer
 from neox_native.data.tokenizers import Tokenizer
+from neox_native.dtypes import DTYPES
 from neox_native.errors import UserError, named_as
 from neox_native.inference.load import Loaded, inference_mesh, load_model
 from neox_native.launch import Launch, pick_device, start_process_group
 from neox_native.options import whole
-from neox_native.parallel.assemble import DTYPES
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from neox_native.checkpoint import files
 from neox_native.checkpoint.tokenizer_files import tokenizer_files
 from neox_native.config.schema import Model
+from neox_native.dtypes import STORED_AS
 from neox_native.durable import make_folder, put_in_place
 from neox_native.errors import UserError
 from neox_native.interop import checkpoints
@@ -36,8 +37,6 @@ BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 """Constants that old releases stored among the weights."""
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 10**9
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """The names that a .safetensors file has for them."""
 
 

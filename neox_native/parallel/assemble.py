@@ -10,13 +10,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 from neox_native.config.layout_rules import ZERO_BUBBLE
 from neox_native.config.schema import Compile, Model, Parallel, Training
+from neox_native.dtypes import DTYPES
 from neox_native.model.transformer import Transformer
 from neox_native.parallel import tensor
 from neox_native.parallel.cuts import held
 from neox_native.parallel.recompute import recompute
 from neox_native.parallel.stages import stage_layers, stages_of_rank
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def assemble(

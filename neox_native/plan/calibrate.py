@@ -13,12 +13,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from neox_native.config.schema import Config
+from neox_native.dtypes import DTYPES
 from neox_native.parallel.cuts import held, rows_of_whole
 from neox_native.plan.hardware import Gpu
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 COLLECTIVE_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:

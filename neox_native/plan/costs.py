@@ -11,11 +11,11 @@ import math
 from dataclasses import dataclass
 
 from neox_native.config.schema import Config, Parallel
+from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.model.flops import layer_parameters, norm_parameters
 from neox_native.parallel.cuts import sharers
 from neox_native.plan.memory import ZERO_BUBBLE, memory
 from neox_native.plan.shares import (
-    ELEMENT_BYTES,
     activation_bytes,
     num_microbatches,
     rows_of,
@@ -25,7 +25,6 @@ from neox_native.plan.shares import (
     zero_stage_of,
 )
 from neox_native.units import share_of_step, size
-from neox_native.zero.layout import FP32_BYTES
 
 
 def ring(num_bytes: int, ranks: int, passes: int = 1) -> int:

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from neox_native.config.schema import Config
+from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.parallel.cuts import share_of_vocabulary
 from neox_native.plan.flight import Moment, moments
 from neox_native.plan.shares import (
-    ELEMENT_BYTES,
     Share,
     activation_bytes,
     elements_of,
@@ -26,7 +26,6 @@ from neox_native.plan.shares import (
     stream_bytes,
     zero_stage_of,
 )
-from neox_native.zero.layout import FP32_BYTES
 
 ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
 MOMENTS = {"adamw": 2, "sgd": 1}

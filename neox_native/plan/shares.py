@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from neox_native.config.schema import Config, Model, Parallel
+from neox_native.dtypes import ELEMENT_BYTES
 from neox_native.parallel.cuts import held, rows_of_whole, share_of_vocabulary
 from neox_native.parallel.stages import stage_layers, stages_of_rank
 from neox_native.zero.layout import Layout, lay_out
 
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 Shapes = dict[str, tuple[int, ...]]
 
 

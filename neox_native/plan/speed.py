@@ -12,12 +12,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from neox_native.config.schema import Config
+from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.model.flops import model_flops_per_token
 from neox_native.parallel.cuts import held, rows_of_whole
 from neox_native.plan import costs
 from neox_native.plan.hardware import Gpu
 from neox_native.plan.shares import (
-    ELEMENT_BYTES,
     activation_bytes,
     elements_of,
     num_microbatches,
@@ -26,7 +26,6 @@ from neox_native.plan.shares import (
     stream_bytes,
     zero_stage_of,
 )
-from neox_native.zero.layout import FP32_BYTES
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from neox_native.zero.layout import FP32_BYTES, Layout, ZeroStage
+from neox_native.dtypes import FP32_BYTES
+from neox_native.zero.layout import Layout, ZeroStage
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from enum import IntEnum
 
 ALIGNMENT = 16
 """Slots start at multiples of this many elements, for vector loads."""
-FP32_BYTES = 4
 
 
 class ZeroStage(IntEnum):

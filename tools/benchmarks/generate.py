@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 from neox_native.config.schema import Model
+from neox_native.dtypes import DTYPES
 from neox_native.inference.generator import Generator, Limits
 from neox_native.inference.load import inference_mesh, load_model
 from neox_native.inference.runner import Runner
 from neox_native.interop.checkpoints import parameter_shapes
-from neox_native.interop.hugging_face import DTYPES, write_folder
+from neox_native.interop.hugging_face import write_folder
 from neox_native.launch import Launch, pick_device, start_process_group, Ranks
 from neox_native.model import initialize
 

@@ -30,6 +30,11 @@ class Axis:
     mesh: DeviceMesh
     """Of one dim, for DTensors."""
 
+    @property
+    def name(self) -> str:
+        """What people call it: "dp"."""
+        return (self.mesh.mesh_dim_names or ("",))[0]
+
     @cached_property
     def group(self) -> dist.ProcessGroup:
         """Their process group."""

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.checkpoint import files, store
 from neox_native.checkpoint.tokenizer_files import own_tokenizer
@@ -19,7 +18,7 @@ from neox_native.errors import UserError
 from neox_native.interop import checkpoints
 from neox_native.interop.hugging_face import HuggingFaceReader
 from neox_native.launch import Ranks
-from neox_native.mesh import build_mesh
+from neox_native.mesh import Mesh, build_mesh
 from neox_native.model.transformer import Transformer
 from neox_native.parallel import tensor
 from neox_native.parallel.assemble import assemble, local_slice
@@ -36,11 +35,11 @@ class Loaded:
     part: Transformer
     tokenizer: str
     """What `data.tokenizer` would say; "" where the checkpoint does not tell."""
-    mesh: DeviceMesh
+    mesh: Mesh
     device: torch.device
 
 
-def inference_mesh(pp: int, tp: int, world_size: int, device: torch.device) -> DeviceMesh:
+def inference_mesh(pp: int, tp: int, world_size: int, device: torch.device) -> Mesh:
     """A mesh of pp * tp ranks. Raises `UserError` where that is not the number of processes."""
     if pp * tp != world_size:
         raise UserError(
@@ -50,7 +49,7 @@ def inference_mesh(pp: int, tp: int, world_size: int, device: torch.device) -> D
     return build_mesh(Parallel(pp=pp, dp=1, tp=tp), device)
 
 
-def load_model(path: str | Path, mesh: DeviceMesh, dtype: str, device: torch.device) -> Loaded:
+def load_model(path: str | Path, mesh: Mesh, dtype: str, device: torch.device) -> Loaded:
     """Load the weights of a checkpoint, of a run's newest checkpoint, or of a Hugging Face folder. A collective.
 
     Nothing is held but this rank's share in the type that was asked for.
@@ -71,7 +70,7 @@ def load_model(path: str | Path, mesh: DeviceMesh, dtype: str, device: torch.dev
         checkpoints.require_held(model, source, ranks)
     part = _empty_part(model, mesh, dtype, device)
     weights = {name: parameter.detach() for name, parameter in part.named_parameters()}
-    rows = {name: rows_of_rank(name, model, mesh["tp"].size(), mesh.get_local_rank("tp")) for name in weights}
+    rows = {name: rows_of_rank(name, model, mesh.tensor.size, mesh.tensor.rank) for name in weights}
     if isinstance(source, HuggingFaceReader):
         with ranks.together(f"Loading {path}"):
             for name, weight in weights.items():
@@ -87,8 +86,8 @@ def load_model(path: str | Path, mesh: DeviceMesh, dtype: str, device: torch.dev
         tokenizer = own_tokenizer(source, store.load(source, state, ranks, only=checkpoints.PREFIX))
     _require_finite(path, {part.global_name(name): weight for name, weight in weights.items()}, dtype, ranks)
     part.build_tables(device)
-    if mesh["tp"].size() > 1:
-        tensor.shard_tables(part, mesh["tp"])
+    if mesh.tensor.size > 1:
+        tensor.shard_tables(part, mesh.tensor.mesh)
     return Loaded(model, part.eval(), tokenizer, mesh, device)
 
 
@@ -108,12 +107,12 @@ def _open(path: Path) -> HuggingFaceReader | Path:
     return HuggingFaceReader(path) if (path / "config.json").is_file() else checkpoints.find_checkpoint(path)
 
 
-def _empty_part(model: Model, mesh: DeviceMesh, dtype: str, device: torch.device) -> Transformer:
+def _empty_part(model: Model, mesh: Mesh, dtype: str, device: torch.device) -> Transformer:
     """This rank's part with memory for its parameters."""
-    parallel = Parallel(pp=mesh["pp"].size(), dp=1, tp=mesh["tp"].size())
+    parallel = Parallel(pp=mesh.pipeline.size, dp=1, tp=mesh.tensor.size)
     config = Config(model=model, parallel=parallel)
     for rule in (layout_rules.tensor_parallel, layout_rules.stages):
-        for sentence in rule(config, mesh.size()):
+        for sentence in rule(config, parallel.pp * parallel.tp):
             raise UserError(sentence)
     (part,) = assemble(model, parallel, Training(precision=dtype), Compile(), mesh).values()
     for module in part.modules():

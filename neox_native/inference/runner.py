@@ -18,11 +18,11 @@ class Runner:
 
     def __init__(self, loaded: Loaded):
         self.model, self.part, self.device = loaded.model, loaded.part, loaded.device
-        self.stage, self.num_stages = loaded.mesh.get_local_rank("pp"), loaded.mesh["pp"].size()
+        self.stage, self.num_stages = loaded.mesh.pipeline.rank, loaded.mesh.pipeline.size
         self.is_last = self.stage == self.num_stages - 1
-        self.pp_group = loaded.mesh.get_group("pp")
-        self.tp_group = loaded.mesh.get_group("tp") if loaded.mesh["tp"].size() > 1 else None
-        self.speaker = int(loaded.mesh.mesh[-1, 0, 0])
+        self.pp_group = loaded.mesh.pipeline.group
+        self.tp_group = loaded.mesh.tensor.peers
+        self.speaker = loaded.mesh.first_of_last_stage
         """Global rank that tells the others what the last stage found."""
         self.dtype = next(self.part.parameters()).dtype
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from neox_native.config.layout_rules import ZERO_BUBBLE
 from neox_native.config.schema import Compile, Model, Parallel, Training
 from neox_native.dtypes import DTYPES
+from neox_native.mesh import Mesh
 from neox_native.model.transformer import Transformer
 from neox_native.parallel import tensor
 from neox_native.parallel.cuts import held
@@ -19,7 +19,7 @@ from neox_native.parallel.stages import stage_layers, stages_of_rank
 
 
 def assemble(
-    model: Model, parallel: Parallel, training: Training, compilation: Compile, mesh: DeviceMesh
+    model: Model, parallel: Parallel, training: Training, compilation: Compile, mesh: Mesh
 ) -> dict[int, Transformer]:
     """This rank's parts of the model, on the meta device: global stage number -> part.
 
@@ -27,14 +27,13 @@ def assemble(
     """
     num_stages = parallel.pp * parallel.virtual_stages
     layers = stage_layers(model, num_stages, parallel.stage_layers)
-    pp_rank = mesh.get_local_rank("pp")
     parts = {}
-    for number in stages_of_rank(pp_rank, parallel.pp, parallel.virtual_stages, parallel.pipeline_schedule):
+    for number in stages_of_rank(mesh.pipeline.rank, parallel.pp, parallel.virtual_stages, parallel.pipeline_schedule):
         with torch.device("meta"):
             part = Transformer(held(model, parallel.tp), layers[number], first=number == 0, last=number == num_stages - 1)
         part.to(DTYPES[training.precision])
         if parallel.tp > 1:
-            tensor.apply(part, mesh["tp"], parallel.sequence_parallel)
+            tensor.apply(part, mesh.tensor.mesh, parallel.sequence_parallel)
         for block in part.layers.values():
             if compilation.enabled:
                 # The bound method, not the module: names stay, and hooks on the block run outside the graph.

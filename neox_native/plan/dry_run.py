@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.config.check import require
 from neox_native.config.layout_rules import IN_ROUNDS
@@ -26,7 +25,7 @@ from neox_native.data.loader import StepBatch
 from neox_native.engine.build import build_engine, build_optimizer, build_step, units_of
 from neox_native.engine.single_stage import Engine
 from neox_native.engine.step import TrainStep
-from neox_native.mesh import AXES, build_mesh
+from neox_native.mesh import Mesh, build_mesh
 from neox_native.model.transformer import Transformer
 from neox_native.parallel.assemble import assemble
 from neox_native.parallel.pipeline import Pipeline
@@ -191,7 +190,7 @@ class _Counted:
     totals: Totals
 
 
-def _run(config: Config, mesh: DeviceMesh) -> _Counted:
+def _run(config: Config, mesh: Mesh) -> _Counted:
     """One step of all the microbatches that the config asks for."""
     parts = assemble(config.model, config.parallel, config.training, config.compile, mesh)
     units = units_of(parts, config.model, config.parallel, mesh)
@@ -261,15 +260,15 @@ def fake_batch(config: Config) -> StepBatch:
     return StepBatch(tokens, targets, tokens[:, :, 0], size, 0, tokens.numel(), documents, positions)
 
 
-def axes_of(mesh: DeviceMesh) -> dict[str, str]:
+def axes_of(mesh: Mesh) -> dict[str, str]:
     """Names of the process groups of this rank -> axis of the mesh, or "world"."""
-    return {dist.group.WORLD.group_name: "world"} | {mesh.get_group(axis).group_name: axis for axis in AXES}
+    return {dist.group.WORLD.group_name: "world"} | {axis.group.group_name: name for name, axis in mesh.named.items()}
 
 
-def _report(config: Config, mesh: DeviceMesh, counted: _Counted) -> RankReport:
+def _report(config: Config, mesh: Mesh, counted: _Counted) -> RankReport:
     peak, totals = max(counted.peaks.values(), key=lambda peak: peak.num_bytes), counted.totals
-    place = {axis: mesh.get_local_rank(axis) for axis in AXES}
-    axes = dict.fromkeys((*AXES, "world"), Traffic()) | totals.traffic
+    place = mesh.place
+    axes = dict.fromkeys((*mesh.named, "world"), Traffic()) | totals.traffic
     return RankReport(
         rank=dist.get_rank(),
         coordinates=place,

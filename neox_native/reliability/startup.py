@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.errors import UserError
+from neox_native.mesh import Mesh
 from neox_native.units import counted
 
 EXTRA_SECONDS = 5.0
@@ -61,19 +61,19 @@ def check_agreement(facts: dict[str, str], gather: Gather) -> list[str]:
     return [host for host, _ in everyone]
 
 
-def check_axes(mesh: DeviceMesh, hosts: list[str], store: dist.Store, limit_seconds: float = 60.0) -> None:
+def check_axes(mesh: Mesh, hosts: list[str], store: dist.Store, limit_seconds: float = 60.0) -> None:
     """One all-reduce over each axis of the mesh and one over the world, each within `limit_seconds`.
 
     The verdicts travel through the store, which works where a collective does not. Raises the same `UserError` on all
     ranks that still answer, naming ranks and hosts.
     """
     store = dist.PrefixStore("startup", store)
-    axes: dict[str, dist.ProcessGroup | None] = {name: mesh.get_group(name) for name in mesh.mesh_dim_names or ()}
+    axes: dict[str, dist.ProcessGroup | None] = {name: axis.group for name, axis in mesh.named.items()}
     for axis, group in [*axes.items(), ("world", None)]:
         members = dist.get_process_group_ranks(group)
         if len(members) == 1:
             continue
-        outcome = _timed_all_reduce(group, mesh.device_type, len(members), limit_seconds)
+        outcome = _timed_all_reduce(group, mesh.whole.device_type, len(members), limit_seconds)
         store.set(f"{axis}/{dist.get_rank()}", outcome)
         outcomes = _collect(store, axis, dist.get_world_size(), limit_seconds)
         failed = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome != "ok"}
@@ -121,13 +121,13 @@ def _verdict(axis: str, failed: dict[int, str], hosts: list[str], limit_seconds:
     )
 
 
-def describe_mesh(mesh: DeviceMesh, hosts: list[str]) -> str:
+def describe_mesh(mesh: Mesh, hosts: list[str]) -> str:
     """The mesh as a table: one line per (pp, dp) with its tp ranks and their hosts."""
-    names = mesh.mesh_dim_names or ()
-    sizes = " x ".join(f"{name} {size}" for name, size in zip(names, mesh.mesh.shape, strict=True))
-    lines = [f"mesh {sizes} = {counted(mesh.mesh.numel(), 'rank')} on {counted(len(set(hosts)), 'host')}"]
-    for place in itertools.product(*(range(size) for size in mesh.mesh.shape[:-1])):
-        ranks = mesh.mesh[place].tolist()
+    names, everyone = list(mesh.named), mesh.whole.mesh
+    sizes = " x ".join(f"{name} {axis.size}" for name, axis in mesh.named.items())
+    lines = [f"mesh {sizes} = {counted(everyone.numel(), 'rank')} on {counted(len(set(hosts)), 'host')}"]
+    for place in itertools.product(*(range(size) for size in everyone.shape[:-1])):
+        ranks = everyone[place].tolist()
         at = " ".join(f"{name} {number}" for name, number in zip(names, place))
         on = sorted({hosts[rank] for rank in ranks})
         lines.append(f"  {at}: {names[-1]} ranks {ranks} on {', '.join(on)}")

@@ -8,7 +8,6 @@ from itertools import chain, islice
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.checkpoint.files import step_folder
 from neox_native.checkpoint.resume import Start
@@ -21,6 +20,7 @@ from neox_native.engine.build import build_engine, build_step
 from neox_native.engine.step import StepResult
 from neox_native.errors import UserError
 from neox_native.launch import Ranks
+from neox_native.mesh import Mesh
 from neox_native.model.transformer import Transformer
 from neox_native.optim.schedule import Rates
 from neox_native.reliability.bad_steps import BadSteps, EmptySteps
@@ -54,7 +54,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        mesh: DeviceMesh,
+        mesh: Mesh,
         device: torch.device,
         parts: dict[int, Transformer],
         optimizer: ShardedOptimizer,
@@ -72,7 +72,7 @@ class Trainer:
         self.engine = build_engine(config, mesh, device, parts, optimizer)
         self.train_step = build_step(config, mesh, device, self.engine, optimizer)
         self.losses, self.loss_scale = self.train_step.losses, self.train_step.loss_scale
-        self.bad_steps, self.empty_steps = BadSteps(training), EmptySteps(mesh.get_group("dp"), device)
+        self.bad_steps, self.empty_steps = BadSteps(training), EmptySteps(mesh.rows.group, device)
         scales = self.train_step.loss_scale, self.train_step.spike_guard
         self.keeper = Keeper(config, folder.path, device, optimizer, *scales, self.bad_steps, data, ranks, watchdog)
         self.leave = LeaveRequest(requests)
@@ -170,8 +170,8 @@ class Trainer:
             consumed_samples=consumed_samples,
             global_batch_size=training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
-            dp_rank=self.mesh.get_local_rank("dp"),
-            dp_size=self.mesh["dp"].size(),
+            dp_rank=self.mesh.rows.rank,
+            dp_size=self.mesh.rows.size,
             stop_after_steps=steps,
             pin_memory=self.device.type == "cuda",
         )

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native import tool_command
 from neox_native.config.load import dump
@@ -21,6 +20,7 @@ from neox_native.config.schema import Config
 from neox_native.data.loader import StepBatch, format_hash
 from neox_native.engine.step import Losses, StepResult
 from neox_native.launch import Ranks
+from neox_native.mesh import Mesh
 from neox_native.metrics.throughput import Throughput, device_name, memory_bytes, peak_flops_per_second, peak_memory_bytes
 from neox_native.metrics.writers import Scale, StepRecord, Writers
 from neox_native.model.flops import model_flops_per_token, total_parameters
@@ -42,7 +42,7 @@ class Report:
     def __init__(
         self,
         config: Config,
-        mesh: DeviceMesh,
+        mesh: Mesh,
         device: torch.device,
         ranks: Ranks,
         losses: Losses,
@@ -74,7 +74,7 @@ class Report:
     ) -> float:
         """Write a step; returns the seconds a step took since the last call."""
         read = torch.tensor([batch.row_hash, batch.num_targets], device=self.device)
-        dist.all_reduce(read, group=self.mesh.get_group("dp"))
+        dist.all_reduce(read, group=self.mesh.rows.group)
         batch_hash, num_targets = read.tolist()
         loss = self.losses.total(result.loss).item() if num_targets else math.nan  # of no target there is none
         peak = torch.tensor(peak_memory_bytes(self.device), device=self.device)
@@ -104,7 +104,7 @@ class Report:
         compute, whole = self.timing.compute.read(), self.timing.whole.read()
         self.compute_seconds += compute
         predicted = {"predicted GiB": self.predicted.peak_bytes / 2**30} if self.device.type == "cuda" else {}
-        if self.mesh["pp"].size() == 1:
+        if self.mesh.pipeline.size == 1:
             return predicted
         seconds = self.losses.total(torch.tensor([compute, whole], device=self.device)).tolist()
         idle = {"bubble": 1 - seconds[0] / seconds[1], "predicted bubble": share_of_step(self.predicted.bubble_fraction)}
@@ -121,7 +121,7 @@ class Report:
         seconds_per_step = self.compute_seconds / self.steps_since_stragglers
         self.compute_seconds, self.steps_since_stragglers = 0.0, 0
         lines = slowest_ranks(
-            self.ranks.gather((self.mesh.get_local_rank("pp"), socket.gethostname(), seconds_per_step))
+            self.ranks.gather((self.mesh.pipeline.rank, socket.gethostname(), seconds_per_step))
         )
         self.event("stragglers", step, f"step {step}: " + "; ".join(lines))
 

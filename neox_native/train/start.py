@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.checkpoint.files import read_metadata
 from neox_native.checkpoint.resume import Start, find_start
@@ -21,7 +20,7 @@ from neox_native.config.settings import SETTINGS
 from neox_native.data.build import Datasets, Position, build_data, how_far
 from neox_native.errors import UserError
 from neox_native.launch import Launch, start_process_group, Ranks
-from neox_native.mesh import build_mesh
+from neox_native.mesh import Mesh, build_mesh
 from neox_native.reliability.preemption import Requests
 from neox_native.reliability.startup import check_agreement, check_axes, code_version, describe_mesh
 from neox_native.reliability.watchdog import FLIGHT_RECORDER, Watchdog, enable_flight_recorder, job_store
@@ -55,7 +54,7 @@ def watched(config: Config, requests: Requests | None) -> Iterator[tuple[Watchdo
             own.close()
 
 
-def lay_out_ranks(config: Config, device: torch.device) -> tuple[DeviceMesh, Ranks, RunFolder]:
+def lay_out_ranks(config: Config, device: torch.device) -> tuple[Mesh, Ranks, RunFolder]:
     """The mesh and the run's folder, after all ranks have agreed on settings and code and each of its axes has carried a collective.
 
     Raises:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 
 from neox_native.checkpoint import files, store
@@ -24,7 +23,7 @@ from neox_native.engine.spikes import SpikeGuard
 from neox_native.errors import UserError
 from neox_native.interop.checkpoints import PREFIX
 from neox_native.launch import Ranks
-from neox_native.mesh import AXES
+from neox_native.mesh import Mesh
 from neox_native.metrics.throughput import device_name
 from neox_native.model.initialize import seed_of
 from neox_native.optim.loss_scale import LossScale
@@ -38,16 +37,15 @@ VOCABULARY = ("model.embed_in.weight", "model.embed_out.weight")
 """What has a row for each token id."""
 
 
-def seed_dropout(config: Config, mesh: DeviceMesh, step: int) -> None:
+def seed_dropout(config: Config, mesh: Mesh, step: int) -> None:
     """Seed this rank's random stream, which only dropout draws from, for one step.
 
     The masks of a step depend on the seed, the step and the rank's place, not on the steps before: a resume has no random
     state to restore, and ranks that drop alike still do so in another layout. Ranks of one tp group hold the same residual
     stream, so they must drop the same elements; with sequence parallelism they hold different tokens, so they must not.
     """
-    pp, dp, tp = (mesh.get_local_rank(axis) for axis in AXES)
-    tp = tp if config.parallel.sequence_parallel else 0
-    torch.manual_seed(seed_of(config.run.seed, f"dropout.{step}.{pp}.{dp}.{tp}"))
+    tp = mesh.tensor.rank if config.parallel.sequence_parallel else 0
+    torch.manual_seed(seed_of(config.run.seed, f"dropout.{step}.{mesh.pipeline.rank}.{mesh.rows.rank}.{tp}"))
 
 
 OPTIONAL = ("loss_scale.", "spike_guard.", "rng.")
@@ -68,7 +66,7 @@ def run_state(
 
 
 def copies(
-    config: Config, mesh: DeviceMesh, optimizer: ShardedOptimizer
+    config: Config, mesh: Mesh, optimizer: ShardedOptimizer
 ) -> Iterator[tuple[str, dist.ProcessGroup, list[tuple[str, Tensor]]]]:
     """What several ranks hold alike, by mesh axis: over dp weights, over tp replicated ones and the random state that drops
     the same elements of the same residual stream, over neighbours in tp shared heads, over pp the embedding of the first and
@@ -77,26 +75,26 @@ def copies(
     Stages 1 and 2 copy trained weights anew from their one owner in every step, so that over dp only frozen ones can drift
     apart; in stage 3 each has one owner.
     """
-    specs, tp_group = optimizer.specs(), mesh.get_group("tp")
+    specs, tp_group = optimizer.specs(), mesh.tensor.group
     state = optimizer.state_dict()
     masters = {spec.name: state[f"model.{spec.name}"].to_local() for spec in specs}
     if optimizer.stage == ZeroStage.NONE:
-        yield "dp", mesh.get_group("dp"), [(spec.name, masters[spec.name]) for spec in specs]
+        yield mesh.shards().name, mesh.shards().group, [(spec.name, masters[spec.name]) for spec in specs]
     elif optimizer.stage != ZeroStage.PARAMETERS:
         frozen = [(spec.name, local(spec.parameter)) for spec in specs if not spec.parameter.requires_grad]
-        yield "dp", mesh.get_group("dp"), frozen
+        yield mesh.shards().name, mesh.shards().group, frozen
     replicated = [(spec.name, masters[spec.name]) for spec in specs if isinstance(spec.placement, Replicate)]
     if not config.parallel.sequence_parallel:
         on_gpu = optimizer.device.type == "cuda"
         replicated.append(("the random state", torch.cuda.get_rng_state(optimizer.device) if on_gpu else torch.get_rng_state()))
-    yield "tp", tp_group, replicated
+    yield mesh.tensor.name, tp_group, replicated
     for spec in specs:
         if spec.shared is not None:
             own, _ = state[f"model.{spec.name}"].ranges
-            yield "tp", spec.shared.group, [(spec.name, masters[spec.name][len(own) :])]
+            yield mesh.tensor.name, spec.shared.group, [(spec.name, masters[spec.name][len(own) :])]
         for group in spec.sum_over:
             if group.group_name != tp_group.group_name:
-                yield "pp", group, [(spec.name, masters[spec.name])]
+                yield mesh.pipeline.name, group, [(spec.name, masters[spec.name])]
 
 
 def runtime_of(device: torch.device, gather: Callable[[Any], list[Any]]) -> dict[str, str]:

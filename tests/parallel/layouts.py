@@ -86,12 +86,12 @@ def on_mesh(
     for part in parts.values():
         fill(part)
         if parallel.tp > 1:
-            shard_tables(part, mesh["tp"])
+            shard_tables(part, mesh.tensor.mesh)
     num_stages = parallel.pp * parallel.virtual_stages
     if model.tie_embeddings and len(parts) > 1 and 0 in parts and num_stages - 1 in parts:
         parts[num_stages - 1].embed_out.weight = parts[0].embed_in.weight
     inputs, targets = batch(model, microbatches, size)
-    group = mesh.get_group("tp") if parallel.tp > 1 else None
+    group = mesh.tensor.peers
 
     def loss_function(logits, target):
         return cross_entropy_sum(logits, target, group) / targets.numel()
@@ -107,12 +107,12 @@ def on_mesh(
         hidden_length = model.seq_length // (parallel.tp if parallel.sequence_parallel else 1)
         pipeline = Pipeline(
             parts, num_stages, parallel.pipeline_schedule, microbatches, (size, model.seq_length), hidden_length,
-            torch.float32, CPU, mesh.get_group("pp"), NoSink(),
+            torch.float32, CPU, mesh.pipeline.group, NoSink(),
         )  # fmt: skip
         evaluated = pipeline.forward(inputs, targets, {}, loss_function)
         total = pipeline.forward_backward(inputs, targets, {}, loss_function)
         for value in (evaluated, total):
-            dist.all_reduce(value, group=mesh.get_group("pp"))
+            dist.all_reduce(value, group=mesh.pipeline.group)
     return total.item(), whole_gradients(parts), evaluated.item()
 
 

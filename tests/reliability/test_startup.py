@@ -6,10 +6,12 @@ import threading
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
+from neox_native.config.schema import Parallel
 from neox_native.errors import UserError
+from neox_native.mesh import Mesh, build_mesh
 from neox_native.reliability.startup import check_agreement, check_axes, code_version, describe_mesh
 from neox_native.reliability.watchdog import job_store
 from tests.ranks import run_ranks
@@ -21,8 +23,8 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def mesh(*sizes: int):
-    return init_device_mesh("cpu", sizes, mesh_dim_names=("pp", "dp", "tp"))
+def mesh(pp: int, dp: int, tp: int) -> Mesh:
+    return build_mesh(Parallel(pp=pp, dp=dp, tp=tp), torch.device("cpu"))
 
 
 def test_rank_with_another_config_is_named_on_all_ranks() -> None:

@@ -15,7 +15,7 @@ from neox_native.data.loader import StepBatch
 from neox_native.data.order import rows_of_rank
 from neox_native.engine.build import build_engine, build_model
 from neox_native.engine.step import Losses, TrainStep
-from neox_native.mesh import AXES, build_mesh
+from neox_native.mesh import build_mesh
 from neox_native.optim.loss_scale import LossScale
 from neox_native.train.evaluate import evaluate
 from tests.ranks import run_ranks
@@ -100,7 +100,7 @@ def train(config: Config, masked: bool = False) -> Outcome:
     """Run `STEPS` steps on this rank."""
     torch.manual_seed(0)
     mesh = build_mesh(config.parallel, CPU)
-    place = tuple(mesh.get_local_rank(axis) for axis in AXES)
+    place = tuple(mesh.place.values())
     parts, optimizer = build_model(config, mesh, CPU)
     engine, losses = build_engine(config, mesh, CPU, parts, optimizer), Losses(mesh, CPU)
     scale = LossScale(config.training, CPU) if config.training.precision == "fp16" else None
@@ -126,8 +126,8 @@ def train(config: Config, masked: bool = False) -> Outcome:
 def total(value: torch.Tensor, mesh) -> float:
     """Sum over dp and pp."""
     value = value.double()
-    for axis in ("dp", "pp"):
-        dist.all_reduce(value, group=mesh.get_group(axis))
+    for axis in mesh.rows, mesh.pipeline:
+        dist.all_reduce(value, group=axis.group)
     return value.item()
 
 

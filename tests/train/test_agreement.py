@@ -12,7 +12,7 @@ from neox_native.engine.build import build_engine, build_model
 from neox_native.engine.spikes import SpikeGuard
 from neox_native.engine.step import Losses, TrainStep
 from neox_native.launch import Ranks
-from neox_native.mesh import AXES, build_mesh
+from neox_native.mesh import build_mesh
 from neox_native.optim.loss_scale import LossScale
 from neox_native.reliability.replicas import check_replicas
 from neox_native.train.state import copies, seed_dropout
@@ -33,9 +33,9 @@ def first_step(config: Config, damage: float = 0.0, spikes: bool = False) -> tup
     guard = SpikeGuard(config.training, CPU) if spikes else None
     if guard:
         guard.state[:-1], guard.state[-1] = torch.arange(guard.window) / 1e3, guard.window  # losses near zero so far
-    if damage and mesh.get_local_rank("dp") == 1:
-        next(iter(parts.values())).layers["0" if mesh.get_local_rank("pp") == 0 else "2"].input_layernorm.weight.data.mul_(damage)
-    place = tuple(mesh.get_local_rank(axis) for axis in AXES)
+    if damage and mesh.rows.rank == 1:
+        next(iter(parts.values())).layers["0" if mesh.pipeline.rank == 0 else "2"].input_layernorm.weight.data.mul_(damage)
+    place = tuple(mesh.place.values())
     before = shards(optimizer, place, "shard")
     step = TrainStep(engine, optimizer, losses, config.training.clip_grad_norm, scale, guard)
     result = step(batch(config, 0, place[1], masked=False), config.optimizer.lr)

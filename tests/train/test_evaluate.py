@@ -30,7 +30,7 @@ def evaluations(config: Config) -> list[tuple[float, int]]:
     """(loss, targets) of a ragged batch, of a full one, of one without targets, and of all three together."""
     mesh = build_mesh(config.parallel, CPU)
     parts, optimizer = build_model(config, mesh, CPU)
-    engine, losses, dp_rank = build_engine(config, mesh, CPU, parts, optimizer), Losses(mesh, CPU), mesh.get_local_rank("dp")
+    engine, losses, dp_rank = build_engine(config, mesh, CPU, parts, optimizer), Losses(mesh, CPU), mesh.rows.rank
     ragged, full = batch(config, 0, dp_rank, masked=True), batch(config, 1, dp_rank, masked=False)
     empty = masked(batch(config, 2, dp_rank, masked=False))
     found = []

@@ -31,14 +31,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from neox_native.config.schema import Model, Optimizer, Parallel
 from neox_native.engine.build import units_of
-from neox_native.mesh import build_mesh
+from neox_native.mesh import Mesh, build_mesh
 from neox_native.model import initialize
 from neox_native.model.transformer import Transformer
 from neox_native.optim.groups import decays, optimizer_factory
@@ -102,15 +101,15 @@ def loss_of(model: Callable[[Tensor], Tensor], tokens_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT.roll(-1, 1).flatten())
 
 
-def ours(stage: int, work: Workload, mesh: DeviceMesh, device: torch.device) -> Step:
+def ours(stage: int, work: Workload, mesh: Mesh, device: torch.device) -> Step:
     """One of our stages."""
     with torch.device("meta"):
         model = Transformer(work.model).to(work.dtype)
-    units = units_of({0: model}, Parallel(dp=mesh["dp"].size()), mesh)
+    units = units_of({0: model}, Parallel(dp=mesh.rows.size), mesh)
     optimizer = ShardedOptimizer(units, mesh, ZeroStage(stage), optimizer_factory(SETTINGS), work.dtype, device)
     optimizer.materialize(lambda spec: initialize.draw(spec.name, spec.parameter.shape, work.model, seed=0))
     model.build_tables(device)
-    num_ranks = mesh["dp"].size()
+    num_ranks = mesh.rows.size
 
     def step(tokens_BT: Tensor) -> Tensor:
         loss = loss_of(model, tokens_BT)
@@ -161,14 +160,14 @@ def adamw_settings(fused: bool) -> dict[str, Any]:
     } | kernels
 
 
-def ddp(fused: bool, work: Workload, _mesh: DeviceMesh, device: torch.device) -> Step:
+def ddp(fused: bool, work: Workload, _mesh: Mesh, device: torch.device) -> Step:
     """DistributedDataParallel with AdamW on every rank."""
     model = plain_model(work, device)
     optimizer = torch.optim.AdamW(parameter_groups(model), **adamw_settings(fused))
     return trained_by(DistributedDataParallel(model, gradient_as_bucket_view=True), optimizer)
 
 
-def zero_redundancy(work: Workload, _mesh: DeviceMesh, device: torch.device) -> Step:
+def zero_redundancy(work: Workload, _mesh: Mesh, device: torch.device) -> Step:
     """DistributedDataParallel with ZeroRedundancyOptimizer: whole parameters dealt out to ranks, then broadcast."""
     model = plain_model(work, device)
     data_parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -178,17 +177,17 @@ def zero_redundancy(work: Workload, _mesh: DeviceMesh, device: torch.device) -> 
     return trained_by(data_parallel, optimizer)
 
 
-def fsdp(reshard: bool, fused: bool, work: Workload, mesh: DeviceMesh, device: torch.device) -> Step:
+def fsdp(reshard: bool, fused: bool, work: Workload, mesh: Mesh, device: torch.device) -> Step:
     """`fully_shard` on the same units as ours; with bf16, fp32 shards and bf16 compute."""
     model = plain_model(replace(work, dtype=torch.float32), device)
     policy = MixedPrecisionPolicy(param_dtype=work.dtype, reduce_dtype=torch.float32)
-    options = {"mesh": mesh["dp"], "reshard_after_forward": reshard, "mp_policy": policy}
+    options = {"mesh": mesh.shards().mesh, "reshard_after_forward": reshard, "mp_policy": policy}
     for unit in (model.embed_in, *model.layers.values(), [model.final_layer_norm, model.embed_out], model):
         fully_shard(unit, **options)
     return trained_by(model, torch.optim.AdamW(parameter_groups(model), **adamw_settings(fused)))
 
 
-CONTENDERS: dict[str, Callable[[Workload, DeviceMesh, torch.device], Step]] = {
+CONTENDERS: dict[str, Callable[[Workload, Mesh, torch.device], Step]] = {
     "DistributedDataParallel": lambda *rest: ddp(False, *rest),
     "DistributedDataParallel, fused": lambda *rest: ddp(True, *rest),
     "ZeroRedundancyOptimizer": zero_redundancy,

@@ -104,11 +104,12 @@ def units_of(
 
     units: dict[int, list[Unit]] = {}
     for number, part in parts.items():
-        tied_here = part.config.tie_embeddings and part.embed_in is not None and part.embed_out is not None
+        tied_here = part.config.tie_embeddings and part.embed_in is not None and part.readout is not None
         embedding = [part] if tied_here else [part.embed_in, part.embed_pos]
         found = [unit(part, "embedding", embedding, ("embed_in.", "embed_pos."))]
         found += [unit(part, f"layers.{n}", [block], (f"layers.{n}.",)) for n, block in part.layers.items()]
-        found += [unit(part, "head", [part.final_layer_norm, part.embed_out], ("final_layer_norm.", "embed_out."))]
+        if part.readout is not None:
+            found += [unit(part, "head", [part.readout.final_layer_norm, part.readout.embed_out], ("readout.",))]
         units[number] = [each for each in found if each is not None]
     return units
 

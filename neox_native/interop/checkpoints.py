@@ -29,7 +29,7 @@ def parameter_shapes(model: Model) -> dict[str, torch.Size]:
     """Shape of every parameter of the whole model by global name, in the order of the forward pass."""
     with torch.device("meta"):
         with_one_layer = Transformer(replace(model, num_layers=1))
-    shapes = {name: parameter.shape for name, parameter in with_one_layer.named_parameters()}
+    shapes = {with_one_layer.global_name(name): parameter.shape for name, parameter in with_one_layer.named_parameters()}
     layer = {name.removeprefix(FIRST): shape for name, shape in shapes.items() if name.startswith(FIRST)}
     layers = {f"layers.{number}.{name}": shape for number in range(model.num_layers) for name, shape in layer.items()}
     before = [name for name in shapes if name.startswith("embed_") and name != "embed_out.weight"]

@@ -15,7 +15,8 @@ from torch import Tensor
 from neox_native.config.schema import Model, Run
 from neox_native.model import initialize, positions
 from neox_native.model.cache import Cache
-from neox_native.model.layers import Affine, Block, Normalize
+from neox_native.model.layers import Block
+from neox_native.model.readout import Readout
 
 
 class Transformer(nn.Module):
@@ -27,7 +28,7 @@ class Transformer(nn.Module):
         model: the [model] section.
         layers: global numbers of the layers to hold; all of them by default.
         first: hold the embedding; without it `forward` takes hidden states instead of tokens.
-        last: hold the final norm and the head; without them `forward` returns hidden states.
+        last: hold the readout; without it `forward` returns hidden states.
         seed: of the initial weights, as `run.seed`; on the meta device there are none.
     """
 
@@ -48,17 +49,15 @@ class Transformer(nn.Module):
         self.embedded = nn.Identity()  # see [Note: seams]
         self.dropout = nn.Dropout(model.hidden_dropout)
         self.layers = nn.ModuleDict({str(number): Block(model) for number in layers})
-        self.normalize = Normalize(model) if last else None
-        self.final_layer_norm = Affine(model) if last else None
-        self.embed_out = nn.Linear(hidden_size, vocab_size, bias=False) if last else None
+        self.readout = Readout(model) if last else None
         self.tie()
         self.initialize(seed)
         self.build_tables(torch.get_default_device())
 
     def tie(self) -> None:
         """Make the head's matrix the embedding's, where the config ties them and both are here."""
-        if self.config.tie_embeddings and self.embed_in is not None and self.embed_out is not None:
-            self.embed_out.weight = self.embed_in.weight
+        if self.config.tie_embeddings and self.embed_in is not None and self.readout is not None:
+            self.readout.embed_out.weight = self.embed_in.weight
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -69,6 +68,7 @@ class Transformer(nn.Module):
 
     def global_name(self, name: str) -> str:
         """The name under which a parameter of this part is known in the whole model."""
+        name = name.removeprefix("readout.")
         return "embed_in.weight" if self.config.tie_embeddings and name == "embed_out.weight" else name
 
     def build_tables(self, device: torch.device) -> None:
@@ -131,15 +131,17 @@ class Transformer(nn.Module):
         documents_BT: Tensor | None = None,
         cache: Cache | None = None,
         readout_B: Tensor | None = None,
+        targets_BT: Tensor | None = None,
     ) -> Tensor:
-        """Tokens [B, T] (hidden states [B, T, D] without the embedding) -> logits [B, T, V] (hidden states [B, T, D]
-        without the head).
+        """Tokens [B, T] (hidden states [B, T, D] without the embedding) -> what the readout says of them: logits [B, T, V],
+        or values per token [B, T] with `targets_BT`; hidden states [B, T, D] without a readout.
 
         Args:
             positions_BT: position of each token where it is not its index in the row.
             documents_BT: document number of each token; attention then stays inside a document.
             cache: what the layers remember of earlier tokens; `x` goes where it was told to place them.
             readout_B: index in T of the one token of each row whose logits are wanted; they come as [B, 1, V].
+            targets_BT: token that follows each token, -100 where that does not count.
         """
         if cache is not None:
             positions_BT = cache.positions_BT
@@ -153,8 +155,8 @@ class Transformer(nn.Module):
             if cache is not None:
                 context = context._replace(remember=partial(cache.extend, number))
             x = layer(x, context)
-        if self.embed_out is not None:
+        if self.readout is not None:
             if readout_B is not None:
                 x = x[torch.arange(len(x), device=x.device), readout_B][:, None]
-            x = self.embed_out(self.final_layer_norm(self.normalize(x)))
+            x = self.readout(x, targets_BT)
         return x

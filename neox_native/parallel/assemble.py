@@ -44,7 +44,7 @@ def assemble(
                 recompute(block, has_dropout, split=parallel.pipeline_schedule in ZERO_BUBBLE)
         parts[number] = part
     if model.tie_embeddings and 0 in parts and num_stages - 1 in parts:
-        parts[num_stages - 1].embed_out.weight = parts[0].embed_in.weight
+        parts[num_stages - 1].readout.embed_out.weight = parts[0].embed_in.weight
     return parts
 
 

@@ -10,9 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
-"""Target of a position that does not count."""
-
+from neox_native.model.readout import IGNORED
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Per-token negative log-likelihood from three all-reduces of [B, T] forward and none backward
@@ -48,6 +46,18 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return gradient_BTV.mul_(gradient_BT[..., None]), None, None
 
 
+def vocab_parallel_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What `readout.CrossEntropy` computes, from this rank's columns of the logits.
+
+    Args:
+        targets_BT: global token ids.
+        group: ranks that hold the other columns, in rank order.
+    """
+    ignored_BT = targets_BT == IGNORED
+    losses_BT = _VocabParallelCrossEntropy.apply(logits_BTV, targets_BT.masked_fill(ignored_BT, 0), group)
+    return losses_BT.masked_fill(ignored_BT, 0.0)
+
+
 def cross_entropy_sum(logits_BTV: Tensor, targets_BT: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
     """Sum over tokens of the negative log-likelihood [nats], in fp32; positions whose target is -100 count nothing.
 
@@ -58,6 +68,4 @@ def cross_entropy_sum(logits_BTV: Tensor, targets_BT: Tensor, tp_group: dist.Pro
     """
     if tp_group is None:
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum", ignore_index=IGNORED)
-    counted_BT = targets_BT != IGNORED
-    losses_BT = _VocabParallelCrossEntropy.apply(logits_BTV, targets_BT.masked_fill(~counted_BT, 0), tp_group)
-    return losses_BT.masked_fill(~counted_BT, 0.0).sum()
+    return vocab_parallel_cross_entropy(logits_BTV, targets_BT, tp_group).sum()

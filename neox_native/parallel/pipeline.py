@@ -111,7 +111,7 @@ class Pipeline:
         self.stages = []
         for number, part in parts.items():
             # Static shapes: without them torch runs a whole forward and backward pass to learn them.
-            output = self.hidden_meta if part.embed_out is None else self._logits_meta(part, microbatch_shape, dtype)
+            output = self.hidden_meta if part.readout is None else self._logits_meta(part, microbatch_shape, dtype)
             inputs = tokens if number == 0 else self.hidden_meta
             stage = Stage(part, number, num_stages, device, input_args=inputs, output_args=output, group=pp_group)
             stage.sink, stage.timing = sink, self.timing
@@ -123,7 +123,7 @@ class Pipeline:
 
     @staticmethod
     def _logits_meta(part: Transformer, microbatch_shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        weight = part.embed_out.weight
+        weight = part.readout.embed_out.weight
         tp = weight.device_mesh.size() if isinstance(weight, DTensor) else 1
         columns = share_of_vocabulary(part.config.padded_vocab_size, tp)
         return torch.empty(*microbatch_shape, columns, dtype=dtype, device="meta", requires_grad=True)

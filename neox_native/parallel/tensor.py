@@ -17,6 +17,7 @@ activation function see plain local tensors.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.nn as nn
@@ -35,6 +36,7 @@ from torch.distributed.tensor.parallel import (
 from neox_native.config.schema import Model
 from neox_native.model.transformer import Transformer
 from neox_native.parallel.cuts import share_of_vocabulary
+from neox_native.parallel.loss import vocab_parallel_cross_entropy
 
 
 class Replicated(ParallelStyle):
@@ -85,6 +87,14 @@ class VocabParallelHead(ColwiseParallel):
         missing = width - len(module.weight.to_local())
         if missing:
             module.register_forward_hook(lambda _module, _inputs, x: F.pad(x, (0, missing), value=float("-inf")))
+        return module
+
+
+class VocabParallelLoss(ParallelStyle):
+    """The cross-entropy of logits whose columns lie on several ranks."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.forward = partial(vocab_parallel_cross_entropy, group=device_mesh.get_group())
         return module
 
 
@@ -139,9 +149,10 @@ def plan(model: Model, sequence_parallel: bool) -> dict[str, Rule]:
         "layers.*.mlp.dense_4h_to_h": stay_partial(),
         "layers.*.join.total": Rule(reduced, "-", "Partial", name, reduce, gather),
         "layers.*.join": Rule(unwrapped, "-", name, name),
-        "normalize": whole_from_stream(),
-        "final_layer_norm": gathered_norm(),
-        "embed_out": Rule(VocabParallelHead(model.padded_vocab_size), "Shard(0)", "Replicate", "Shard(-1)"),
+        "readout.normalize": whole_from_stream(),
+        "readout.final_layer_norm": gathered_norm(),
+        "readout.embed_out": Rule(VocabParallelHead(model.padded_vocab_size), "Shard(0)", "Replicate", "Shard(-1)"),
+        "readout.cross_entropy": Rule(VocabParallelLoss(), "-", "Shard(-1)", "Replicate"),
     }
     if model.gated:
         rules["layers.*.mlp.gate_h_to_4h"] = columns()

@@ -38,7 +38,7 @@ def built(model: Model, read: checkpoints.Read) -> Transformer:
     whole = Transformer(model)
     with torch.no_grad():
         for name, parameter in whole.named_parameters():
-            parameter.copy_(read(name))
+            parameter.copy_(read(whole.global_name(name)))
     return whole
 
 

@@ -38,7 +38,7 @@ def load(golden) -> Transformer:
         )
     )
     weights = {name.removeprefix("weight/"): torch.from_numpy(a) for name, a in golden.items() if "weight/" in name}
-    model.load_state_dict(weights)
+    model.load_state_dict({name: weights[model.global_name(name)] for name in model.state_dict()})
     return model
 
 
@@ -53,4 +53,4 @@ def test_gradient_norms_equal_hugging_face(golden):
     loss.backward()
     assert loss.item() == pytest.approx(float(golden["loss"]), rel=1e-5)
     for name, parameter in model.named_parameters():
-        assert parameter.grad.norm().item() == pytest.approx(float(golden[f"grad_norm/{name}"]), rel=1e-3), name
+        assert parameter.grad.norm().item() == pytest.approx(float(golden[f"grad_norm/{model.global_name(name)}"]), rel=1e-3), name

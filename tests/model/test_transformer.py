@@ -131,9 +131,9 @@ def test_grouped_queries_equal_full_attention_with_repeated_keys():
 
 def test_tied_head_is_the_embedding():
     model = build(tie_embeddings=True)
-    assert model.embed_out.weight is model.embed_in.weight
-    assert "embed_out.weight" not in dict(model.named_parameters())
-    assert model.global_name("embed_out.weight") == "embed_in.weight"
+    assert model.readout.embed_out.weight is model.embed_in.weight
+    assert "readout.embed_out.weight" not in dict(model.named_parameters())
+    assert model.global_name("readout.embed_out.weight") == "embed_in.weight"
 
 
 def test_dropout_acts_in_training_only():

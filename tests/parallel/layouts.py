@@ -73,7 +73,7 @@ def serial(model: Model, microbatches: int, size: int) -> tuple[float, dict[str,
         loss = cross_entropy_sum(whole(x), y, None) / targets.numel()
         loss.backward()
         total += loss.item()
-    return total, {name: parameter.grad for name, parameter in whole.named_parameters()}
+    return total, {whole.global_name(name): parameter.grad for name, parameter in whole.named_parameters()}
 
 
 def on_mesh(
@@ -89,7 +89,7 @@ def on_mesh(
             shard_tables(part, mesh.tensor.mesh)
     num_stages = parallel.pp * parallel.virtual_stages
     if model.tie_embeddings and len(parts) > 1 and 0 in parts and num_stages - 1 in parts:
-        parts[num_stages - 1].embed_out.weight = parts[0].embed_in.weight
+        parts[num_stages - 1].readout.embed_out.weight = parts[0].embed_in.weight
     inputs, targets = batch(model, microbatches, size)
     group = mesh.tensor.peers
 

@@ -32,7 +32,8 @@ def test_simulated_ranks_equal_serial(simulated_ranks, sequence_parallel):
     model = replace(MODEL, num_layers=1)
     _, expected = serial(model, 1, 2)
     (tokens,), (targets,) = batch(model, 1, 2)
-    weights = {name: draw(name, value.shape, model) for name, value in Transformer(model).state_dict().items()}
+    model_here = Transformer(model)
+    weights = {name: draw(model_here.global_name(name), value.shape, model) for name, value in model_here.state_dict().items()}
     with simulated_ranks:
         mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
         whole = Transformer(model)
@@ -43,7 +44,7 @@ def test_simulated_ranks_equal_serial(simulated_ranks, sequence_parallel):
         logits = DTensor.from_local(whole(tokens), mesh, [torch.distributed.tensor.Shard(-1)]).full_tensor()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
-        gradients = {name: parameter.grad.full_tensor() for name, parameter in whole.named_parameters()}
+        gradients = {whole.global_name(name): parameter.grad.full_tensor() for name, parameter in whole.named_parameters()}
     for name, gradient in gradients.items():
         for rank, value in gradient._local_tensors.items() if isinstance(gradient, LocalTensor) else [(0, gradient)]:
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=f"{name} on rank {rank}")

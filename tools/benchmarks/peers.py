@@ -182,7 +182,7 @@ def fsdp(reshard: bool, fused: bool, work: Workload, mesh: Mesh, device: torch.d
     model = plain_model(replace(work, dtype=torch.float32), device)
     policy = MixedPrecisionPolicy(param_dtype=work.dtype, reduce_dtype=torch.float32)
     options = {"mesh": mesh.shards().mesh, "reshard_after_forward": reshard, "mp_policy": policy}
-    for unit in (model.embed_in, *model.layers.values(), [model.final_layer_norm, model.embed_out], model):
+    for unit in (model.embed_in, *model.layers.values(), [model.readout.final_layer_norm, model.readout.embed_out], model):
         fully_shard(unit, **options)
     return trained_by(model, torch.optim.AdamW(parameter_groups(model), **adamw_settings(fused)))
 

@@ -41,7 +41,6 @@ FREE_WITHIN = (
     "model.init_std",
     "data.train",
     "data.valid",
-    "data.test",
     "data.cache_dir",
 )
 # What weights that start another run can learn to live with.

@@ -24,6 +24,11 @@ CONFIGS_FOLDER = shipped_folder("configs")
 COMMAND_LINE = "the command line"
 GPUS_OF_A_NODE = 8
 """As most machines for training have; only an example on a command line rests on it."""
+RETIRED = {
+    "data.test": 'nothing read test data. Take it out, and the third share out of data.split ("969,30" for "969,30,1"), '
+    "which keeps the training data as it was",
+}
+"""Settings of earlier versions, and what to do about them. A file may still say that one is empty."""
 SETTINGS_FOLLOW = "Any setting may follow, as --parallel.tp 2; `python train.py --help` lists them."
 
 
@@ -156,6 +161,8 @@ def _checked(document: dict[str, Any], path: Path) -> dict[str, Any]:
         if not isinstance(table, dict):
             raise UserError(f"{path}: {section} = {table!r} must be a section: write [{section}], its settings below.")
         for key, value in table.items():
+            if f"{section}.{key}" in RETIRED and value == "":
+                continue
             setting = _setting(f"{section}.{key}", path)
             try:
                 values[setting.dotted] = convert(value, setting.annotation)
@@ -207,6 +214,8 @@ def _overrides(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _setting(dotted: str, source: Path | str) -> Setting:
+    if dotted in RETIRED:
+        raise UserError(f"{source}: {dotted} is no setting any more: {RETIRED[dotted]}.")
     if dotted not in SETTINGS:
         raise UserError(f"{source}: there is no setting {dotted}; the nearest is {nearest(dotted, list(SETTINGS))}.")
     return SETTINGS[dotted]

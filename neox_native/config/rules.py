@@ -70,7 +70,7 @@ def positions(config: Config) -> Iterator[str]:
 
 def datasets(config: Config) -> Iterator[str]:
     """Training data is named, and mixtures are well formed."""
-    for name in ("train", "valid", "test"):
+    for name in ("train", "valid"):
         value = getattr(config.data, name)
         if value or name == "train":
             yield from wrong_datasets(value, f"data.{name}")

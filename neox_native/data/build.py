@@ -19,7 +19,7 @@ from neox_native.data.tokenizers import OutOfReach, Tokenizer, load_tokenizer
 from neox_native.errors import UserError
 from neox_native.plain_files import at_home
 
-PARTS = ("train", "valid", "test")
+PARTS = ("train", "valid")
 
 
 class Position(NamedTuple):
@@ -45,7 +45,7 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Datasets:
-    """Training, validation and test data; each index is computed when first asked for."""
+    """Training and validation data; each index is computed when first asked for."""
 
     build: Callable[[str], Dataset]
     tokenizer: Tokenizer | None = None
@@ -61,15 +61,10 @@ class Datasets:
         """What evaluation reads."""
         return self.build("valid")
 
-    @cached_property
-    def test(self) -> Dataset:
-        """What a final test reads."""
-        return self.build("test")
-
 
 def parse_split(split: str) -> list[float]:
-    """Shares of train, validation and test from "969,30,1"; missing ones are 0. Raises `UserError` for anything
-    else."""
+    """Shares of training, validation and held-out documents from "969,30,1"; missing ones are 0. Raises `UserError` for
+    anything else."""
     try:
         shares = [float(share) for share in split.replace("/", ",").split(",")]
     except ValueError:
@@ -117,7 +112,7 @@ def how_far(data: Dataset, global_batch_size: int, position: Position) -> str:
 
 
 class Source(NamedTuple):
-    """One entry of `data.train`, `data.valid` or `data.test`."""
+    """One entry of `data.train` or `data.valid`."""
 
     path: str
     """Prefix of token files, or a built-in corpus."""
@@ -170,33 +165,33 @@ def build_data(
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"run.seed = {seed} must lie between 0 and 2^32 - 1 = {2**32 - 1}.")
-    given = {"train": config.train, "valid": config.valid, "test": config.test}
-    own = {part: bool(given[part]) for part in PARTS}
-    settings = {part: part if own[part] else "train" for part in PARTS}
-    sources = {setting: parse_sources(given[setting], setting) for setting in sorted(set(settings.values()))}
+    given = {"train": config.train} | ({"valid": config.valid} if config.valid else {})
+    sources = {setting: parse_sources(value, setting) for setting, value in given.items()}
     open_files, in_use = cache(IndexedDataset), ("train", "valid") if eval_every else ("train",)
-    read = [entry for part in in_use for entry in sources[settings[part]]]
+    read = [entry for part in in_use for entry in sources.get(part, sources["train"])]
     tokenizer = _tokenizer_of(config, read, vocab_size, open_files, log if is_writer else lambda _: None)
     if any(source.path == PYTHON_STDLIB for entries in sources.values() for source in entries):
         made_with = tokenizer or load_tokenizer(config.tokenizer)
         prefix = prepare_python_stdlib(made_with, config.cache_dir, is_writer, wait, log)
         for setting, entries in sources.items():
             sources[setting] = [e._replace(path=prefix) if e.path == PYTHON_STDLIB else e for e in entries]
-    shares = [0.0 if own[part] and part != "train" else share for part, share in zip(PARTS, parse_split(config.split))]
+    shares = parse_split(config.split)
+    if config.valid:
+        shares[1] = 0.0
 
     def build(part: str) -> Dataset:
         reading = Reading(
             part, seq_length, vocab_size, seed, config.order, config.packing, config.document_attention,
             config.document_positions, kept_orders=str(at_home(config.cache_dir) / "orders"),
         )  # fmt: skip
-        entries = sources[settings[part]]
+        entries = sources.get(part, sources["train"])
         num_samples = samples_needed(part, steps, global_batch_size, eval_every, eval_batches, eval_rotate, position)
 
         def make(number: int, num_samples: int) -> TokenDataset:
             files = open_files(entries[number].path)
             labels = open_files(entries[number].labels) if entries[number].labels else None
             documents = range(len(files))
-            if not own[part] or part == "train":
+            if part == "train" or not config.valid:
                 documents = split_documents(shares, len(files))[PARTS.index(part)]
             begun = position.begun_of(number) if len(entries) > 1 else position.begun
             return TokenDataset(files, documents, reading, num_samples, labels, begun if part == "train" else None)

@@ -40,7 +40,7 @@ class Reading(NamedTuple):
     """How every file of a part is read."""
 
     part: str
-    """"train", "valid" or "test"."""
+    """"train" or "valid"."""
     seq_length: int
     vocab_size: int
     seed: int

@@ -91,7 +91,7 @@ class Order(Protocol):
 
 
 def split_documents(shares: list[float], num_documents: int) -> list[range]:
-    """Contiguous document ranges of train, validation and test, rounded as GPT-NeoX rounds them.
+    """Contiguous document ranges, one for each share, rounded as GPT-NeoX rounds them.
 
     What rounding adds beyond the last document is taken off every boundary but the first.
     """

@@ -68,7 +68,7 @@ DATA_MISTAKES = [
         'data.train[0] = {path = "a", weight = 0} must have a path and a weight above 0',
     ),
     (['--data.valid=[{path = "a", weight = 1}, {weight = 1}]'], "data.valid[1] = {weight = 1} must have a path"),
-    (['--data.test=[{path = "a", weight = 1, labels = 3}]'], "its labels, if it has any, are a path too"),
+    (['--data.valid=[{path = "a", weight = 1, labels = 3}]'], "its labels, if it has any, are a path too"),
     (['--data.train=[{path = "a", wieght = 1}]'], 'data.train[0] = {path = "a", wieght = 1} has a key'),
 ]
 OPTIMISATION_MISTAKES = [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from neox_native.config.load import dump, from_command_line, load
-from neox_native.config.schema import Config
+from neox_native.config.schema import Config, Data
 from neox_native.config.settings import SETTINGS, documentation, help_text
 from neox_native.errors import UserError
 
@@ -35,6 +35,10 @@ def test_a_file_sets_what_it_names_and_nothing_else(tmp_path: Path) -> None:
     assert (config.optimizer.lr, config.model.hidden_size) == (1e-4, 64)
     assert config.model.num_layers == Config().model.num_layers
     assert config.training == Config().training
+
+
+def test_a_file_of_an_earlier_version_may_still_say_that_a_retired_setting_is_empty(tmp_path: Path) -> None:
+    assert load(write(tmp_path, "old.toml", '[data]\ntrain = "a"\ntest = ""\n')).data == Data(train="a")
 
 
 def test_whole_numbers_serve_as_floats(tmp_path: Path) -> None:
@@ -132,6 +136,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         ("steps = 3\n", [], ["bad.toml", "steps = 3 stands outside", "write steps below [training]"]),
         ("warmup_fractoin = 3\n", [], ["bad.toml", "write warmup_fraction below [lr_schedule]"]),
         ("extends = 3\n", [], ["extends = 3"]),
+        ("[data]\ntest = 'a'\n", [], ["bad.toml: data.test is no setting any more", '"969,30" for "969,30,1"']),
         ("[run\n", [], ["bad.toml", "not valid TOML", "line 1"]),
         ("", ["--training.steps", "1e3"], ["command line", "training.steps = 1e3", "a whole number"]),
         ("", ["--compile.enabled=yes"], ["compile.enabled = yes", "true or false"]),

@@ -12,10 +12,11 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,12 +133,31 @@ class Ranks:
     The own group lets a background thread save while the main thread's collectives go on, and keeps objects off the
     GPU. Creating one is a collective over the world. Object collectives unpickle what the *ranks of this job* send,
     never a file.
+
+    Args:
+        tell: takes what rank 0 says to people.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None] = partial(print, flush=True)) -> None:
+        self._tell = tell
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.size = dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that speaks and writes for all."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Tell people something, once for all ranks. Not a collective."""
+        if self.is_first:
+            self._tell(text)
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        if self.group is not None:
+            dist.barrier(group=self.group)
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, by rank, on every rank."""

@@ -29,6 +29,7 @@ from neox_native.data.loader import as_signed, format_hash, hash_row
 from neox_native.data.order import rows_of_rank
 from neox_native.data.tokenizers import Tokenizer, load_tokenizer
 from neox_native.errors import UserError, report_user_errors
+from neox_native.launch import Ranks
 from neox_native.options import Parser, whole
 
 SHOWN_CHARACTERS = 160
@@ -78,9 +79,7 @@ def training_data(config: Config, position: Position = Position()) -> Dataset:
         training.steps,
         0,
         config.evaluation.batches,
-        is_writer=True,
-        wait=lambda: None,
-        log=partial(print, file=sys.stderr),
+        ranks=Ranks(partial(print, file=sys.stderr)),
         position=position,
     ).train
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +25,7 @@ class Start:
     """Fine-tuning: take the weights and begin at step 0 with a fresh optimizer."""
 
 
-def find_start(
-    config: Checkpoint, directory: Path, ranks: Ranks, report: Callable[[str], None] = print
-) -> Start | None:
+def find_start(config: Checkpoint, directory: Path, ranks: Ranks) -> Start | None:
     """What to start from, or None for a new run; every file of it has been checked. A collective over all ranks.
 
     `checkpoint.resume` = "auto" takes the newest whole checkpoint in `directory` and reports those it skips; a path
@@ -37,20 +34,20 @@ def find_start(
     or each one in `directory`, is damaged: starting anew would end by overwriting what may be mended.
     """
     with ranks.together(f"Opening {directory}"):
-        if ranks.rank == 0:
+        if ranks.is_first:
             put_back(directory, "step_*")
     if config.resume == "auto":
-        newest = _newest(directory, ranks, report, 'move them away, or start anew with checkpoint.resume = "none"')
+        newest = _newest(directory, ranks, 'move them away, or start anew with checkpoint.resume = "none"')
         if newest is not None:
             return Start(newest, weights_only=False)
     elif config.resume != "none":
         return Start(_named("checkpoint.resume", config.resume, ranks), weights_only=False)
     if config.initialize_from:
-        return Start(_weights(config.initialize_from, ranks, report), weights_only=True)
+        return Start(_weights(config.initialize_from, ranks), weights_only=True)
     return None
 
 
-def _weights(path: str, ranks: Ranks, report: Callable[[str], None]) -> Path:
+def _weights(path: str, ranks: Ranks) -> Path:
     """The checkpoint that `checkpoint.initialize_from` names, or the newest whole one of the run that it names."""
     folder = Path(path)
     with ranks.together(f'checkpoint.initialize_from = "{path}"'):
@@ -60,14 +57,14 @@ def _weights(path: str, ranks: Ranks, report: Callable[[str], None]) -> Path:
                 f"{tool_command('convert')} from-hf {path} CHECKPOINT."
             )
     for directory in folder / "checkpoints", folder:
-        if newest := _newest(directory, ranks, report, "or name another in checkpoint.initialize_from"):
+        if newest := _newest(directory, ranks, "or name another in checkpoint.initialize_from"):
             return newest
     return _named("checkpoint.initialize_from", path, ranks)
 
 
-def _newest(directory: Path, ranks: Ranks, report: Callable[[str], None], way_out: str) -> Path | None:
+def _newest(directory: Path, ranks: Ranks, way_out: str) -> Path | None:
     """The newest whole checkpoint in a folder, None where it has none. Raises `UserError` where all are damaged."""
-    newest = store.newest(directory, ranks, report)
+    newest = store.newest(directory, ranks)
     if newest is None and (damaged := store.saved_in(directory, ranks)):
         raise UserError(f"None of the {len(damaged)} checkpoints in {directory} is whole; mend one, {way_out}.")
     return newest

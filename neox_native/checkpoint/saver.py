@@ -204,7 +204,7 @@ class Saver:
         size, deleted, kept_because = 0, (), ""
         self._passed_over.discard(step)
         with self._ranks.together("Deleting old checkpoints"):
-            if self._ranks.rank == 0:  # alone: the others' view of a network disk may be older
+            if self._ranks.is_first:  # alone: the others' view of a network disk may be older
                 size = sum(record["bytes"] for record in files.read_manifest(path).values())
                 if not keep_all:
                     deleted, kept_because = delete_old(self.directory, step, self.config, self._passed_over)

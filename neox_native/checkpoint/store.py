@@ -132,7 +132,7 @@ def write(
     temporary = final.with_name(final.name + files.TEMPORARY + ranks.from_first(secrets.token_hex(4)))
     try:
         with ranks.together(doing):
-            if ranks.rank == 0:
+            if ranks.is_first:
                 make_folder(temporary.parent)
                 temporary.mkdir()
         with ranks.together(doing):
@@ -140,7 +140,7 @@ def write(
                 raise UserError(f"{temporary}, made by rank 0, is not seen here; all nodes must share run.dir")
         records = _write(temporary, state, ranks, doing, SavePlanner(host_copies), file_per_tensor)
         with ranks.together(doing):
-            if ranks.rank == 0:
+            if ranks.is_first:
                 for name, content in beside.items():
                     with files.ChecksumStream(temporary / name) as stream:
                         stream.write(content)
@@ -149,7 +149,7 @@ def write(
                 files.write_json(temporary / files.MANIFEST, {"files": records})
                 put_in_place(temporary, final)
     except BaseException:
-        if ranks.rank == 0:
+        if ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
@@ -185,7 +185,7 @@ def find_damage(path: Path, ranks: Ranks) -> list[str]:
     """Check every file of a checkpoint against its manifest, shared out over the ranks, then that its index tells where
     in these files its tensors lie and that it is of the step that its name says; the complaints, the same on all ranks."""
     complaints = _complaints(lambda: _damaged_files(path, ranks), ranks)
-    return complaints or _complaints(lambda: _damaged_content(path) if ranks.rank == 0 else [], ranks)
+    return complaints or _complaints(lambda: _damaged_content(path) if ranks.is_first else [], ranks)
 
 
 def _complaints(find: Callable[[], list[str | None]], ranks: Ranks) -> list[str]:
@@ -214,19 +214,18 @@ def _damaged_content(path: Path) -> list[str | None]:
 def saved_in(directory: Path, ranks: Ranks) -> list[Path]:
     """`files.finished` as rank 0 sees it. A collective."""
     with ranks.together(f"Looking for checkpoints in {directory}"):
-        found = files.finished(directory) if ranks.rank == 0 else []
+        found = files.finished(directory) if ranks.is_first else []
     return ranks.from_first(found)
 
 
-def newest(directory: Path, ranks: Ranks, report: Any = print) -> Path | None:
+def newest(directory: Path, ranks: Ranks) -> Path | None:
     """Folder of the newest checkpoint that is whole, or None. Damaged ones are reported by file and skipped. A
     collective."""
     for path in saved_in(directory, ranks):
         complaints = find_damage(path, ranks)
         if not complaints:
             return path
-        if ranks.rank == 0:
-            report(f"Skipping the checkpoint {path.name}: " + "; ".join(complaints[:NAMES_SHOWN]) + ".")
+        ranks.say(f"Skipping the checkpoint {path.name}: " + "; ".join(complaints[:NAMES_SHOWN]) + ".")
     return None
 
 

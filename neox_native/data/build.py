@@ -17,6 +17,7 @@ from neox_native.data.preparation.builtin import PYTHON_STDLIB, prepare_python_s
 from neox_native.data.sidecar import Vocabulary, check_tokenizer, read_sidecar, vocabulary_of
 from neox_native.data.tokenizers import OutOfReach, Tokenizer, load_tokenizer
 from neox_native.errors import UserError
+from neox_native.launch import Ranks
 from neox_native.plain_files import at_home
 
 PARTS = ("train", "valid")
@@ -151,16 +152,13 @@ def build_data(
     steps: int,
     eval_every: int,
     eval_batches: int,
-    is_writer: bool,
-    wait: Callable[[], None],
-    log: Callable[[str], None] = print,
+    ranks: Ranks,
     position: Position = Position(),
     eval_rotate: bool = False,
 ) -> Datasets:
     """The run's datasets; training data is opened at once, validation data if the run evaluates.
 
-    `is_writer` tells the one rank that prepares built-in corpora, `wait` is a barrier over all ranks, `log` prints
-    progress, `position` is where a run that goes on stands in its training data. With `eval_rotate` each evaluation reads
+    The first of `ranks` prepares built-in corpora. `position` is where a run that goes on stands in its training data. With `eval_rotate` each evaluation reads
     samples of its own. Raises `UserError` for everything that is wrong with the files or the settings.
     """
     if not 0 <= seed < 2**32:
@@ -169,10 +167,10 @@ def build_data(
     sources = {setting: parse_sources(value, setting) for setting, value in given.items()}
     open_files, in_use = cache(IndexedDataset), ("train", "valid") if eval_every else ("train",)
     read = [entry for part in in_use for entry in sources.get(part, sources["train"])]
-    tokenizer = _tokenizer_of(config, read, vocab_size, open_files, log if is_writer else lambda _: None)
+    tokenizer = _tokenizer_of(config, read, vocab_size, open_files, ranks.say)
     if any(source.path == PYTHON_STDLIB for entries in sources.values() for source in entries):
         made_with = tokenizer or load_tokenizer(config.tokenizer)
-        prefix = prepare_python_stdlib(made_with, config.cache_dir, is_writer, wait, log)
+        prefix = prepare_python_stdlib(made_with, config.cache_dir, ranks)
         for setting, entries in sources.items():
             sources[setting] = [e._replace(path=prefix) if e.path == PYTHON_STDLIB else e for e in entries]
     shares = parse_split(config.split)

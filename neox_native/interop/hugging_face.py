@@ -200,19 +200,19 @@ def write_folder(
         small_files, remarks = describe(model, dtype, tokenizer)
         if not replace:
             checkpoints.require_new(folder)
-        if ranks.rank == 0:
+        if ranks.is_first:
             make_folder(temporary.parent)
             temporary.mkdir()
     try:
         _write_weights(temporary, shapes, read, ranks, dtype, shard_bytes, doing)
         with ranks.together(doing):
-            if ranks.rank == 0:
+            if ranks.is_first:
                 for file_name, content in small_files.items():
                     with files.ChecksumStream(temporary / file_name) as stream:
                         stream.write(content)
                 put_in_place(temporary, folder)
     except BaseException:
-        if ranks.rank == 0:
+        if ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return remarks
@@ -253,7 +253,7 @@ def _write_weights(
             if tensors:
                 _write_shard(folder / file_name, tensors)
     with ranks.together(doing):
-        if ranks.rank == 0:
+        if ranks.is_first:
             sizes = {name: size for each in held for name, size in each.items()}
             weight_map = {
                 hugging_face_name(name): file for shard, file in zip(shards, file_names) for name in shard.names

@@ -11,21 +11,18 @@ import itertools
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from neox_native.errors import UserError
+from neox_native.launch import Ranks
 from neox_native.mesh import Mesh
 from neox_native.units import counted
 
 EXTRA_SECONDS = 5.0
 """Ranks whose collective fails late are still heard."""
-Gather = Callable[[Any], list[Any]]
-"""Collects a small value of every rank, by rank, on every rank."""
 
 
 def code_version() -> str:
@@ -42,15 +39,14 @@ def code_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def check_agreement(facts: dict[str, str], gather: Gather) -> list[str]:
+def check_agreement(facts: dict[str, str], ranks: Ranks) -> list[str]:
     """Raise the same `UserError` on all ranks where they were started with different facts; returns the ranks' host
     names.
 
     Args:
         facts: what must be equal: each setting by dotted name, the data's fingerprint, `code_version()`.
-        gather: over all ranks.
     """
-    everyone = gather((socket.gethostname(), facts))
+    everyone = ranks.gather((socket.gethostname(), facts))
     _, expected = everyone[0]
     for rank, (host, found) in enumerate(everyone):
         wrong = sorted(name for name in set(expected) | set(found) if expected.get(name) != found.get(name))

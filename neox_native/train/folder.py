@@ -43,7 +43,7 @@ class RunFolder:
         self.config, self.ranks, self.path = config, ranks, Path(config.run.dir)
         self.lock: Lock | None = None
         with ranks.together(f"Opening run.dir = {config.run.dir!r}"):
-            if ranks.rank == 0:
+            if ranks.is_first:
                 with suppress(FileNotFoundError):
                     self._hold(create=0)
                 self._require_writable()
@@ -80,7 +80,7 @@ class RunFolder:
         resume, changed = config.checkpoint.resume, list[str]()
         goes_on = replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
         with self.ranks.together(f"Writing to run.dir = {str(self.path)!r}"):
-            if self.ranks.rank == 0:
+            if self.ranks.is_first:
                 with self._made(logs_go_on=resume != "none"):
                     aside = self._set_aside(self._abandoned(resume, step))
                     tidy(self.path)
@@ -116,7 +116,7 @@ class RunFolder:
         there will be no start. A collective."""
         idle = False
         with self.ranks.together(f"Looking at run.dir = {str(self.path)!r}"):
-            if self.ranks.rank == 0:
+            if self.ranks.is_first:
                 idle = not self._abandoned(config.checkpoint.resume, step)
                 if idle and self.lock is not None:
                     tidy(self.path)

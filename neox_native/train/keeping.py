@@ -56,19 +56,18 @@ class Keeper:
         self.tokenizer, beside = tokenizer_facts(config.data.tokenizer, data.tokenizer)
         self.saver = Saver(run / "checkpoints", config.checkpoint, beside)
         self.exports = Exports(config, run, ranks, self.saver)
-        self.fingerprint, self.runtime = data.train.fingerprint(), run_states.runtime_of(device, ranks.gather)
+        self.fingerprint, self.runtime = data.train.fingerprint(), run_states.runtime_of(device, ranks)
 
     def resume(self, start: Start | None) -> tuple[int, int]:
         """Start from what was found: a checkpoint, another run's weights, or anew (None). Returns how many steps are done, and
         how many samples consumed."""
-        show = print if self.ranks.rank == 0 else lambda message: None
         if start is None:
             return 0, 0
         state = self.state()
         if start.weights_only:
             remarks = run_states.load_weights(start.path, state, self.config, self.ranks)
             self.optimizer.after_load()
-            show(" ".join([f"starts from the weights of {start.path}", *(f"({remark})" for remark in remarks)]))
+            self.ranks.say(" ".join([f"starts from the weights of {start.path}", *(f"({remark})" for remark in remarks)]))
             return 0, 0
         saved = store.load(start.path, state, self.ranks, lenient=run_states.OPTIONAL, verified=True)
         sha256 = self.tokenizer.get("tokenizer_sha256", "")
@@ -76,7 +75,7 @@ class Keeper:
         go_on(self.bad_steps, saved, self.config, self.saver.directory)
         self.optimizer.after_load()
         self.saver.pass_over(saved["step"])
-        show(f"resumed {start.path} at step {saved['step']}")
+        self.ranks.say(f"resumed {start.path} at step {saved['step']}")
         return saved["step"], saved["consumed_samples"]
 
     def state(self) -> store.State:

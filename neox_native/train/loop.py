@@ -109,8 +109,7 @@ class Trainer:
             return False
         if not self.folder.needs_nothing(self.config, self.step):
             return False
-        if self.ranks.rank == 0:
-            print(f"nothing to do: step {self.step} of training.steps = {total_steps}; raise it to go on")
+        self.ranks.say(f"nothing to do: step {self.step} of training.steps = {total_steps}; raise it to go on")
         return True
 
     def steps_left(self) -> Iterator[StepBatch]:
@@ -194,7 +193,7 @@ class Trainer:
     def check_replicas(self) -> None:
         """End the run where ranks differ in what they should hold alike: a restart goes on before that."""
         copies = run_states.copies(self.config, self.mesh, self.optimizer)
-        if found := check_replicas(copies, self.ranks.gather):
+        if found := check_replicas(copies, self.ranks):
             raise UserError(f"step {self.step}: {found}; the run goes on from its last checkpoint, whose replicas agreed.")
 
     def look_at_bad_steps(self) -> None:

@@ -63,12 +63,11 @@ def lay_out_ranks(config: Config, device: torch.device) -> tuple[Mesh, Ranks, Ru
     choose_determinism(config.run)
     ranks = Ranks()
     facts = {name: str(setting.of(config)) for name, setting in SETTINGS.items()}
-    hosts = check_agreement(facts | {"the code": code_version()}, ranks.gather)
+    hosts = check_agreement(facts | {"the code": code_version()}, ranks)
     folder = RunFolder(config, ranks)
     mesh = build_mesh(config.parallel, device)
     check_axes(mesh, hosts, job_store())
-    if ranks.rank == 0:
-        print(describe_mesh(mesh, hosts), flush=True)
+    ranks.say(describe_mesh(mesh, hosts))
     return mesh, ranks, folder
 
 
@@ -86,7 +85,7 @@ def after_restart(config: Config, ranks: Ranks) -> Config:
     if not restarted:
         return config
     with ranks.together(f"Looking for the run in run.dir = {config.run.dir!r}"):
-        begun = ranks.rank == 0 and has_begun(config)
+        begun = ranks.is_first and has_begun(config)
     if not ranks.from_first(begun):
         return config
     return replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
@@ -108,7 +107,7 @@ def open_data(config: Config, ranks: Ranks, start: Start | None, watchdog: Watch
     watchdog.at(0, "open data")
     saved, own = {}, ""
     with ranks.together("Opening the data"):
-        if start and ranks.rank == 0:
+        if start and ranks.is_first:
             saved = read_metadata(start.path)
             own = own_tokenizer(start.path, saved)
     saved, own = ranks.from_first((saved, own))
@@ -124,20 +123,17 @@ def open_data(config: Config, ranks: Ranks, start: Start | None, watchdog: Watch
         eval_every=config.evaluation.every,
         eval_batches=config.evaluation.batches,
         eval_rotate=config.evaluation.rotate,
-        is_writer=ranks.rank == 0,
-        wait=dist.barrier,
+        ranks=ranks,
         position=position,
     )
-    check_agreement({name: str(value) for name, value in data.train.fingerprint().items()}, ranks.gather)
+    check_agreement({name: str(value) for name, value in data.train.fingerprint().items()}, ranks)
     if another := other_tokenizer(saved, config.data.tokenizer, data.tokenizer):
         if goes_on:
             raise UserError(f"{another}; set it back, or start another run with another run.dir.")
-        if ranks.rank == 0:
-            print(f"{another}: ids mean other texts than the weights learnt", flush=True)
-    if ranks.rank == 0:
-        print(data.train.describe(), flush=True)
-        if reach := how_far(data.train, config.training.global_batch_size, position):
-            print(reach, flush=True)
+        ranks.say(f"{another}: ids mean other texts than the weights learnt")
+    ranks.say(data.train.describe())
+    if reach := how_far(data.train, config.training.global_batch_size, position):
+        ranks.say(reach)
     watchdog.at(0, "build the model")
     return data
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -97,17 +97,13 @@ def copies(
                 yield mesh.pipeline.name, group, [(spec.name, masters[spec.name])]
 
 
-def runtime_of(device: torch.device, gather: Callable[[Any], list[Any]]) -> dict[str, str]:
+def runtime_of(device: torch.device, ranks: Ranks) -> dict[str, str]:
     """What decides how numbers are rounded, besides the settings: torch, and the kinds of device of all ranks. A CPU's
-    instructions and threads cut its sums.
-
-    Args:
-        gather: collects a value of every rank of the job.
-    """
+    instructions and threads cut its sums."""
     name = device_name(device)
     if device.type == "cpu":
         name = f"cpu ({torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()})"
-    return {"torch": str(torch.__version__), "device": " + ".join(sorted(set(gather(name))))}
+    return {"torch": str(torch.__version__), "device": " + ".join(sorted(set(ranks.gather(name))))}
 
 
 def metadata(

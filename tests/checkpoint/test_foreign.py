@@ -72,7 +72,7 @@ def test_a_touched_checkpoint_is_skipped_for_the_one_before(tmp_path: Path, touc
     whole, newer = (store.save(tmp_path, n, {"model.a": torch.ones(3)}, {"step": n}, Ranks()) for n in (9, 11))
     touch(newer)
     reports: list[str] = []
-    start = find_start(Checkpoint(), tmp_path, Ranks(), reports.append)
+    start = find_start(Checkpoint(), tmp_path, Ranks(reports.append))
     assert start is not None and start.path == whole and len(reports) == 1
     with pytest.raises(UserError, match=sentence):
         find_start(Checkpoint(resume=str(newer)), tmp_path, Ranks())

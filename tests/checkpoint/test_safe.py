@@ -221,7 +221,7 @@ def test_a_text_that_is_none_cannot_keep_a_run_from_the_checkpoint_before(path: 
     torn = store.save(path.parent, 2, {"model.a": torch.ones(3)}, {"step": 2}, Ranks())
     rewrite(torn / ".metadata", b"\x80\x04\x8c" + bytes([len(word)]) + word + text("a") + b"\x93.")
     said: list[str] = []
-    assert store.newest(path.parent, Ranks(), said.append) == path
+    assert store.newest(path.parent, Ranks(said.append)) == path
     assert said[0].isprintable() and "it asks for \\" in said[0]
 
 

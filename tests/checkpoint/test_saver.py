@@ -276,20 +276,21 @@ def whole() -> dict[str, torch.Tensor]:
 
 
 def test_start_is_the_newest_whole_checkpoint(tmp_path: Path) -> None:
-    ranks, reports = Ranks(), []
+    reports: list[str] = []
+    ranks = Ranks(reports.append)
     assert find_start(Checkpoint(), tmp_path, ranks) is None
     older = store.save(tmp_path, 1, one_tensor(1.0), {}, ranks)
     newer = store.save(tmp_path, 2, one_tensor(2.0), {}, ranks)
     assert find_start(Checkpoint(), tmp_path, ranks) == Start(newer, weights_only=False)
     assert find_start(Checkpoint(resume="none"), tmp_path, ranks) is None
     shard = flip(newer)
-    assert find_start(Checkpoint(), tmp_path, ranks, reports.append) == Start(older, weights_only=False)
+    assert find_start(Checkpoint(), tmp_path, ranks) == Start(older, weights_only=False)
     assert len(reports) == 1 and str(shard) in reports[0]
     with pytest.raises(UserError, match=f"checkpoint.resume = .*{shard.name} is damaged"):
         find_start(Checkpoint(resume=str(newer)), tmp_path, ranks)
     (older / files.MANIFEST).unlink()
     with pytest.raises(UserError, match="None of the 2 checkpoints .* is whole"):
-        find_start(Checkpoint(), tmp_path, ranks, reports.append)
+        find_start(Checkpoint(), tmp_path, ranks)
 
 
 def test_fine_tuning_takes_weights_once_and_then_goes_on_by_itself(tmp_path: Path) -> None:
@@ -304,16 +305,17 @@ def test_fine_tuning_takes_weights_once_and_then_goes_on_by_itself(tmp_path: Pat
 
 
 def test_fine_tuning_starts_from_a_run_at_its_newest_whole_checkpoint(tmp_path: Path) -> None:
-    ranks, reports, run = Ranks(), [], Checkpoint(initialize_from=str(tmp_path / "run"))
+    reports: list[str] = []
+    ranks, run = Ranks(reports.append), Checkpoint(initialize_from=str(tmp_path / "run"))
     older, newer = (store.save(tmp_path / "run" / "checkpoints", step, one_tensor(1.0), {}, ranks) for step in (1, 2))
     for named in tmp_path / "run", tmp_path / "run" / "checkpoints", newer:
         found = find_start(Checkpoint(initialize_from=str(named)), tmp_path / "tuned", ranks)
         assert found == Start(newer, weights_only=True)
     flip(newer)
-    assert find_start(run, tmp_path / "tuned", ranks, reports.append) == Start(older, weights_only=True) and len(reports) == 1
+    assert find_start(run, tmp_path / "tuned", ranks) == Start(older, weights_only=True) and len(reports) == 1
     flip(older)
     with pytest.raises(UserError, match="None of the 2 checkpoints in .* is whole; mend one, or name another"):
-        find_start(run, tmp_path / "tuned", ranks, reports.append)
+        find_start(run, tmp_path / "tuned", ranks)
     (tmp_path / "config.json").touch()
     with pytest.raises(UserError, match=f"Hugging Face folder; .*convert.py from-hf {tmp_path} CHECKPOINT"):
         find_start(Checkpoint(initialize_from=str(tmp_path)), tmp_path / "tuned", ranks)

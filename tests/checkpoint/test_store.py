@@ -128,7 +128,7 @@ def test_damaged_checkpoint_is_reported_and_skipped_for_the_one_before(copy: Pat
 
     def rank() -> tuple[str, list[str]]:
         reports: list[str] = []
-        return str(store.newest(copy.parent, Ranks(), reports.append)), reports
+        return str(store.newest(copy.parent, Ranks(reports.append))), reports
 
     (first, reports), (second, silence) = run_ranks(2, rank)
     assert first == second == str(copy) and silence == []

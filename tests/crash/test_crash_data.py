@@ -21,6 +21,7 @@ from neox_native.data.kept import kept
 from neox_native.data.preparation import builtin, documents, prepare
 from neox_native.data.tokenizers import load_tokenizer
 from neox_native.errors import UserError
+from neox_native.launch import Ranks
 from tests.crash import disk
 from tests.crash.trials import Work, count, differences
 from tests.interop.models import checkpoint
@@ -60,7 +61,7 @@ def merge(inputs: Path, out: Path) -> Callable[[], object]:
 
 def corpus(_: Path, out: Path) -> Callable[[], object]:
     tokenizer = load_tokenizer("byte")
-    return lambda: builtin.prepare_python_stdlib(tokenizer, str(out / "cache"), True, lambda: None)
+    return lambda: builtin.prepare_python_stdlib(tokenizer, str(out / "cache"), Ranks())
 
 
 def order(_: Path, out: Path) -> Callable[[], object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from neox_native.config.schema import Data
 from neox_native.data.build import Datasets, Position, build_data
 from neox_native.data.loader import StepBatch, build_loader
+from neox_native.launch import Ranks
 
 SEQ_LENGTH, SEED = 8, 1234
 
@@ -28,8 +29,7 @@ def datasets(
         steps,
         eval_every,
         2,
-        is_writer=True,
-        wait=lambda: None,  # type: ignore[arg-type]
+        ranks=Ranks(),
         position=position,
         eval_rotate=eval_rotate,
     )

@@ -12,6 +12,7 @@ from neox_native.config.schema import Data
 from neox_native.data.build import Position, build_data, how_far
 from neox_native.data.dataset import Dataset, check_fingerprint
 from neox_native.errors import UserError
+from neox_native.launch import Ranks
 from tests.data.corpora import blend, neox_samples, random_documents, write_files
 from tests.data.loading import SEED, SEQ_LENGTH, datasets, steps_of
 
@@ -338,4 +339,4 @@ def test_a_mixture_of_no_or_too_many_sets_is_refused(prefix: str, count: int, se
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_numpy_cannot_take_is_refused(prefix: str, seed: int) -> None:
     with pytest.raises(UserError, match=f"run.seed = {seed} must lie between 0 and"):
-        build_data(Data(train=prefix), SEQ_LENGTH, 300, seed, 12, 6, 0, 2, is_writer=True, wait=lambda: None)
+        build_data(Data(train=prefix), SEQ_LENGTH, 300, seed, 12, 6, 0, 2, ranks=Ranks())

@@ -14,6 +14,7 @@ from neox_native.data.indexed import IndexedDataset
 from neox_native.data.preparation import builtin
 from neox_native.data.tokenizers import byte_tokenizer
 from neox_native.errors import UserError
+from neox_native.launch import Ranks
 from tests.ranks import run_ranks
 
 
@@ -30,13 +31,17 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def prepare(cache: Path, is_writer: bool = True, log: Callable[[str], None] = lambda _: None) -> str:
-    return builtin.prepare_python_stdlib(byte_tokenizer(), str(cache), is_writer, lambda: None, log)
+def prepare(cache: Path, log: Callable[[str], None] = lambda _: None) -> str:
+    return prepare_on(cache, Ranks(log))
+
+
+def prepare_on(cache: Path, ranks: Ranks) -> str:
+    return builtin.prepare_python_stdlib(byte_tokenizer(), str(cache), ranks)
 
 
 def build(cache: Path, vocab_size: int = 257) -> Datasets:
     data = Data(cache_dir=str(cache), split="1")
-    return build_data(data, 4, vocab_size, 1, 1, 1, 0, 1, is_writer=True, wait=lambda: None, log=lambda _: None)
+    return build_data(data, 4, vocab_size, 1, 1, 1, 0, 1, ranks=Ranks(lambda _: None))
 
 
 def test_documents_are_the_sorted_files_each_ended(library: Path, tmp_path: Path) -> None:
@@ -58,12 +63,13 @@ def test_it_is_prepared_once_and_again_when_the_sources_change(library: Path, tm
 
 
 def test_a_rank_that_does_not_write_finds_the_writers_files(library: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
+    cache, second = tmp_path / "cache", Ranks()
+    second.rank = 1
     with pytest.raises(UserError, match="data.cache_dir = .*text.idx is missing after the writing rank prepared it"):
-        prepare(cache, is_writer=False)
+        prepare_on(cache, second)
     assert not cache.exists()
-    prefix = builtin.prepare_python_stdlib(byte_tokenizer(), str(cache), False, lambda: prepare(cache), print)
-    assert IndexedDataset(prefix)
+    second.barrier = lambda: prepare(cache)  # type: ignore[method-assign,assignment]
+    assert IndexedDataset(prepare_on(cache, second))
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
@@ -79,7 +85,9 @@ def test_runs_that_start_on_an_empty_cache_prepare_it_once(library: Path, tmp_pa
     def start() -> list[str]:
         messages: list[str] = []
         dist.barrier()
-        IndexedDataset(prepare(tmp_path / "cache", log=messages.append))
+        ranks = Ranks(messages.append)
+        ranks.rank = 0  # of a run of its own
+        IndexedDataset(prepare_on(tmp_path / "cache", ranks))
         return messages
 
     messages = sum(run_ranks(3, start), [])

@@ -17,6 +17,7 @@ from neox_native.data.build import build_data
 from neox_native.data.indexed import IndexedWriter
 from neox_native.data.kept import kept
 from neox_native.data.order import Corpus, NeoxOrder
+from neox_native.launch import Ranks
 
 FACTS = {"seed": 1, "documents": (0, 5)}
 
@@ -166,7 +167,7 @@ def test_a_run_reads_the_same_samples_from_a_kept_order(tmp_path: Path, monkeypa
             writer.add_document(draw.randint(0, 50, draw.randint(1, 30)))
     data = Data(train=str(tmp_path / "corpus"), split="1", cache_dir=str(tmp_path / "cache"))
     arguments = {"seq_length": 8, "vocab_size": 50, "seed": 3, "global_batch_size": 4, "steps": 60}
-    build = partial(build_data, data, **arguments, eval_every=0, eval_batches=1, is_writer=True, wait=lambda: None)
+    build = partial(build_data, data, **arguments, eval_every=0, eval_batches=1, ranks=Ranks())
     drawn = build().train
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(order, "LONG", 1)

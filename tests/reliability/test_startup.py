@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import pytest
 import torch
@@ -11,16 +10,11 @@ import torch.distributed as dist
 
 from neox_native.config.schema import Parallel
 from neox_native.errors import UserError
+from neox_native.launch import Ranks
 from neox_native.mesh import Mesh, build_mesh
 from neox_native.reliability.startup import check_agreement, check_axes, code_version, describe_mesh
 from neox_native.reliability.watchdog import job_store
 from tests.ranks import run_ranks
-
-
-def gather(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def mesh(pp: int, dp: int, tp: int) -> Mesh:
@@ -31,7 +25,7 @@ def test_rank_with_another_config_is_named_on_all_ranks() -> None:
     def rank() -> str:
         size = "64" if dist.get_rank() == 2 else "32"
         with pytest.raises(UserError) as refusal:
-            check_agreement({"training.global_batch_size": size, "code": code_version()}, gather)
+            check_agreement({"training.global_batch_size": size, "code": code_version()}, Ranks())
         return str(refusal.value)
 
     sentences = run_ranks(3, rank)
@@ -40,7 +34,7 @@ def test_rank_with_another_config_is_named_on_all_ranks() -> None:
 
 
 def test_equal_ranks_agree_and_learn_the_hosts() -> None:
-    hosts = run_ranks(2, lambda: check_agreement({"code": code_version()}, gather))
+    hosts = run_ranks(2, lambda: check_agreement({"code": code_version()}, Ranks()))
     assert hosts[0] == hosts[1] and len(hosts[0]) == 2
 
 

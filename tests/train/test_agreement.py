@@ -96,11 +96,11 @@ def test_copies_of_a_key_value_head_are_compared():
         mesh = build_mesh(config.parallel, CPU)
         _, optimizer = build_model(config, mesh, CPU)
         ranks = Ranks()
-        assert check_replicas(copies(config, mesh, optimizer), ranks.gather) is None
+        assert check_replicas(copies(config, mesh, optimizer), ranks) is None
         if ranks.rank == 3:
             (projection,) = [t.shard for t in optimizer.trained if t.spec.name == "layers.2.attention.query_key_value.weight"]
             projection[-1, -1] += 1
-        return check_replicas(copies(config, mesh, optimizer), ranks.gather)
+        return check_replicas(copies(config, mesh, optimizer), ranks)
 
     for found in run_ranks(4, first_difference):
         assert found.startswith("layers.2.attention.query_key_value.weight differs between the tp replicas [2, 3]")

@@ -13,6 +13,7 @@ from neox_native.config.load import load
 from neox_native.config.schema import Config
 from neox_native.config.settings import SETTINGS
 from neox_native.errors import UserError
+from neox_native.launch import Ranks
 from neox_native.train.state import check_fits, metadata, runtime_of
 
 BASE = [
@@ -32,7 +33,7 @@ OTHER = {
     "training.precision": ["--training.precision=bf16"],
     "compile.enabled": [],
 }
-RUNTIME = runtime_of(torch.device("cpu"), lambda value: [value, value])
+RUNTIME = runtime_of(torch.device("cpu"), Ranks())
 
 
 def checked(*settings: str, unchecked: bool = False) -> Config:

@@ -30,6 +30,7 @@ from neox_native.data.build import build_data
 from neox_native.data.loader import StepBatch, build_loader
 from neox_native.engine.build import build_engine, build_model
 from neox_native.engine.step import Losses, TrainStep
+from neox_native.launch import Ranks
 from neox_native.mesh import build_mesh
 from neox_native.metrics.throughput import peak_memory_bytes
 from neox_native.model.transformer import Transformer
@@ -97,7 +98,7 @@ def batches(config: Config, steps: int) -> Iterator[StepBatch]:
     training = config.training
     data = build_data(
         config.data, config.model.seq_length, config.model.vocab_size, config.run.seed, training.global_batch_size,
-        steps, 0, 1, is_writer=dist.get_rank() == 0, wait=dist.barrier, log=lambda message: None,
+        steps, 0, 1, ranks=Ranks(lambda message: None),
     )  # fmt: skip
     tp_and_pp = config.parallel.tp * config.parallel.pp
     dp_rank = dist.get_rank() // config.parallel.tp % config.parallel.dp if tp_and_pp > 1 else dist.get_rank()

@@ -16,6 +16,7 @@ from neox_native.data.sidecar import Vocabulary, about
 from neox_native.data.tokenizers import Tokenizer
 from neox_native.durable import clear_away, writing
 from neox_native.errors import UserError, in_words
+from neox_native.launch import Ranks
 from neox_native.plain_files import at_home
 from neox_native.units import size
 
@@ -31,13 +32,12 @@ def stdlib_sources() -> list[Path]:
     return sorted(path for path in paths if SKIPPED_FOLDERS.isdisjoint(path.parts))
 
 
-def prepare_python_stdlib(
-    tokenizer: Tokenizer, cache_dir: str, is_writer: bool, wait: Callable[[], None], log: Callable[[str], None] = print
-) -> str:
-    """Prefix of the corpus in `cache_dir`; the one writer prepares it where it is missing, everybody else waits.
+def prepare_python_stdlib(tokenizer: Tokenizer, cache_dir: str, ranks: Ranks) -> str:
+    """Prefix of the corpus in `cache_dir`; the first rank prepares it where it is missing, the others wait.
 
-    `wait` is a barrier over all ranks. Writers of several runs prepare it one after another, so once. The folder's name carries the Python version, the tokenizer and the hash of
-    the sources, so a prepared corpus is never stale. Raises `UserError` where the corpus is absent after the wait.
+    Several runs prepare it one after another, so once. The folder's name carries the Python version, the tokenizer and
+    the hash of the sources, so a prepared corpus is never stale. Raises `UserError` where the corpus is absent after the
+    wait.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = {path: (root / path).read_bytes() for path in stdlib_sources()}
@@ -48,14 +48,14 @@ def prepare_python_stdlib(
     folder = at_home(cache_dir) / f"python-stdlib-{platform.python_version()}-{tokenizer.name}-{corpus_hash}"
     prefix = str(folder / "text")
     try:
-        if is_writer and _opens(prefix):
+        if ranks.is_first and _opens(prefix):
             clear_away(folder)
             clear_away(Path(prefix))
-        elif is_writer:
+        elif ranks.is_first:
             with writing(folder, wait=True):
                 if not _opens(prefix):
-                    log(f"{PYTHON_STDLIB}: preparing {len(texts):,} files into {folder}")
-                    _write(prefix, texts, tokenizer, log)
+                    ranks.say(f"{PYTHON_STDLIB}: preparing {len(texts):,} files into {folder}")
+                    _write(prefix, texts, tokenizer, ranks.say)
     except (UserError, OSError) as error:
         cause = error.__cause__ or error
         said = in_words(cause) if isinstance(cause, OSError) else str(error).rstrip(".")
@@ -63,9 +63,8 @@ def prepare_python_stdlib(
             f"data.cache_dir = {cache_dir!r} cannot keep {PYTHON_STDLIB}: {said}; set it to a folder that can be written."
         ) from error
     finally:
-        wait()
-    if is_writer:
-        log(f"{PYTHON_STDLIB}: Python {platform.python_version()}, {len(texts):,} files, sha256 {corpus_hash}")
+        ranks.barrier()
+    ranks.say(f"{PYTHON_STDLIB}: Python {platform.python_version()}, {len(texts):,} files, sha256 {corpus_hash}")
     if not Path(prefix + ".idx").exists():
         raise UserError(
             f"data.cache_dir = {cache_dir!r}: {prefix}.idx is missing after the writing rank prepared it; "

@@ -8,12 +8,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
+from torch.distributed.tensor import Placement, Shard
+
 from neox_native.config.check import require
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
 from neox_native.dtypes import ELEMENT_BYTES
 from neox_native.errors import report_user_errors
-from neox_native.parallel.cuts import held, rows_of_whole, share_of_vocabulary, sharers
+from neox_native.model.kinds import dealt, kinds_of_layers, residual_steps
+from neox_native.model.transformer import cards
+from neox_native.parallel.cuts import share_of_vocabulary, sharers
 from neox_native.parallel.tensor import plan
 
 HEADER = ("module", "weight", "input", "output", "forward", "backward", "bytes per microbatch")
@@ -21,30 +25,43 @@ HEADER = ("module", "weight", "input", "output", "forward", "backward", "bytes p
 
 def rows(config: Config) -> list[tuple[str, ...]]:
     """The table's rows: module, placement of weight, input and output, collectives, and bytes of one activation [B, T, D]
-    times the number of times that the module communicates one, forward and backward together: none on one rank."""
-    model, training = config.model, config.training
+    times the number of times that the module communicates one, forward and backward together: none on one rank. Layers that
+    are alike share a row."""
+    model, training, tp = config.model, config.training, config.parallel.tp
     activation = training.micro_batch_size * model.seq_length * model.hidden_size * ELEMENT_BYTES[training.precision]
-    passes = 1 if model.parallel_residual else 2
-    table = []
+    steps = [len(residual_steps(kinds, model)) for kinds in kinds_of_layers(model)]
+    found: dict[tuple[str, ...], int] = {}
     for name, rule in plan(model, config.parallel.sequence_parallel).items():
-        collectives = sum(collective != "-" for collective in (rule.forward, rule.backward))
-        times = collectives * (passes * model.num_layers if name.startswith("layers.") else 1) * (config.parallel.tp > 1)
-        table.append((name, rule.weight, rule.input, rule.output, rule.forward, rule.backward, f"{times * activation:,}"))
-    return table
+        first, _, rest = name.partition(".")
+        number, _, inside = rest.partition(".")
+        shown = f"layers.*.{inside}" if first == "layers" else name
+        placed = "-" if rule.weight is None else spelled(rule.weight), spelled(rule.input), spelled(rule.output)
+        times = (steps[int(number)] if first == "layers" else 1) * (bool(rule.forward) + bool(rule.backward)) * (tp > 1)
+        row = shown, *placed, rule.forward or "-", rule.backward or "-"
+        found[row] = found.get(row, 0) + times * activation
+    return [(*row, f"{sent:,}") for row, sent in found.items()]
+
+
+def spelled(placement: Placement) -> str:
+    """Such as "Replicate" or "Shard(0)"."""
+    return f"Shard({placement.dim})" if isinstance(placement, Shard) else type(placement).__name__
 
 
 def uneven(config: Config) -> Iterator[str]:
     """A sentence for what tp does not cut into equal parts of its own."""
     model, tp = config.model, config.parallel.tp
-    rows, ranks_per_head = model.padded_vocab_size, sharers(model, tp)
+    rows = model.padded_vocab_size
     if rows % tp:
         most = share_of_vocabulary(rows, tp)
-        yield f"Of the padded vocabulary's {rows:,} rows the last rank has {rows - (tp - 1) * most:,}, the others {most:,}."
-    if ranks_per_head > 1:
-        yield (
-            f"Each of the {model.kv_heads} key-value heads lies on {ranks_per_head} ranks, which sum its gradient once a step; "
-            f"query_key_value has {rows_of_whole(held(model, tp)) // tp:,} of {rows_of_whole(model):,} rows on each."
-        )
+        yield f"The last rank has {rows - (tp - 1) * most:,} of the padded vocabulary's {rows:,} rows, the others {most:,}."
+    held = cards(dealt(model, tp))
+    for name, card in cards(model).items():
+        if sharers(card, tp) > 1 and name.startswith("layers.0.") and card.role == "matrix":
+            yield (
+                f"{name.removeprefix('layers.0.')}: each of the {card.groups.count} key-value heads lies on "
+                f"{sharers(card, tp)} ranks, which sum its gradient once a step; each has {held[name].shape[0] // tp:,} of "
+                f"{card.shape[0]:,} rows."
+            )
 
 
 def main(arguments: list[str]) -> None:
@@ -56,7 +73,7 @@ def main(arguments: list[str]) -> None:
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     total = sum(int(row[-1].replace(",", "")) for row in table[1:])
-    residual = "parallel residual: once" if config.model.parallel_residual else "sequential residual: twice"
+    residual = "parallel residual: once" if config.model.parallel_residual else "sequential residual: once for each kind of layer"
     print(
         f"\ntp {config.parallel.tp}, sequence parallelism {'on' if config.parallel.sequence_parallel else 'off'}; "
         f"{config.model.num_layers} layers, {residual} per block and direction.\n"

@@ -12,6 +12,7 @@ from neox_native.errors import UserError
 
 RULES = (
     rules.heads,
+    rules.pattern,
     rules.positions,
     rules.datasets,
     rules.learning_rate,

@@ -25,7 +25,7 @@ def described_model(values: Mapping[str, Any], file: str | Path) -> Model:
     model = Model(**_converted("model", values, file))
     config = Config(model=model)
     # The other sections have their defaults, which are in their ranges.
-    faults = [*rules.out_of_range(config)] or [*rules.heads(config), *rules.positions(config)]
+    faults = [*rules.out_of_range(config)] or [*rules.heads(config), *rules.pattern(config), *rules.positions(config)]
     if faults:
         raise UserError(f"{file} describes a model that cannot be: {' '.join(faults)}")
     return model

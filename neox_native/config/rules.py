@@ -51,6 +51,13 @@ def heads(config: Config) -> Iterator[str]:
         )
 
 
+def pattern(config: Config) -> Iterator[str]:
+    """The pattern names kinds. Which ones there are is the model's to say."""
+    entries = config.model.pattern
+    if not entries or not all(name for entry in entries for name in entry.split("+")):
+        yield f'model.pattern = {to_toml(entries)} must name layer kinds, such as ["attention+feed_forward"].'
+
+
 def positions(config: Config) -> Iterator[str]:
     """Rotary embedding turns pairs of channels; a sinusoid has a sine and a cosine."""
     model = config.model

@@ -58,6 +58,9 @@ class Model:
     """Token ids that data may contain: 0 .. vocab_size - 1."""
     vocab_multiple_of: Annotated[int, at_least_one(1 << 20)] = 128
     """The embedding and the head have vocab_size rounded up to a multiple of this many rows, whatever the mesh."""
+    pattern: list[str] = field(default_factory=lambda: ["attention+feed_forward"], hash=False)
+    """Layer kinds of each layer, repeated over the layers: "attention+feed_forward" has both in one layer, joined in one
+    residual step with parallel_residual, else one after the other."""
     pos_emb: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = "rotary"
     """Position embedding."""
     rotary_pct: Share = 0.25
@@ -65,7 +68,7 @@ class Model:
     rotary_base: Positive = 10000.0
     """Base of the rotary frequencies."""
     parallel_residual: bool = True
-    """True: x + attention(norm1(x)) + mlp(norm2(x)); False: the two one after the other."""
+    """True: x + attention(norm1(x)) + mlp(norm2(x)); False: the kinds of a layer one after the other."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation."""
     norm_eps: Positive = 1e-5

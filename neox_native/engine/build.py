@@ -15,12 +15,12 @@ from neox_native.engine.single_stage import Engine, SingleStage
 from neox_native.engine.spikes import SpikeGuard
 from neox_native.engine.step import Losses, TrainStep
 from neox_native.model import initialize
-from neox_native.model.transformer import Transformer
-from neox_native.optim.groups import decays, optimizer_factory
+from neox_native.model.transformer import Transformer, cards
+from neox_native.optim.groups import optimizer_factory
 from neox_native.optim.loss_scale import LossScale
 from neox_native.parallel import tensor
 from neox_native.parallel.assemble import assemble, local_slice
-from neox_native.parallel.cuts import rows_of_rank, rows_of_whole, sharers
+from neox_native.parallel.cuts import rows_of_rank, sharers
 from neox_native.parallel.pipeline import Pipeline
 from neox_native.parallel.stages import rank_of_stage
 from neox_native.zero.layout import ZeroStage
@@ -59,7 +59,7 @@ def build_optimizer(
     )
 
     def draw(spec: ParameterSpec) -> Tensor:
-        full = initialize.draw(spec.name, spec.shape, config.model, config.run.seed)
+        full = initialize.draw(spec.name, cards(config.model)[spec.name], config.run.seed)
         return local_slice(full, spec.parameter, spec.shared and (spec.shared.own, spec.shared.copied))
 
     optimizer.materialize(draw)
@@ -76,24 +76,27 @@ def units_of(
     """What ZeRO shards together, for each stage of this rank: the embedding, each block, and the head with its norm."""
     tied_group = _ends_of_the_pipeline(parallel, mesh)
     tp_group = mesh.get_group("tp") if parallel.tp > 1 else None
-    tp_rank, ranks_per_head = mesh.get_local_rank("tp"), sharers(model, parallel.tp)
-    head_group = _neighbours(mesh, ranks_per_head) if ranks_per_head > 1 else None
+    tp_rank, described = mesh.get_local_rank("tp"), cards(model)
+    ranks_per_group = max(sharers(card, parallel.tp) for card in described.values())
+    neighbours = _neighbours(mesh, ranks_per_group) if ranks_per_group > 1 else None
     owned: set[int] = set()
 
     def spec(part: Transformer, local_name: str, parameter: nn.Parameter) -> ParameterSpec:
         name, sum_over = part.global_name(local_name), []
-        if tp_group is not None and tensor.has_partial_gradient(name, parallel.sequence_parallel):
+        card = described[name]
+        partial = card.gradient == "partial" or card.gradient == "partial_in_sequence" and parallel.sequence_parallel
+        if tp_group is not None and partial:
             sum_over.append(tp_group)
         copy_of_first = False
-        if part.config.tie_embeddings and name == "embed_in.weight" and tied_group is not None:
+        if part.config.tie_embeddings and card.role == "embedding" and card.cut is not None and tied_group is not None:
             sum_over.append(tied_group)
             copy_of_first = part.embed_in is None
         sharded = isinstance(parameter, DTensor) and isinstance(parameter.placements[0], Shard)
         counted = (sharded or tp_rank == 0) and not copy_of_first
-        shared, rows = None, rows_of_rank(name, model, parallel.tp, tp_rank)
+        shared, rows = None, rows_of_rank(card, parallel.tp, tp_rank)
         if rows is not None:
-            shared = SharedRows(*rows, rows_of_whole(model), head_group, counted=tp_rank % ranks_per_head == 0)
-        return ParameterSpec(name, parameter, decays(name), tuple(sum_over), counted, shared)
+            shared = SharedRows(*rows, card.shape[0], neighbours, counted=tp_rank % ranks_per_group == 0)
+        return ParameterSpec(name, parameter, card.decay, tuple(sum_over), counted, shared)
 
     def unit(part: Transformer, name: str, modules: list[nn.Module | None], prefixes: tuple[str, ...]) -> Unit | None:
         found = [(n, p) for n, p in part.named_parameters() if n.startswith(prefixes) and id(p) not in owned]

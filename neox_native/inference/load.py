@@ -19,10 +19,10 @@ from neox_native.interop import checkpoints
 from neox_native.interop.hugging_face import HuggingFaceReader
 from neox_native.launch import Ranks
 from neox_native.mesh import Mesh, build_mesh
-from neox_native.model.transformer import Transformer
+from neox_native.model.transformer import Transformer, cards
 from neox_native.parallel import tensor
 from neox_native.parallel.assemble import assemble, local_slice
-from neox_native.parallel.cuts import rows_of_rank, rows_of_whole
+from neox_native.parallel.cuts import rows_of_rank
 from neox_native.zero.state import Boxes
 from neox_native.zero.unit import local
 
@@ -70,7 +70,8 @@ def load_model(path: str | Path, mesh: Mesh, dtype: str, device: torch.device) -
         checkpoints.require_held(model, source, ranks)
     part = _empty_part(model, mesh, dtype, device)
     weights = {name: parameter.detach() for name, parameter in part.named_parameters()}
-    rows = {name: rows_of_rank(name, model, mesh.tensor.size, mesh.tensor.rank) for name in weights}
+    described = {name: cards(model)[part.global_name(name)] for name in weights}
+    rows = {name: rows_of_rank(described[name], mesh.tensor.size, mesh.tensor.rank) for name in weights}
     if isinstance(source, HuggingFaceReader):
         with ranks.together(f"Loading {path}"):
             for name, weight in weights.items():
@@ -80,7 +81,7 @@ def load_model(path: str | Path, mesh: Mesh, dtype: str, device: torch.device) -
         state = {
             checkpoints.PREFIX + part.global_name(name): weight
             if rows[name] is None
-            else Boxes(weight.to_local(), rows[name], rows_of_whole(model))
+            else Boxes(weight.to_local(), rows[name], described[name].shape[0])
             for name, weight in weights.items()
         }
         tokenizer = own_tokenizer(source, store.load(source, state, ranks, only=checkpoints.PREFIX))

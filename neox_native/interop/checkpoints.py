@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,17 @@ from neox_native.config.described import described_model
 from neox_native.config.schema import Model
 from neox_native.errors import UserError
 from neox_native.launch import Ranks
-from neox_native.model.transformer import Transformer
+from neox_native.model.transformer import cards
 
 Read = Callable[[str], Tensor]
 """Full tensor of a parameter, by its global name."""
-FIRST = "layers.0."
 PREFIX = "model."
 """Names of weights in a checkpoint are this and the parameter's global name."""
 
 
 def parameter_shapes(model: Model) -> dict[str, torch.Size]:
     """Shape of every parameter of the whole model by global name, in the order of the forward pass."""
-    with torch.device("meta"):
-        with_one_layer = Transformer(replace(model, num_layers=1))
-    shapes = {with_one_layer.global_name(name): parameter.shape for name, parameter in with_one_layer.named_parameters()}
-    layer = {name.removeprefix(FIRST): shape for name, shape in shapes.items() if name.startswith(FIRST)}
-    layers = {f"layers.{number}.{name}": shape for number in range(model.num_layers) for name, shape in layer.items()}
-    before = [name for name in shapes if name.startswith("embed_") and name != "embed_out.weight"]
-    after = [name for name in shapes if name not in before and not name.startswith(FIRST)]
-    return {name: shapes[name] for name in before} | layers | {name: shapes[name] for name in after}
+    return {name: torch.Size(card.shape) for name, card in cards(model).items()}
 
 
 def model_of(metadata: Mapping[str, Any], path: Path) -> Model:

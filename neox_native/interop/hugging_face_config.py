@@ -54,6 +54,7 @@ def inexpressible(model: Model) -> list[str]:
         "norm": (model.norm == "layernorm", "only layernorm"),
         "activation": (model.activation in ACTIVATIONS, f"only {', '.join(ACTIVATIONS)}"),
         "num_kv_heads": (model.kv_heads == model.num_heads, "as many key and value heads as query heads"),
+        "pattern": (model.pattern == Model().pattern, "attention and a feed-forward layer in each layer"),
         "mlp_bias": (model.mlp_bias, "always biases in the feed-forward layer"),
     }
     return [f"model.{name} = {getattr(model, name)!r} ({why})" for name, (fits, why) in checks.items() if not fits]

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from neox_native.config.schema import Model
-
-OUTPUT_PROJECTIONS = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
+from neox_native.model.parameters import Card
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -33,12 +32,7 @@ def standard_deviation(method: str, model: Model) -> float:
     }[method]
 
 
-def draw(name: str, shape: tuple[int, ...] | torch.Size, model: Model, seed: int) -> Tensor:
-    """The full initial value of one parameter: fp32, on the CPU, the same on every rank of every layout."""
-    if name.endswith(".bias"):
-        return torch.zeros(shape)
-    if "layernorm" in name or "layer_norm" in name:
-        return torch.ones(shape)
-    method = model.output_init if name.endswith(OUTPUT_PROJECTIONS) else model.init
-    generator = torch.Generator().manual_seed(seed_of(seed, name))
-    return torch.empty(shape).normal_(0.0, standard_deviation(method, model), generator=generator)
+def draw(name: str, card: Card, seed: int) -> Tensor:
+    """The full initial value of the parameter of this global name: fp32, on the CPU, the same on every rank of every
+    layout."""
+    return card.init(card.shape, torch.Generator().manual_seed(seed_of(seed, name)))

@@ -1,7 +1,6 @@
-"""The parts of a NeoX block.
+"""What the layer kinds share: norms, the output projection, the join; and the cards of projections and norms.
 
-Shapes: B microbatch, T sequence, S keys (T, or more with a cache), D hidden, F feed-forward, N query heads,
-K key/value heads, G = N / K, H head dim.
+Shapes: B microbatch, T sequence, D hidden.
 
 [Note: seams] Modules without parameters (`Normalize`, `Join`, `Join.total`) stand where a tensor-parallel plan changes
 how an activation is laid out. The model gives them names and knows nothing of what a plan does there.
@@ -9,27 +8,14 @@ how an activation is laid out. The model gives them names and knows nothing of w
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from neox_native.config.schema import Model
-from neox_native.model.positions import Context, rotate
-
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "geglu": F.gelu,
-    "swiglu": F.silu,
-    "reglu": F.relu,
-}
+from neox_native.model.initialize import standard_deviation
+from neox_native.model.parameters import Card, Cards, RowGroups, normal, vector
 
 
 class Normalize(nn.Module):
@@ -71,6 +57,19 @@ class OutputLinear(nn.Linear):
         return F.linear(x, self.weight)
 
 
+class Vector(nn.Module):
+    """A parameter that a kind's arithmetic reads as a plain tensor, by calling this module: a seam, at which a holder that
+    has a share of the channels gets its share of the parameter."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def forward(self) -> Tensor:
+        """The parameter."""
+        return self.weight
+
+
 class Join(nn.Module):
     """Sum of the branches' outputs, then their biases: each bias is added exactly once, however the sum was split."""
 
@@ -80,106 +79,29 @@ class Join(nn.Module):
 
     def forward(self, branches: list[Tensor], biases: list[Tensor | None]) -> Tensor:
         """Tensors [B, T, D] and biases [D] or None -> [B, T, D]."""
-        joined = self.total(branches[0] if len(branches) == 1 else branches[0] + branches[1])
+        first, *rest = branches
+        joined = self.total(sum(rest, first))
         for bias in biases:
             if bias is not None:
                 joined = joined + bias
         return joined
 
 
-class Attention(nn.Module):
-    """Causal self-attention. The fused projection's rows are ordered [K, (G queries, key, value), H], so that any
-    contiguous share of its rows is a set of whole heads; with G = 1 that is GPT-NeoX's order."""
-
-    def __init__(self, model: Model):
-        super().__init__()
-        self.head_dim, self.group_size = model.head_dim, model.num_heads // model.kv_heads
-        self.dropout = model.attention_dropout
-        rows = model.kv_heads * (self.group_size + 2) * self.head_dim
-        self.query_key_value = nn.Linear(model.hidden_size, rows, bias=model.attention_bias)
-        self.dense = OutputLinear(model.hidden_size, model.hidden_size, bias=model.attention_bias)
-
-    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        """[B, T, D] -> [B, T, D], output bias not yet added."""
-        # -1 heads: the projection may hold any share of them.
-        qkv = self.query_key_value(x_BTD).unflatten(-1, (-1, self.group_size + 2, self.head_dim))
-        q_BTNH, k_BTKH, v_BTKH = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
-        if context.cos_TR is not None:
-            q_BTNH = rotate(q_BTNH, context.cos_TR, context.sin_TR)
-            k_BTKH = rotate(k_BTKH, context.cos_TR, context.sin_TR)
-        if context.remember is not None:
-            k_BKSH, v_BKSH = context.remember(k_BTKH, v_BTKH)
-        else:
-            k_BKSH, v_BKSH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
-        attended_BNTH = self._attend(q_BTNH.transpose(1, 2), k_BKSH, v_BKSH, context.mask)
-        return self.dense(attended_BNTH.transpose(1, 2).flatten(2))
-
-    def _attend(self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-        grouped = self.group_size > 1
-        if isinstance(mask, BlockMask):
-            attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
-            return attend(q_BNTH, k_BKSH, v_BKSH, block_mask=mask, enable_gqa=grouped)
-        return F.scaled_dot_product_attention(
-            q_BNTH,
-            k_BKSH,
-            v_BKSH,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and q_BNTH.shape[2] > 1,
-            enable_gqa=grouped,
-        )
+def norm_cards(model: Model) -> Cards:
+    """`Affine`'s. It reads the whole x̂ and learns from what its holder computes of it: some heads, some channels."""
+    weight = {"weight": vector(model.hidden_size, 1.0, gradient="partial")}
+    return weight | ({"bias": vector(model.hidden_size, 0.0, gradient="partial")} if model.norm == "layernorm" else {})
 
 
-@cache
-def _compiled_flex_attention() -> Any:
-    """FlexAttention is fused by compilation only; where blocks are compiled, they take it in."""
-    return torch.compile(flex_attention)
+def input_cards(name: str, model: Model, rows: int, bias: bool, groups: RowGroups | None = None) -> Cards:
+    """A branch's first projection, D -> rows, cut between its rows (column-parallel; Shoeybi et al. 2019 §3)."""
+    deviation = standard_deviation(model.init, model)
+    cards = {f"{name}.weight": Card((rows, model.hidden_size), normal(deviation), cut=0, groups=groups)}
+    return cards | ({f"{name}.bias": vector(rows, 0.0, cut=0, groups=groups)} if bias else {})
 
 
-class FeedForward(nn.Module):
-    """Two projections around an activation; the gated variants multiply by a gate (Shazeer 2020)."""
-
-    def __init__(self, model: Model):
-        super().__init__()
-        self.activation = ACTIVATIONS[model.activation]
-        self.dense_h_to_4h = nn.Linear(model.hidden_size, model.ffn_size, bias=model.mlp_bias)
-        self.gate_h_to_4h = nn.Linear(model.hidden_size, model.ffn_size, bias=model.mlp_bias) if model.gated else None
-        self.dense_4h_to_h = OutputLinear(model.ffn_size, model.hidden_size, bias=model.mlp_bias)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D], output bias not yet added."""
-        up_BTF = self.dense_h_to_4h(x_BTD)
-        if self.gate_h_to_4h is None:
-            return self.dense_4h_to_h(self.activation(up_BTF))
-        return self.dense_4h_to_h(self.activation(self.gate_h_to_4h(x_BTD)) * up_BTF)
-
-
-class Block(nn.Module):
-    """One layer, with GPT-NeoX's parallel residual or the sequential one.
-
-    The parallel form normalises x once: its two untied norms differ only in their affine halves. Hidden dropout
-    falls on the joined sum of a residual step's branches.
-    """
-
-    def __init__(self, model: Model):
-        super().__init__()
-        self.parallel_residual = model.parallel_residual
-        self.normalize = Normalize(model)
-        self.input_layernorm = Affine(model)
-        self.post_attention_layernorm = Affine(model)
-        self.attention = Attention(model)
-        self.mlp = FeedForward(model)
-        self.join = Join()
-        self.dropout = nn.Dropout(model.hidden_dropout)
-
-    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        attention_bias, mlp_bias = self.attention.dense.bias, self.mlp.dense_4h_to_h.bias
-        normalised = self.normalize(x_BTD)
-        attended = self.attention(self.input_layernorm(normalised), context)
-        if self.parallel_residual:
-            fed = self.mlp(self.post_attention_layernorm(normalised))
-            return x_BTD + self.dropout(self.join([attended, fed], [attention_bias, mlp_bias]))
-        x_BTD = x_BTD + self.dropout(self.join([attended], [attention_bias]))
-        fed = self.mlp(self.post_attention_layernorm(self.normalize(x_BTD)))
-        return x_BTD + self.dropout(self.join([fed], [mlp_bias]))
+def output_cards(name: str, model: Model, columns: int, bias: bool) -> Cards:
+    """`OutputLinear`, columns -> D, cut between its columns (row-parallel). Its bias is added after the sum over holders."""
+    deviation = standard_deviation(model.output_init, model)
+    cards = {f"{name}.weight": Card((model.hidden_size, columns), normal(deviation), cut=1)}
+    return cards | ({f"{name}.bias": vector(model.hidden_size, 0.0, gradient="partial_in_sequence")} if bias else {})

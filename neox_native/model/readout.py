@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neox_native.config.schema import Model
-from neox_native.model.layers import Affine, Normalize
+from neox_native.model.initialize import standard_deviation
+from neox_native.model.layers import Affine, Normalize, norm_cards
+from neox_native.model.parameters import Card, Cards, normal, under
 
 IGNORED = -100
 """Target of a position that does not count."""
@@ -42,3 +44,12 @@ class Readout(nn.Module):
         """[B, T, D] -> logits [B, T, V], or with targets their negative log-likelihood, fp32 [B, T]."""
         logits_BTV = self.embed_out(self.final_layer_norm(self.normalize(x_BTD)))
         return logits_BTV if targets_BT is None else self.cross_entropy(logits_BTV, targets_BT)
+
+
+def readout_cards(model: Model) -> Cards:
+    """Each parameter's card, by its global name; a tied head is the embedding's matrix and has none."""
+    found = under("final_layer_norm", norm_cards(model))
+    if not model.tie_embeddings:
+        shape, init = (model.padded_vocab_size, model.hidden_size), normal(standard_deviation(model.init, model))
+        found["embed_out.weight"] = Card(shape, init, cut=0, role="head")
+    return found

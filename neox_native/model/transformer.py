@@ -6,7 +6,8 @@ Shapes: B microbatch, T sequence, D hidden, V padded vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
@@ -14,9 +15,24 @@ from torch import Tensor
 
 from neox_native.config.schema import Model, Run
 from neox_native.model import initialize, positions
+from neox_native.model.block import Block, block_cards
 from neox_native.model.cache import Cache
-from neox_native.model.layers import Block
-from neox_native.model.readout import Readout
+from neox_native.model.kinds import kinds_of_layers
+from neox_native.model.parameters import Card, Cards, normal, under
+from neox_native.model.readout import Readout, readout_cards
+
+
+@cache
+def cards(model: Model) -> Cards:
+    """Each parameter's card, by its global name, in the order of the forward pass. See [Note: cards]."""
+    rows, columns = model.padded_vocab_size, model.hidden_size
+    matrix = Card((rows, columns), normal(initialize.standard_deviation(model.init, model)), cut=0)
+    found: Cards = {"embed_in.weight": replace(matrix, role="embedding")}
+    if model.pos_emb == "learned":
+        found["embed_pos.weight"] = replace(matrix, shape=(model.seq_length, columns), cut=None, role="embedding")
+    for number, kinds in enumerate(kinds_of_layers(model)):
+        found |= under(f"layers.{number}", block_cards(model, kinds))
+    return found | readout_cards(model)
 
 
 class Transformer(nn.Module):
@@ -42,13 +58,13 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.config = model
-        layers = range(model.num_layers) if layers is None else layers
+        layers, kinds = range(model.num_layers) if layers is None else layers, kinds_of_layers(model)
         vocab_size, hidden_size = model.padded_vocab_size, model.hidden_size
         self.embed_in = nn.Embedding(vocab_size, hidden_size) if first else None
         self.embed_pos = nn.Embedding(model.seq_length, hidden_size) if first and model.pos_emb == "learned" else None
         self.embedded = nn.Identity()  # see [Note: seams]
         self.dropout = nn.Dropout(model.hidden_dropout)
-        self.layers = nn.ModuleDict({str(number): Block(model) for number in layers})
+        self.layers = nn.ModuleDict({str(number): Block(model, kinds[number]) for number in layers})
         self.readout = Readout(model) if last else None
         self.tie()
         self.initialize(seed)
@@ -62,9 +78,10 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
         """Fill the parameters with what a run of this seed starts from, in every layout."""
+        described = cards(self.config)
         for name, parameter in self.named_parameters():
             if not parameter.is_meta:
-                parameter.copy_(initialize.draw(self.global_name(name), parameter.shape, self.config, seed))
+                parameter.copy_(initialize.draw(self.global_name(name), described[self.global_name(name)], seed))
 
     def global_name(self, name: str) -> str:
         """The name under which a parameter of this part is known in the whole model."""

@@ -1,4 +1,4 @@
-"""Which parameters decay, and the optimizer that the config names."""
+"""The optimizer that the config names."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ import torch
 from neox_native.config.schema import Optimizer
 
 ParameterGroups = list[dict[str, Any]]
-
-
-def decays(name: str) -> bool:
-    """Whether weight decay applies to the parameter of this global name: to all but biases and norms (GPT-NeoX)."""
-    *_, module, leaf = ("", *name.split("."))
-    return leaf != "bias" and not module.endswith(("layernorm", "layer_norm"))
 
 
 def optimizer_factory(optimizer: Optimizer) -> Callable[[ParameterGroups], torch.optim.Optimizer]:

@@ -11,9 +11,9 @@ from neox_native.config.layout_rules import ZERO_BUBBLE
 from neox_native.config.schema import Compile, Model, Parallel, Training
 from neox_native.dtypes import DTYPES
 from neox_native.mesh import Mesh
+from neox_native.model.kinds import dealt
 from neox_native.model.transformer import Transformer
 from neox_native.parallel import tensor
-from neox_native.parallel.cuts import held
 from neox_native.parallel.recompute import recompute
 from neox_native.parallel.stages import stage_layers, stages_of_rank
 
@@ -30,7 +30,7 @@ def assemble(
     parts = {}
     for number in stages_of_rank(mesh.pipeline.rank, parallel.pp, parallel.virtual_stages, parallel.pipeline_schedule):
         with torch.device("meta"):
-            part = Transformer(held(model, parallel.tp), layers[number], first=number == 0, last=number == num_stages - 1)
+            part = Transformer(dealt(model, parallel.tp), layers[number], first=number == 0, last=number == num_stages - 1)
         part.to(DTYPES[training.precision])
         if parallel.tp > 1:
             tensor.apply(part, mesh.tensor.mesh, parallel.sequence_parallel)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from neox_native.model.layers import Block
+from neox_native.model.block import Block
 from neox_native.model.positions import Context
 
 

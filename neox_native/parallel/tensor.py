@@ -1,4 +1,4 @@
-"""Tensor parallelism as data: one dict from module name to what happens there.
+"""Tensor parallelism as data: one dict from module name to what happens there, made from cards and seams.
 
 [Note: tensor parallelism] Over the tp axis a block's first projections are cut by output rows (column-wise) and its
 last ones by input columns (row-wise), so that only the block's input and the sum of its outputs are communicated
@@ -16,6 +16,7 @@ activation function see plain local tensors.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -34,6 +35,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 from neox_native.config.schema import Model
+from neox_native.model.kinds import kinds_of_layers
+from neox_native.model.parameters import Cards
 from neox_native.model.transformer import Transformer
 from neox_native.parallel.cuts import share_of_vocabulary
 from neox_native.parallel.loss import vocab_parallel_cross_entropy
@@ -98,91 +101,128 @@ class VocabParallelLoss(ParallelStyle):
         return module
 
 
+class Held(ParallelStyle):
+    """A `Vector` of which every rank holds its share of one dim; its arithmetic sees the share as a plain tensor."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def cut(_name: str, submodule: nn.Module, mesh: DeviceMesh) -> None:
+            share = distribute_tensor(submodule.weight.data, mesh, [Shard(self.dim)], src_data_rank=None)
+            submodule.register_parameter("weight", nn.Parameter(share, requires_grad=submodule.weight.requires_grad))
+
+        return distribute_module(module, device_mesh, cut, output_fn=lambda _module, output, _mesh: output.to_local())
+
+
 @dataclass(frozen=True)
 class Rule:
-    """What tensor parallelism does at one module: the style that does it and, for people, what that means."""
+    """What tensor parallelism does at one module: where its tensors lie, and the style that sees to it."""
 
     style: ParallelStyle
-    weight: str = "-"
-    """Placement of its parameters."""
-    input: str = "-"
-    """Placement of its input."""
-    output: str = "-"
-    """Placement of its output."""
-    forward: str = "-"
-    """Collective on its output in the forward pass, of one activation [B, T, D]."""
-    backward: str = "-"
-    """Collective in the backward pass."""
+    weight: Placement | None
+    """Of its parameters; None where it has none."""
+    input: Placement
+    produced: Placement
+    """Of what the module itself computes."""
+    output: Placement
+    """Of what the next module gets."""
+    read_in_parts: bool = False
+    """Whether each rank's readers of the whole output use it for their part of the work, so that its gradient arrives as
+    partial sums."""
+
+    @property
+    def forward(self) -> str:
+        """Collective on its output in the forward pass, of one activation [B, T, D]; "" where there is none."""
+        return collective(self.produced, self.output)
+
+    @property
+    def backward(self) -> str:
+        """Collective on the gradient of its output in the backward pass."""
+        arrives = Partial() if self.read_in_parts else gradient_of(self.output)
+        return collective(arrives, gradient_of(self.produced))
+
+
+def collective(have: Placement, want: Placement) -> str:
+    """What turns one placement into another; "" where nothing is sent."""
+    if isinstance(have, Partial):
+        return "" if isinstance(want, Partial) else "reduce-scatter" if isinstance(want, Shard) else "all-reduce"
+    return "all-gather" if isinstance(have, Shard) and isinstance(want, Replicate) else ""
+
+
+def gradient_of(placement: Placement) -> Placement:
+    """Where the gradient of a tensor lies: every summand of a sum has the sum's gradient."""
+    return Replicate() if isinstance(placement, Partial) else placement
+
+
+def seam(have: Placement, want: Placement, local: bool, read_in_parts: bool = False) -> Rule:
+    """A module without parameters whose output changes its placement; `local` gives it as a plain tensor."""
+    style = PrepareModuleOutput(output_layouts=have, desired_output_layouts=want, use_local_output=local)
+    return Rule(style, None, have, have, want, read_in_parts)
+
+
+def whole(local: bool = False) -> Rule:
+    """Whole parameters and activations on every rank."""
+    return Rule(Replicated(local_activations=local), Replicate(), Replicate(), Replicate(), Replicate())
+
+
+def columns(style: ParallelStyle) -> Rule:
+    """A projection cut by output rows (column-parallel)."""
+    return Rule(style, Shard(0), Replicate(), Shard(-1), Shard(-1))
+
+
+def rows() -> Rule:
+    """A projection cut by input columns (row-parallel), whose partial sums a seam adds up later."""
+    style = RowwiseParallel(output_layouts=Partial(), use_local_output=False)
+    return Rule(style, Shard(1), Shard(-1), Partial(), Partial())
+
+
+def embedding(output: Placement) -> Rule:
+    """The embedding, cut by rows."""
+    style = VocabParallelEmbedding(input_layouts=Replicate(), output_layouts=output)
+    return Rule(style, Shard(0), Replicate(), Partial(), output)
 
 
 def plan(model: Model, sequence_parallel: bool) -> dict[str, Rule]:
-    """Module name (`*` for every layer) -> rule, for the whole model. See [Note: tensor parallelism]."""
+    """Module name -> rule, for the whole model. See [Note: tensor parallelism]."""
     stream: Placement = Shard(1) if sequence_parallel else Replicate()
-    name = "Shard(1)" if sequence_parallel else "Replicate"
-    reduce = "reduce-scatter" if sequence_parallel else "all-reduce"
-    gather = "all-gather" if sequence_parallel else "-"
-
-    def whole_from_stream() -> Rule:
-        style = PrepareModuleOutput(output_layouts=stream, desired_output_layouts=Replicate(), use_local_output=False)
-        return Rule(style, "-", name, "Replicate", gather, reduce)
-
-    def stay_partial() -> Rule:
-        return Rule(RowwiseParallel(output_layouts=Partial(), use_local_output=False), "Shard(1)", "Shard(-1)", "Partial")
-
-    def gathered_norm() -> Rule:
-        return Rule(Replicated(), "Replicate", "Replicate", "Replicate")
-
-    def columns() -> Rule:
-        return Rule(ColwiseParallel(), "Shard(0)", "Replicate", "Shard(-1)")
-
-    reduced = PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=stream, use_local_output=False)
-    unwrapped = PrepareModuleOutput(output_layouts=stream, desired_output_layouts=stream)
-    embedding = VocabParallelEmbedding(input_layouts=Replicate(), output_layouts=stream)
-    rules = {
-        "embed_in": Rule(embedding, "Shard(0)", "Replicate", name, reduce, gather),
-        "layers.*.normalize": whole_from_stream(),
-        "layers.*.input_layernorm": gathered_norm(),
-        "layers.*.attention.query_key_value": columns(),
-        "layers.*.attention.dense": stay_partial(),
-        "layers.*.post_attention_layernorm": gathered_norm(),
-        "layers.*.mlp.dense_h_to_4h": columns(),
-        "layers.*.mlp.dense_4h_to_h": stay_partial(),
-        "layers.*.join.total": Rule(reduced, "-", "Partial", name, reduce, gather),
-        "layers.*.join": Rule(unwrapped, "-", name, name),
-        "readout.normalize": whole_from_stream(),
-        "readout.final_layer_norm": gathered_norm(),
-        "readout.embed_out": Rule(VocabParallelHead(model.padded_vocab_size), "Shard(0)", "Replicate", "Shard(-1)"),
-        "readout.cross_entropy": Rule(VocabParallelLoss(), "-", "Shard(-1)", "Replicate"),
-    }
-    if model.gated:
-        rules["layers.*.mlp.gate_h_to_4h"] = columns()
-    if model.pos_emb in ("learned", "sinusoidal"):  # added to whole rows, which are cut afterwards
-        embedding = VocabParallelEmbedding(input_layouts=Replicate(), output_layouts=Replicate())
-        cut = PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=stream)
-        rules["embed_in"] = Rule(embedding, "Shard(0)", "Replicate", "Replicate", "all-reduce", "-")
-        rules["embedded"] = Rule(cut, "-", "Replicate", name, "-", gather)
+    adds_positions = model.pos_emb in ("learned", "sinusoidal")  # to whole rows, which are cut afterwards
+    rules = {"embed_in": embedding(Replicate() if adds_positions else stream)}
     if model.pos_emb == "learned":
-        rules["embed_pos"] = Rule(Replicated(local_activations=True), "Replicate", "Replicate", "Replicate")
-    return rules
+        rules["embed_pos"] = whole(local=True)
+    if adds_positions:
+        rules["embedded"] = seam(Replicate(), stream, local=True)
+    for number, kinds in enumerate(kinds_of_layers(model)):
+        block = {"normalize": seam(stream, Replicate(), local=False, read_in_parts=True)}
+        for kind in kinds:
+            block |= {kind.norm: whole()} | {f"{kind.module}.{name}": rule for name, rule in kind_rules(kind.cards(model))}
+        block["join.total"] = seam(Partial(), stream, local=False)
+        block["join"] = seam(stream, stream, local=True)
+        rules |= {f"layers.{number}.{name}": rule for name, rule in block.items()}
+    return rules | {
+        "readout.normalize": seam(stream, Replicate(), local=False, read_in_parts=True),
+        "readout.final_layer_norm": whole(),
+        "readout.embed_out": columns(VocabParallelHead(model.padded_vocab_size)),
+        "readout.cross_entropy": Rule(VocabParallelLoss(), None, Shard(-1), Replicate(), Replicate()),
+    }
 
 
-def has_partial_gradient(name: str, sequence_parallel: bool) -> bool:
-    """Whether a replicated parameter's gradient is only this tp rank's share of a sum.
-
-    Norms read the whole x̂ but learn from this rank's heads and channels; with sequence parallelism the biases after
-    a reduction see this rank's tokens only. Forgetting the reduction trains silently wrong.
-    """
-    after_reduction = name.endswith(("attention.dense.bias", "mlp.dense_4h_to_h.bias"))
-    return "layernorm" in name or "layer_norm" in name or (after_reduction and sequence_parallel)
+def kind_rules(cards: Cards) -> Iterator[tuple[str, Rule]]:
+    """The rules of the modules of a kind, from the cards of their weights. A parameter without a rule is whole on every rank,
+    as a plain tensor."""
+    for name, card in cards.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and card.role == "matrix":
+            yield module, whole() if card.cut is None else columns(ColwiseParallel()) if card.cut == 0 else rows()
+        elif leaf == "weight" and card.cut is not None:
+            yield module, Rule(Held(card.cut), Shard(card.cut), Shard(card.cut), Shard(card.cut), Shard(card.cut))
 
 
 def apply(model: Transformer, tp_mesh: DeviceMesh, sequence_parallel: bool) -> None:
     """Cut a model, or a part of one, over the tp axis. Works on meta tensors and communicates nothing."""
-    here = {name for name, _ in model.named_children() if getattr(model, name) is not None}
-    rules = plan(model.config, sequence_parallel)
-    styles = {name: rule.style for name, rule in rules.items() if name.split(".")[0] in here}
-    if not len(model.layers):
-        styles = {name: style for name, style in styles.items() if not name.startswith("layers.")}
+    here = {name for name, _ in model.named_modules()}
+    styles = {name: rule.style for name, rule in plan(model.config, sequence_parallel).items() if name in here}
     # Without src_data_rank=None every weight would be broadcast from rank 0.
     parallelize_module(model, tp_mesh, styles, src_data_rank=None)
     model.tie()

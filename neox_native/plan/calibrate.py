@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from neox_native.config.schema import Config
 from neox_native.dtypes import DTYPES
-from neox_native.parallel.cuts import held, rows_of_whole
+from neox_native.model.kinds import dealt as held
 from neox_native.plan.hardware import Gpu
+from neox_native.plan.shares import rows_of_whole
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 COLLECTIVE_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}

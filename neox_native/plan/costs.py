@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from neox_native.config.schema import Config, Parallel
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.model.flops import layer_parameters, norm_parameters
-from neox_native.parallel.cuts import sharers
 from neox_native.plan.memory import ZERO_BUBBLE, memory
 from neox_native.plan.shares import (
     activation_bytes,
@@ -56,7 +55,7 @@ def tensor_parallel_bytes(config: Config, pp_rank: int) -> int:
     scores = 3 * ring(training.micro_batch_size * model.seq_length * FP32_BYTES, parallel.tp, 2) * share.last
     per_microbatch = passes * ring(activation_bytes(config), parallel.tp) + scores
     once = ring(_partial_bytes(config, pp_rank), parallel.tp, 2)
-    once += ring(_copied_bytes(config, pp_rank), sharers(model, parallel.tp), 2)
+    once += ring(_copied_bytes(config, pp_rank), max(1, parallel.tp // model.kv_heads), 2)
     return num_microbatches(config) * per_microbatch + once
 
 
@@ -76,7 +75,7 @@ def _partial_bytes(config: Config, pp_rank: int) -> int:
 def _copied_bytes(config: Config, pp_rank: int) -> int:
     """fp32 gradients that the first data-parallel rank has of shared key-value heads. See [Note: shared heads]."""
     model, tp = config.model, config.parallel.tp
-    if sharers(model, tp) == 1:
+    if tp <= model.kv_heads:
         return 0
     queries = model.num_heads // tp * model.head_dim
     return FP32_BYTES * sum(

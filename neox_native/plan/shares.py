@@ -13,11 +13,17 @@ from functools import cache
 
 from neox_native.config.schema import Config, Model, Parallel
 from neox_native.dtypes import ELEMENT_BYTES
-from neox_native.parallel.cuts import held, rows_of_whole, share_of_vocabulary
+from neox_native.model.kinds import dealt as held
+from neox_native.parallel.cuts import share_of_vocabulary
 from neox_native.parallel.stages import stage_layers, stages_of_rank
 from neox_native.zero.layout import Layout, lay_out
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+def rows_of_whole(model: Model) -> int:
+    """Rows of the whole fused projection."""
+    return (model.num_heads + 2 * model.kv_heads) * model.head_dim
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from neox_native.config.schema import Config
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.model.flops import model_flops_per_token
-from neox_native.parallel.cuts import held, rows_of_whole
+from neox_native.model.kinds import dealt as held
 from neox_native.plan import costs
 from neox_native.plan.hardware import Gpu
 from neox_native.plan.shares import (
@@ -22,6 +22,7 @@ from neox_native.plan.shares import (
     elements_of,
     num_microbatches,
     rows_of,
+    rows_of_whole,
     share_of,
     stream_bytes,
     zero_stage_of,

@@ -7,7 +7,8 @@ import torch
 
 from neox_native.config.schema import Model, Run
 from neox_native.model import initialize, positions
-from neox_native.model.transformer import Transformer
+from neox_native.model.parameters import Card, normal
+from neox_native.model.transformer import Transformer, cards
 
 SMALL = Model(num_layers=3, hidden_size=32, num_heads=4, seq_length=16, vocab_size=50, vocab_multiple_of=16)
 TOKENS = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -154,11 +155,11 @@ def test_a_model_used_as_a_library_starts_as_a_run_does(tied):
     for model in (Transformer(config), Transformer(config, range(1, 2), first=False)):
         for name, parameter in model.named_parameters():
             name = model.global_name(name)
-            assert torch.equal(parameter, initialize.draw(name, parameter.shape, config, Run().seed)), name
+            assert torch.equal(parameter, initialize.draw(name, cards(config)[name], Run().seed)), name
 
 
 def test_initial_weights_depend_on_seed_and_name_alone():
-    draw = lambda name, seed: initialize.draw(name, (8, 8), SMALL, seed)  # noqa: E731
+    draw = lambda name, seed: initialize.draw(name, Card((8, 8), normal(1.0)), seed)  # noqa: E731
     assert torch.equal(draw("a.weight", 1), draw("a.weight", 1))
     assert not torch.equal(draw("a.weight", 1), draw("b.weight", 1))
     assert not torch.equal(draw("a.weight", 1), draw("a.weight", 2))
@@ -169,5 +170,5 @@ def test_initial_weights_depend_on_seed_and_name_alone():
     [("small_init", (2 / (5 * 32)) ** 0.5), ("wang_init", 2 / (3 * 32**0.5)), ("normal", 0.02), ("scaled_normal", 0.02 / 6**0.5)],
 )
 def test_initial_weights_have_the_methods_spread(method, expected):
-    config = replace(SMALL, init=method)
-    assert initialize.draw("embed_in.weight", (400, 400), config, 0).std().item() == pytest.approx(expected, rel=0.02)
+    config = replace(SMALL, init=method, vocab_size=4000)
+    assert initialize.draw("embed_in.weight", cards(config)["embed_in.weight"], 0).std().item() == pytest.approx(expected, rel=0.02)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from neox_native.config.schema import Compile, Model, Parallel, Training
 from neox_native.mesh import build_mesh
 from neox_native.model import initialize
-from neox_native.model.transformer import Transformer
+from neox_native.model.transformer import Transformer, cards
 from neox_native.parallel.assemble import assemble, local_slice
 from neox_native.parallel.loss import cross_entropy_sum
 from neox_native.parallel.pipeline import Pipeline
@@ -48,17 +48,17 @@ def fill(part: Transformer) -> None:
     part.tie()
     with torch.no_grad():
         for name, parameter in part.named_parameters():
-            full = draw(part.global_name(name), parameter.shape, part.config)
+            full = draw(part.global_name(name), part.config)
             target = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             target.copy_(local_slice(full, parameter))
     part.build_tables(CPU)
 
 
-def draw(name: str, shape: torch.Size, model: Model) -> torch.Tensor:
+def draw(name: str, model: Model) -> torch.Tensor:
     """Initial values, with biases and norms moved off zero and one."""
-    full = initialize.draw(name, shape, replace(model, init_std=0.1), seed=5)
+    full = initialize.draw(name, cards(replace(model, init_std=0.1))[name], seed=5)
     if full.ndim == 1:
-        full = full + 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(initialize.seed_of(1, name)))
+        full = full + 0.1 * torch.randn(full.shape, generator=torch.Generator().manual_seed(initialize.seed_of(1, name)))
     return full
 
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from neox_native.model.transformer import Transformer
+from neox_native.model.transformer import Transformer, cards
 from neox_native.parallel import tensor
 from tests.parallel.layouts import MODEL, batch, draw, serial
 
@@ -32,14 +32,13 @@ def test_simulated_ranks_equal_serial(simulated_ranks, sequence_parallel):
     model = replace(MODEL, num_layers=1)
     _, expected = serial(model, 1, 2)
     (tokens,), (targets,) = batch(model, 1, 2)
-    model_here = Transformer(model)
-    weights = {name: draw(model_here.global_name(name), value.shape, model) for name, value in model_here.state_dict().items()}
+    weights = {name: draw(name, model) for name in cards(model)}
     with simulated_ranks:
         mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
         whole = Transformer(model)
         with torch.no_grad():
             for name, parameter in whole.named_parameters():
-                parameter.copy_(weights[name])
+                parameter.copy_(weights[whole.global_name(name)])
         tensor.apply(whole, mesh, sequence_parallel)
         logits = DTensor.from_local(whole(tokens), mesh, [torch.distributed.tensor.Shard(-1)]).full_tensor()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -11,7 +11,7 @@ def test_short_shares_and_shared_heads_are_told(capsys: pytest.CaptureFixture[st
     config = ["--config", "configs/quickstart.toml", "--parallel.tp=4", "--model.vocab_multiple_of=1"]
     main([*config, "--model.num_heads=8", "--model.num_kv_heads=2"])
     shown = capsys.readouterr().out
-    assert "Of the padded vocabulary's 257 rows the last rank has 62, the others 65." in shown
-    assert "Each of the 2 key-value heads lies on 2 ranks, which sum its gradient once a step; query_key_value has" in shown
+    assert "The last rank has 62 of the padded vocabulary's 257 rows, the others 65." in shown
+    assert "query_key_value.weight: each of the 2 key-value heads lies on 2 ranks, which sum its gradient once a step; each has" in shown
     main(["--config", "configs/quickstart.toml"])
     assert "key-value" not in capsys.readouterr().out

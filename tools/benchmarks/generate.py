@@ -21,6 +21,7 @@ from neox_native.interop.checkpoints import parameter_shapes
 from neox_native.interop.hugging_face import write_folder
 from neox_native.launch import Launch, pick_device, start_process_group, Ranks
 from neox_native.model import initialize
+from neox_native.model.transformer import cards
 
 PYTHIA_70M = Model(num_layers=6, hidden_size=512, num_heads=8, vocab_size=50304)
 
@@ -67,7 +68,7 @@ def run(
             folder = Path(name) / "model"
             shapes = parameter_shapes(model)
             write_folder(
-                folder, model, shapes, lambda n: initialize.draw(n, shapes[n], model, 0), Ranks(), DTYPES[dtype]
+                folder, model, shapes, lambda n: initialize.draw(n, cards(model)[n], 0), Ranks(), DTYPES[dtype]
             )
             cached = {"ours": ours(folder, dtype, device, True), **hugging_face(folder, dtype, device)}
             uncached = {"ours without a cache": ours(folder, dtype, device, False)}

@@ -39,8 +39,8 @@ from neox_native.config.schema import Model, Optimizer, Parallel
 from neox_native.engine.build import units_of
 from neox_native.mesh import Mesh, build_mesh
 from neox_native.model import initialize
-from neox_native.model.transformer import Transformer
-from neox_native.optim.groups import decays, optimizer_factory
+from neox_native.model.transformer import Transformer, cards
+from neox_native.optim.groups import optimizer_factory
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.optimizer import ShardedOptimizer
 
@@ -107,7 +107,7 @@ def ours(stage: int, work: Workload, mesh: Mesh, device: torch.device) -> Step:
         model = Transformer(work.model).to(work.dtype)
     units = units_of({0: model}, Parallel(dp=mesh.rows.size), mesh)
     optimizer = ShardedOptimizer(units, mesh, ZeroStage(stage), optimizer_factory(SETTINGS), work.dtype, device)
-    optimizer.materialize(lambda spec: initialize.draw(spec.name, spec.parameter.shape, work.model, seed=0))
+    optimizer.materialize(lambda spec: initialize.draw(spec.name, cards(work.model)[spec.name], seed=0))
     model.build_tables(device)
     num_ranks = mesh.rows.size
 
@@ -143,8 +143,8 @@ def parameter_groups(model: Transformer) -> list[dict[str, Any]]:
     """The decay groups that ours has."""
     named = list(model.named_parameters())
     return [
-        {"params": [parameter for name, parameter in named if decays(name)]},
-        {"params": [parameter for name, parameter in named if not decays(name)], "weight_decay": 0.0},
+        {"params": [parameter for name, parameter in named if cards(model.config)[name].decay]},
+        {"params": [parameter for name, parameter in named if not cards(model.config)[name].decay], "weight_decay": 0.0},
     ]
 
 

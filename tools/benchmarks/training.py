@@ -33,8 +33,8 @@ from neox_native.engine.step import Losses, TrainStep
 from neox_native.launch import Ranks
 from neox_native.mesh import build_mesh
 from neox_native.metrics.throughput import peak_memory_bytes
-from neox_native.model.transformer import Transformer
-from neox_native.optim.groups import decays, optimizer_factory
+from neox_native.model.transformer import Transformer, cards
+from neox_native.optim.groups import optimizer_factory
 from neox_native.plan import costs
 from neox_native.plan.ledger import Ledger
 from neox_native.train.start import choose_determinism
@@ -71,7 +71,7 @@ def ddp_step(config: Config) -> Callable[[StepBatch], torch.Tensor]:
     model = Transformer(config.model, seed=config.run.seed)
     groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():
-        groups[0 if decays(name) else 1]["params"].append(parameter)
+        groups[0 if cards(config.model)[name].decay else 1]["params"].append(parameter)
     optimizer = optimizer_factory(config.optimizer)(groups)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     clip = config.training.clip_grad_norm

@@ -6,47 +6,13 @@ is an `OutputLinear`, whose bias the block adds once after all branches are join
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch.nn as nn
-
 from neox_native.config.schema import Model
 from neox_native.errors import UserError
-from neox_native.model.parameters import Cards
+from neox_native.model.kinds.attention import ATTENTION
+from neox_native.model.kinds.feed_forward import FEED_FORWARD
+from neox_native.model.kinds.kind import Kind
 
-if TYPE_CHECKING:
-    from neox_native.model.costs import Costs
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of layer."""
-
-    name: str
-    """In `model.pattern`."""
-    build: Callable[[Model], nn.Module]
-    cards: Callable[[Model], Cards]
-    """By the parameter's name in the module."""
-    module: str
-    """Name of its module in a block, and so in checkpoints."""
-    norm: str
-    """Name in the block of the learned half of its norm."""
-    costs: Callable[[Model], Costs] | None = None
-    """None: it trains, but nobody predicts its memory and its speed."""
-    dealt: Callable[[Model, int], Model] = lambda model, holders: model
-    """The model whose even parts so many holders have, where parts of this model overlap. See `RowGroups`."""
-
-
-KINDS: dict[str, Kind] = {}
-
-
-def register(kind: Kind) -> Kind:
-    """Make a kind known by its name."""
-    assert kind.name not in KINDS and "+" not in kind.name, kind.name
-    KINDS[kind.name] = kind
-    return kind
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (ATTENTION, FEED_FORWARD)}
 
 
 def kinds_of_layers(model: Model) -> list[tuple[Kind, ...]]:
@@ -55,11 +21,24 @@ def kinds_of_layers(model: Model) -> list[tuple[Kind, ...]]:
     Raises:
         UserError: the pattern names a kind that does not exist, or one twice in a layer.
     """
-    for entry in model.pattern:
-        names = entry.split("+")
+    entries = [entry.split("+") for entry in model.pattern]
+    for entry, names in zip(model.pattern, entries):
         if unknown := [name for name in names if name not in KINDS]:
-            raise UserError(f"model.pattern names the layer kind {unknown[0]!r}; the known are {', '.join(sorted(KINDS))}.")
+            raise UserError(f"model.pattern: {entry!r} names the layer kind {unknown[0]!r}; the known are {', '.join(KINDS)}.")
         if len(set(names)) < len(names):
-            raise UserError(f"model.pattern: {entry!r} names a kind twice in one layer; write two layers, each with one of them.")
-    patterns = [tuple(KINDS[name] for name in entry.split("+")) for entry in model.pattern]
-    return [patterns[number % len(patterns)] for number in range(model.num_layers)]
+            raise UserError(f"model.pattern: {entry!r} names a kind twice in one layer; make two layers of it.")
+    layers = [tuple(KINDS[name] for name in names) for names in entries]
+    return [layers[number % len(layers)] for number in range(model.num_layers)]
+
+
+def residual_steps(kinds: tuple[Kind, ...], model: Model) -> list[tuple[Kind, ...]]:
+    """The residual steps of a layer of these kinds: one with all of them side by side, which is GPT-NeoX's parallel
+    residual, or one for each."""
+    return [kinds] if model.parallel_residual else [(kind,) for kind in kinds]
+
+
+def dealt(model: Model, holders: int) -> Model:
+    """The model whose even parts so many holders have. It is `model`, unless some of its rows cannot be dealt out."""
+    for kind in dict.fromkeys(kind for layer in kinds_of_layers(model) for kind in layer):
+        model = kind.dealt(model, holders)
+    return model

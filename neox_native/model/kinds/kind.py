@@ -1,0 +1,35 @@
+"""What a layer kind tells of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.nn as nn
+
+from neox_native.config.schema import Model
+from neox_native.model.parameters import Cards
+
+if TYPE_CHECKING:
+    from neox_native.model.costs import Costs
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of layer."""
+
+    name: str
+    """In `model.pattern`."""
+    build: Callable[[Model], nn.Module]
+    """Makes the module."""
+    cards: Callable[[Model], Cards]
+    """Each parameter's card, by its name in the module."""
+    module: str
+    """The module's name in a block, and so in checkpoints."""
+    norm: str
+    """The name, in the block, of the learned half of the norm before it."""
+    costs: Callable[[Model], Costs] | None = None
+    """None: the kind trains, but nobody predicts its memory and its speed."""
+    dealt: Callable[[Model, int], Model] = lambda model, holders: model
+    """The model whose even parts so many holders have, where parts of this model overlap. See `RowGroups`."""

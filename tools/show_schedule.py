@@ -94,9 +94,8 @@ def caption(config: Config, drawn: Timeline, microbatches: int) -> str:
     parallel = config.parallel
     return (
         f"{parallel.pipeline_schedule}: pp {parallel.pp}, dp {parallel.dp}, {parallel.virtual_stages} stages per rank, "
-        f"{microbatches} microbatches; bubble {share_of_step(drawn.bubble_fraction):.1%} of the step; "
-        "peak microbatches in flight by rank "
-        f"{[drawn.peak_in_flight(rank) for rank in range(parallel.pp)]}"
+        f"{microbatches} microbatches; bubble {share_of_step(drawn.bubble_fraction):.1%} of the step; peak microbatches "
+        f"in flight by rank {[drawn.peak_in_flight(rank) for rank in range(parallel.pp)]}"
     )
 
 

@@ -139,8 +139,7 @@ def stages(config: Config, world_size: int) -> Iterator[str]:
     if given and (len(given) != pp * virtual or sum(given) != layers):
         yield (
             f"parallel.stage_layers = {given} has {len(given)} stages and {sum(given)} layers, but pp({pp}) * "
-            f"virtual_stages({virtual}) = {pp * virtual} and model.num_layers = {layers}; mend it, or leave it "
-            "empty."
+            f"virtual_stages({virtual}) = {pp * virtual} and model.num_layers = {layers}; mend it, or leave it empty."
         )
 
 

@@ -112,15 +112,13 @@ def learning_rate(config: Config) -> Iterator[str]:
     lr, schedule = config.optimizer.lr, config.lr_schedule
     if schedule.min_lr > lr:
         yield (
-            f"lr_schedule.min_lr = {schedule.min_lr} is above the peak, optimizer.lr = {lr}; "
-            "lower it, or raise the peak."
+            f"lr_schedule.min_lr = {schedule.min_lr} is above the peak, optimizer.lr = {lr}; lower it, or raise the peak."
         )
     both = schedule.warmup_fraction + schedule.cooldown_fraction
     if schedule.kind == "wsd" and both > 1:
         yield (
-            f"lr_schedule.warmup_fraction({schedule.warmup_fraction}) + cooldown_fraction"
-            f"({schedule.cooldown_fraction}) = {both:.6g} is more than the whole schedule; "
-            "lower one so that they sum to 1 at most."
+            f"lr_schedule.warmup_fraction({schedule.warmup_fraction}) + cooldown_fraction({schedule.cooldown_fraction}) "
+            f"= {both:.6g} is more than the whole schedule; lower one so that they sum to 1 at most."
         )
 
 
@@ -156,7 +154,6 @@ def repeatable(config: Config) -> Iterator[str]:
     """What cannot repeat bitwise is refused where bitwise was asked for."""
     if config.run.determinism == "bitwise" and config.compile.enabled:
         yield (
-            'run.determinism = "bitwise" cannot hold with compile.enabled = true, which picks kernels by timing '
-            "them, so that a restart may sum in another order; set compile.enabled = false or "
-            'run.determinism = "fast".'
+            'run.determinism = "bitwise" cannot hold with compile.enabled = true, which picks kernels by timing them, so '
+            'that a restart may sum in another order; set compile.enabled = false or run.determinism = "fast".'
         )

@@ -48,8 +48,7 @@ class Blend:
             self._counts[lanes] = self._ends[lanes - 1]
 
     def _guess(self) -> np.ndarray:
-        """Counts at the start of each lane, right for the first and probable for the others, int64 [lanes,
-        datasets]."""
+        """Counts at the start of each lane, right for the first and probable for the others, int64 [lanes, datasets]."""
         early = np.maximum(self._starts - WARMUP_SAMPLES, 0)
         blocks = np.array_split(np.arange(len(early)), -(-len(early) // LANES_AT_ONCE))
         counts = rounded_shares(self.weights, early)
@@ -82,8 +81,7 @@ class Blend:
 
 
 def rounded_shares(weights: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Whole numbers near weights x total that sum to each total, largest remainders first, int64 [totals,
-    datasets]."""
+    """Whole numbers near weights x total that sum to each total, largest remainders first, int64 [totals, datasets]."""
     exact = weights * totals[:, None]
     counts = np.floor(exact).astype(np.int64)
     rank = np.argsort(np.argsort(counts - exact, axis=1, kind="stable"), axis=1, kind="stable")

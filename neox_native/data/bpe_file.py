@@ -1,5 +1,4 @@
-"""Reads a Hugging Face `tokenizer.json` with a byte-level BPE into what tiktoken needs, or says why that cannot be
-exact.
+"""Reads a Hugging Face `tokenizer.json` with a byte-level BPE into what tiktoken needs, or says why that cannot be exact.
 
 [Note: exact BPE] The original merges the *pair* of lowest rank, tiktoken the pair whose *bytes* have the lowest
 rank. The two agree if each token comes from one merge, and if merging a token's own bytes by the merges before its
@@ -30,13 +29,11 @@ NAME_OF_TYPE = {dict: "a JSON object", list: "a list", str: "a text"}
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 LATER_THAN_UNICODE_9 = (
     "5c8-5c9 7fd 897-89f 8ca-8d3 9fe c3c d3b-d3c eba 1715 1abf-1af0 1df6-1dfa a82c 105c9 105d2 105da 105e4 10d24-10d27 "
-    "10d69-10d6d 10eab-10eac 10ecb-10ecf 10ef0-10efb 10efd-10eff 10f46-10f50 10f82-10f85 11070 1133b 11382-11385 "
-    "1138b 1138e "
-    "11390-11391 113b8 113bb 113c2 113c5 113c7-113c9 113ce-113d0 1145e 11839-1183a 11930 11938 1193d-1193e 11943 "
-    "119e0 11a34 "
-    "11a47 11a99 11d42 11d44-11d45 11d97 11f41-11f42 1611e-16129 1612f 16d63 16d67-16d6a 16ff0-16ff1 1d127-1d128 "
-    "1d250-1d252 1d25b-1d25c 1d25f 1d280-1d281 1e08f 1e130-1e136 1e2ae 1e2ec-1e2ef 1e4ec-1e4ef 1e5ee-1e5ef 1e6e3 1e6e6 "
-    "1e6ee-1e6ef 1e6f5"
+    "10d69-10d6d 10eab-10eac 10ecb-10ecf 10ef0-10efb 10efd-10eff 10f46-10f50 10f82-10f85 11070 1133b 11382-11385 1138b "
+    "1138e 11390-11391 113b8 113bb 113c2 113c5 113c7-113c9 113ce-113d0 1145e 11839-1183a 11930 11938 1193d-1193e 11943 "
+    "119e0 11a34 11a47 11a99 11d42 11d44-11d45 11d97 11f41-11f42 1611e-16129 1612f 16d63 16d67-16d6a 16ff0-16ff1 "
+    "1d127-1d128 1d250-1d252 1d25b-1d25c 1d25f 1d280-1d281 1e08f 1e130-1e136 1e2ae 1e2ec-1e2ef 1e4ec-1e4ef 1e5ee-1e5ef "
+    "1e6e3 1e6e6 1e6ee-1e6ef 1e6f5"
 )
 """Code points that normalisation knows in Unicode 10 to 18 but not in 9."""
 _SPANS = ["-".join(chr(int(end, 16)) for end in span.split("-")) for span in LATER_THAN_UNICODE_9.split()]
@@ -159,8 +156,7 @@ def _words(pre: dict[str, Any]) -> str | None:
 
 
 def _pattern(words: str, longest_run: int) -> str:
-    """The whole pattern for tiktoken, which drops what no alternative matches: what lies between words is a piece
-    too."""
+    """The whole pattern for tiktoken, which drops what no alternative matches: what lies between words is a piece too."""
     if words != GPT2_WORDS:
         return rf"{words}|(?:(?!{words})[\s\S])+"
     space = SPACE_OUTSIDE_RUNS if longest_run else r"\s"
@@ -187,8 +183,7 @@ def _bytes(token: str) -> bytes:
 
 
 Spine = tuple[tuple[bytes, int], ...]
-"""What stands at one edge of a token while its bytes are merged: each part with the rank of the merge that makes
-it."""
+"""What stands at one edge of a token while its bytes are merged: each part with the rank of the merge that makes it."""
 
 
 def _ranks(
@@ -223,9 +218,8 @@ def _ranks(
 
 
 def _crosses(left: Spine, right: Spine, ranks: dict[bytes, int]) -> bool:
-    """Whether two tokens side by side, `left` the right edge of one and `right` the left edge of the other, are
-    merged across their boundary before both are complete. Of two merges of equal rank, the one further left comes
-    first."""
+    """Whether two tokens side by side, `left` the right edge of one and `right` the left edge of the other, are merged
+    across their boundary before both are complete. Of two merges of equal rank, the one further left comes first."""
     end = len(ranks)
     for (part, birth), death in zip(left, [birth for _, birth in left[1:]] + [end]):
         for (other, other_birth), other_death in zip(right, [birth for _, birth in right[1:]] + [end]):

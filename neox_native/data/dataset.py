@@ -42,7 +42,9 @@ class Reading(NamedTuple):
     part: str
     """"train" or "valid"."""
     seq_length: int
+    """S: a sample has S + 1 tokens."""
     vocab_size: int
+    """Token ids must be below it; the loader checks every batch."""
     seed: int
     order: str
     packing: Packing
@@ -59,10 +61,6 @@ class Dataset(Protocol):
 
     reading: Reading
     """How its files are read."""
-    seq_length: int
-    """S: a sample has S + 1 tokens."""
-    vocab_size: int
-    """Token ids must be below it; the loader checks every batch."""
     num_samples: int
     """Samples that the order offers, at least as many as the run needs."""
     samples_drawn: int
@@ -73,6 +71,7 @@ class Dataset(Protocol):
 
     def sample(self, index: int) -> np.ndarray:
         """The S + 1 tokens of sample `index`, in the file's integer type."""
+        return self.read(index).tokens
 
     def locate(self, index: int) -> Place:
         """Where those tokens lie."""
@@ -90,13 +89,12 @@ class Dataset(Protocol):
         """What it is, in words, for the log."""
 
 
-class TokenDataset:
+class TokenDataset(Dataset):
     """Some documents of one token file in an order, with labels if a parallel file of the same sizes holds them.
 
     `num_samples` is what the run needs; the order "stored" offers its rows, be they fewer. `begun` is the fingerprint of
-    what the run has been reading, whose order goes on. Raises `UserError` where the
-    documents do not make one sample, where stored rows have another length, and where labels and tokens do not fit
-    together.
+    what the run has been reading, whose order goes on. Raises `UserError` where the documents do not make one sample, where
+    stored rows have another length, and where labels and tokens do not fit together.
     """
 
     def __init__(
@@ -109,11 +107,10 @@ class TokenDataset:
         begun: Facts | None = None,
     ) -> None:
         self.files, self.labels, self.reading, self.begun = files, labels, reading, begun
-        self.seq_length, self.vocab_size = reading.seq_length, reading.vocab_size
+        self.seq_length = reading.seq_length
         if labels is not None and not np.array_equal(labels.sizes, files.sizes):
             raise UserError(
-                f"data: the labels {labels.prefix} and the tokens {files.prefix} differ in the sizes of their "
-                "documents; "
+                f"data: the labels {labels.prefix} and the tokens {files.prefix} differ in the sizes of their documents; "
                 "prepare them together with tools/prepare_data.py."
             )
         usable = None if reading.packing == "packed" else self._usable(documents)
@@ -123,8 +120,7 @@ class TokenDataset:
         self.num_samples = self.samples_drawn = self.order.num_samples
 
     def _usable(self, documents: range) -> np.ndarray:
-        """Documents that are not empty and have a target; GPT-NeoX too leaves out those whose labels are all
-        masked."""
+        """Documents that are not empty and have a target; GPT-NeoX too leaves out those whose labels are all masked."""
         usable = self.files.sizes > (1 if self.reading.packing == "unpacked" else 0)
         if self.labels is not None:
             for document in documents:
@@ -137,15 +133,13 @@ class TokenDataset:
         if reading.packing == "packed" and corpus.num_tokens < corpus.seq_length + 1:
             raise UserError(
                 f"data: the {reading.part} documents of {self.files.prefix} hold {corpus.num_tokens:,} tokens, one "
-                "sample takes "
-                f"model.seq_length + 1 = {corpus.seq_length + 1:,}; give more text, another data.split, or a shorter "
-                "sequence."
+                f"sample takes model.seq_length + 1 = {corpus.seq_length + 1:,}; give more text, another data.split, or "
+                "a shorter sequence."
             )
         if corpus.usable is not None and not corpus.usable[corpus.documents.start : corpus.documents.stop].any():
             raise UserError(
                 f"data: none of the {len(corpus.documents):,} {reading.part} documents of {self.files.prefix} has a "
-                "token to "
-                f"predict under data.packing = {reading.packing!r}; give more text or another data.split."
+                f"token to predict under data.packing = {reading.packing!r}; give more text or another data.split."
             )
 
     def _arrange(self, num_samples: int) -> Order:
@@ -169,7 +163,6 @@ class TokenDataset:
         return kept(Path(self.reading.kept_orders), facts | {"idx_sha256": _sha256(self.files.idx_path)}, draw)
 
     def read(self, index: int) -> Row:
-        """See `Dataset.read`."""
         segments = self.order.segments(index)
         tokens = self._gather(self.files, segments, 0)
         lengths = [segment.length for segment in segments]
@@ -190,20 +183,13 @@ class TokenDataset:
             parts.append(np.full(missing, padding, files.dtype))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def sample(self, index: int) -> np.ndarray:
-        """See `Dataset.sample`."""
-        return self.read(index).tokens
-
     def locate(self, index: int) -> Place:
-        """See `Dataset.locate`."""
         return Place(self.files.prefix, self.order.segments(index))
 
     def documents(self) -> dict[str, range]:
-        """See `Dataset.documents`."""
         return {self.files.prefix: self.corpus.documents}
 
     def samples_of(self, prefix: str, document: int, stop: int) -> np.ndarray:
-        """See `Dataset.samples_of`."""
         return self.order.samples_of(document, stop) if prefix == self.files.prefix else np.empty(0, np.int64)
 
     def fingerprint(self) -> dict[str, object]:
@@ -222,7 +208,6 @@ class TokenDataset:
         return entries
 
     def describe(self) -> str:
-        """See `Dataset.describe`."""
         order = ", ".join(f"{name} {value}" for name, value in self.order.fingerprint().items())
         offered = "endless" if self.num_samples == ENDLESS else f"{self.num_samples:,}"
         return (
@@ -231,7 +216,7 @@ class TokenDataset:
         )
 
 
-class Mixture:
+class Mixture(Dataset):
     """Several datasets blended by weight, as GPT-NeoX blends them; see `Blend`.
 
     `make(number, num_samples)` builds dataset `number` so that it offers at least `num_samples` samples. Raises
@@ -253,31 +238,22 @@ class Mixture:
                     f"samples, the mixture needs {count:,} of them; lower its weight, training.steps or "
                     "training.global_batch_size, or give more rows."
                 )
-        self.seq_length, self.vocab_size = self.reading.seq_length, self.reading.vocab_size
         # Of a longer mixture a dataset would give its share with the same margin, and one.
         reaches = [int((dataset.num_samples - 1) / (1.005 * share)) for dataset, share in zip(self.datasets, shares)]
         self.samples_drawn = max(num_samples, min(reaches))
 
     def read(self, index: int) -> Row:
-        """See `Dataset.read`."""
         number, sample = self.blend.locate(index)
         return self.datasets[number].read(sample)
 
-    def sample(self, index: int) -> np.ndarray:
-        """See `Dataset.sample`."""
-        return self.read(index).tokens
-
     def locate(self, index: int) -> Place:
-        """See `Dataset.locate`."""
         number, sample = self.blend.locate(index)
         return self.datasets[number].locate(sample)
 
     def documents(self) -> dict[str, range]:
-        """See `Dataset.documents`."""
         return {prefix: documents for dataset in self.datasets for prefix, documents in dataset.documents().items()}
 
     def samples_of(self, prefix: str, document: int, stop: int) -> np.ndarray:
-        """See `Dataset.samples_of`."""
         found = []
         for number, (dataset, count) in enumerate(zip(self.datasets, self.blend.counts())):
             found += [
@@ -287,14 +263,12 @@ class Mixture:
         return samples[samples < stop]
 
     def fingerprint(self) -> dict[str, object]:
-        """See `Dataset.fingerprint`."""
         entries: dict[str, object] = {"weights": self.blend.weights.tolist()}
         for number, dataset in enumerate(self.datasets):
             entries.update({f"{number}.{name}": value for name, value in dataset.fingerprint().items()})
         return entries
 
     def describe(self) -> str:
-        """See `Dataset.describe`."""
         lines = [f"{self.reading.part}: a mixture of {len(self.datasets)} datasets, {self.num_samples:,} samples"]
         for dataset, weight, count in zip(self.datasets, self.blend.weights, self.blend.counts()):
             lines.append(f"  {100 * weight:.2f}% {count:,} samples of {dataset.describe()}")

@@ -104,8 +104,7 @@ class IndexedDataset:
             state = "truncated" if self.num_bytes < expected else "too long"
             raise UserError(
                 f"data: {self.bin_path} is {state}: it has {self.num_bytes:,} bytes, {self.idx_path.name} describes "
-                f"{expected:,}; "
-                "copy or prepare the pair again."
+                f"{expected:,}; copy or prepare the pair again."
             )
 
     def _check_documents(self) -> None:
@@ -164,8 +163,7 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
     if code not in DTYPES:
         raise UserError(
             f"data: {path} stores its tokens with type code {code}; only integers are tokens: codes "
-            f"{', '.join(map(str, DTYPES))}. "
-            "Prepare the text again."
+            f"{', '.join(map(str, DTYPES))}. Prepare the text again."
         )
     expected = HEADER.size + 12 * num_sequences + 8 * num_starts
     if file_size == expected + num_sequences and num_sequences:
@@ -229,8 +227,7 @@ class IndexedWriter:
         """Closes the open document, which may be empty."""
         if self._open_size > MAX_TOKENS_PER_DOCUMENT:
             raise UserError(
-                f"document {len(self._sizes)} of {self.prefix} has {self._open_size:,} tokens, the format holds at "
-                "most "
+                f"document {len(self._sizes)} of {self.prefix} has {self._open_size:,} tokens, the format holds at most "
                 f"{MAX_TOKENS_PER_DOCUMENT:,}; cut it into several documents."
             )
         self._sizes.append(self._open_size)

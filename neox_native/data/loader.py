@@ -1,8 +1,7 @@
 """Batches for one data rank: read ahead by a thread, resumed from one integer.
 
-[Note: position] The position in the data is `consumed_samples`, the number of samples that the trainer has taken. It
-alone decides what comes next; the number of ranks, the microbatch and even the global batch size may change between
-runs.
+[Note: position] The position in the data is `consumed_samples`, the number of samples that the trainer has taken. It alone
+decides what comes next; the number of ranks, the microbatch and even the global batch size may change between runs.
 """
 
 from __future__ import annotations
@@ -42,11 +41,9 @@ class StepBatch:
     num_targets: int
     """Targets of this rank that are not -100."""
     document_ids: torch.Tensor | None = None
-    """int64 [m, B, T] if `data.document_attention`: number of the token's document in its row; padding has its
-    own."""
+    """int64 [m, B, T] if `data.document_attention`: number of the token's document in its row; padding has its own."""
     positions: torch.Tensor | None = None
-    """int64 [m, B, T] if `data.document_positions`: tokens since the start of the document, or of the row inside
-    it."""
+    """int64 [m, B, T] if `data.document_positions`: tokens since the start of the document, or of the row inside it."""
 
 
 def hash_row(row: int, sample: int, tokens: np.ndarray) -> int:

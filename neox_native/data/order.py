@@ -110,8 +110,7 @@ def epochs_needed(tokens_per_epoch: int, seq_length: int, num_samples: int) -> i
 
 
 def shuffled_samples(num_samples: int, rng: np.random.RandomState) -> np.ndarray:
-    """A permutation of [0, num_samples), in the narrow type that GPT-NeoX uses (the type does not change the
-    draw)."""
+    """A permutation of [0, num_samples), in the narrow type that GPT-NeoX uses (the type does not change the draw)."""
     order = np.arange(num_samples, dtype=np.uint32 if num_samples < 2**32 - 2 else np.int64)
     rng.shuffle(order)
     return order
@@ -144,7 +143,7 @@ def draw_at_once(_facts: Facts, draw: Draw) -> Arrays:
     return draw()
 
 
-class NeoxOrder:
+class NeoxOrder(Order):
     """GPT-NeoX's order; `num_samples` is what the run needs and decides the number of epochs.
 
     Packed samples are shuffled after the documents; the other packings draw the order of the samples first, then
@@ -202,7 +201,6 @@ class NeoxOrder:
             missing = -(-(len(self.shuffle) - samples) * len(parts) // max(1, samples))
 
     def segments(self, sample: int) -> list[Segment]:
-        """See `Order.segments`."""
         for stream, shuffle in self.parts:
             if sample < len(shuffle):
                 return stream.segments(int(shuffle[sample]))
@@ -210,7 +208,6 @@ class NeoxOrder:
         raise IndexError(sample)
 
     def samples_of(self, document: int, stop: int) -> np.ndarray:
-        """See `Order.samples_of`."""
         found, first = [], 0
         for stream, shuffle in self.parts:
             found.append(first + np.flatnonzero(np.isin(shuffle[: max(0, stop - first)], stream.samples_of(document))))
@@ -218,7 +215,6 @@ class NeoxOrder:
         return np.concatenate(found)
 
     def fingerprint(self) -> dict[str, object]:
-        """See `Order.fingerprint`."""
         counted = "epochs" if self.packing == "packed" else "samples"
         return {"order": "neox", counted: self.legs if len(self.legs) > 1 else self.legs[0]}
 
@@ -241,7 +237,7 @@ def _packed_leg(corpus: Corpus, first: int, stop: int, seed: int, keep: Keep) ->
     return PackedStream(arrays["documents"], arrays["ends"], corpus.seq_length), arrays["samples"]
 
 
-class EpochOrder:
+class EpochOrder(Order):
     """Epoch after epoch without end, each shuffled on its own. An epoch is computed when it is first read.
 
     Under "pack_until_overflow" epochs differ in length, so that the first read computes every epoch before it too: a
@@ -253,8 +249,7 @@ class EpochOrder:
         self._lock = Lock()
         self._recent: dict[int, tuple[Stream, np.ndarray]] = {}
         self._starts = [0, self._epoch(0)[0].num_samples]
-        """First sample of each epoch known so far and of the one behind it; grows only where epochs differ in
-        length."""
+        """First sample of each epoch known so far and of the one behind it; grows only where epochs differ in length."""
 
     def _epoch(self, number: int) -> tuple[Stream, np.ndarray]:
         """Stream and order of the samples of one epoch; the two computed last are kept."""
@@ -299,27 +294,23 @@ class EpochOrder:
         return samples[samples < stop]
 
     def fingerprint(self) -> dict[str, object]:
-        """See `Order.fingerprint`."""
         return {"order": "epoch"}
 
 
-class StoredOrder:
+class StoredOrder(Order):
     """Row i of the file is sample i."""
 
     def __init__(self, corpus: Corpus) -> None:
         self.documents, self.length, self.num_samples = corpus.documents, corpus.seq_length + 1, len(corpus.documents)
 
     def segments(self, sample: int) -> list[Segment]:
-        """See `Order.segments`."""
         return [Segment(self.documents[sample], 0, self.length)]
 
     def samples_of(self, document: int, stop: int) -> np.ndarray:
-        """See `Order.samples_of`."""
         samples = np.array([document - self.documents.start], np.int64)
         return samples[(samples >= 0) & (samples < min(stop, self.num_samples))]
 
     def fingerprint(self) -> dict[str, object]:
-        """See `Order.fingerprint`."""
         return {"order": "stored"}
 
 

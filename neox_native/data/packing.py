@@ -43,7 +43,7 @@ class Stream(Protocol):
         """Samples that hold at least one token of a document, ascending, int64."""
 
 
-class PackedStream:
+class PackedStream(Stream):
     """A stream cut every S tokens.
 
     No sample index is stored: a binary search in the running total costs no more than reading the sample.
@@ -57,18 +57,12 @@ class PackedStream:
         self.document_order, self._end, self.seq_length = document_order, ends, seq_length
         self.num_samples = max(0, int(self._end[-1]) - 1) // seq_length if len(self._end) else 0
 
-    def start(self, sample: int) -> tuple[int, int]:
-        """Position in `document_order` and offset in that document of the sample's first token."""
-        if sample == 0:
-            return 0, 0
-        position = int(self._end.searchsorted(sample * self.seq_length, side="right"))
-        return position, sample * self.seq_length - (int(self._end[position - 1]) if position else 0)
-
     def segments(self, sample: int) -> list[Segment]:
         """See `Stream.segments`; always S + 1 tokens."""
-        position, offset = self.start(sample)
         stream_position = sample * self.seq_length
         stop = stream_position + self.seq_length + 1
+        position = int(self._end.searchsorted(stream_position, side="right"))
+        offset = stream_position - (int(self._end[position - 1]) if position else 0)
         found = []
         while stream_position < stop:
             length = min(int(self._end[position]), stop) - stream_position
@@ -79,7 +73,6 @@ class PackedStream:
         return found
 
     def samples_of(self, document: int) -> np.ndarray:
-        """See `Stream.samples_of`."""
         found = []
         for position in np.flatnonzero(self.document_order == document):
             start, stop = int(self._end[position - 1]) if position else 0, int(self._end[position])
@@ -100,7 +93,7 @@ def ends_in_stream(document_order: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return ends
 
 
-class WholeDocuments:
+class WholeDocuments(Stream):
     """A stream cut between documents: sample k has the documents at positions starts[k] to starts[k + 1]."""
 
     def __init__(self, document_order: np.ndarray, sizes: np.ndarray, seq_length: int, starts: np.ndarray) -> None:
@@ -108,12 +101,10 @@ class WholeDocuments:
         self.num_samples = len(starts) - 1
 
     def segments(self, sample: int) -> list[Segment]:
-        """See `Stream.segments`."""
         documents = self.document_order[self.starts[sample] : self.starts[sample + 1]].tolist()
         return [Segment(document, 0, min(int(self.sizes[document]), self.capacity)) for document in documents]
 
     def samples_of(self, document: int) -> np.ndarray:
-        """See `Stream.samples_of`."""
         positions = np.flatnonzero(self.document_order == document)
         samples = np.unique(self.starts.searchsorted(positions, side="right") - 1)
         return samples[samples < self.num_samples]

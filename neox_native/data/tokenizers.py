@@ -48,14 +48,7 @@ class Tokenizer(Protocol):
         """The text of some ids; bytes that are no UTF-8 become U+FFFD."""
 
 
-def encode_batch(tokenizer: Tokenizer, texts: list[str], allow_special: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of many texts end to end, u32 [sum of n], and the length of each, i64 [texts]."""
-    parts = [tokenizer.encode(text, allow_special) for text in texts]
-    lengths = np.array([len(part) for part in parts], np.int64)
-    return np.concatenate(parts) if parts else np.empty(0, np.uint32), lengths
-
-
-class TiktokenTokenizer:
+class TiktokenTokenizer(Tokenizer):
     """A tiktoken encoding behind the `Tokenizer` interface. What it is called fixes its ids for ever, so its hash is that of
     the name."""
 
@@ -67,18 +60,15 @@ class TiktokenTokenizer:
         self.vocab_size = encoding.n_vocab
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """See `Tokenizer.encode`."""
         allowed = self.encoding.special_tokens_set if allow_special else set()
         return self.encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
-        """See `Tokenizer.decode`."""
         return self.encoding.decode([int(token) for token in ids])
 
 
-class FileTokenizer:
-    """A Hugging Face byte-level BPE, its ids equal to the original's without the tokens that a template adds around
-    a text.
+class FileTokenizer(Tokenizer):
+    """A Hugging Face byte-level BPE, its ids equal to the original's without the tokens that a template adds around a text.
 
     tiktoken merges by rank, which is the index of the merge; a table turns ranks into ids and another ids into bytes.
     """
@@ -128,13 +118,11 @@ class FileTokenizer:
         return self._id_of_rank[ranks]
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
-        """See `Tokenizer.decode`."""
         return b"".join(self._bytes_of_id[int(token)] for token in ids).decode("utf-8", errors="replace")
 
 
 def byte_tokenizer() -> TiktokenTokenizer:
-    """257 ids: the 256 bytes and the end of a document. The pattern only bounds the pieces; nothing is ever
-    merged."""
+    """257 ids: the 256 bytes and the end of a document. The pattern only bounds the pieces; nothing is ever merged."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     special = {END_OF_DOCUMENT: 256}
     encoding = tiktoken.Encoding("byte", pat_str=r"[\s\S]{1,64}", mergeable_ranks=ranks, special_tokens=special)
@@ -150,9 +138,8 @@ def _named_encoding(name: str) -> TiktokenTokenizer:
     except OSError as error:
         raise OutOfReach(
             f"data.tokenizer = 'tiktoken:{name}' must be downloaded once and this machine cannot reach its server "
-            f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that a machine with access has filled, or "
-            'use "byte" '
-            "or a tokenizer.json."
+            f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that a machine with access has filled, or use "
+            '"byte" or a tokenizer.json.'
         ) from error
     return TiktokenTokenizer(f"tiktoken-{name}", encoding, encoding.eot_token)
 

@@ -78,8 +78,7 @@ def fitted(context: list[int], continuation: list[int], limit: int) -> Window:
 
 
 def accuracy(scorer: Scorer, tokenizer: Tokenizer, questions: list[Question]) -> dict[str, float | int]:
-    """Share of questions whose right choice has the highest log-probability, as it is (`acc`) and per byte
-    (`acc_norm`)."""
+    """Share of questions whose right choice has the highest log-probability, as it is (`acc`) and per byte (`acc_norm`)."""
     asked = [
         fitted(*pair(tokenizer, question.context, choice), scorer.context)
         for question in questions

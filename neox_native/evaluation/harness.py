@@ -18,8 +18,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:
     raise UserError(
-        "The tasks of lm-evaluation-harness need the package lm_eval, an optional extra: "
-        "pip install -e '.[eval]'."
+        "The tasks of lm-evaluation-harness need the package lm_eval, an optional extra: pip install -e '.[eval]'."
     ) from None
 
 DEFAULT_ANSWER_TOKENS = 256

@@ -157,8 +157,7 @@ class NeoxReader:
         if not fits:
             shapes = str(tuple(found)) if alike else " and ".join(sorted({str(tuple(shard.shape)) for shard in shards}))
             raise UserError(
-                f"{self.path}: {name} has shape {shapes} over {self.tp} ranks, the model that was "
-                f"described has {wanted}"
+                f"{self.path}: {name} has shape {shapes} over {self.tp} ranks, the model that was described has {wanted}"
                 + (
                     "; describe a vocabulary of at most that many rows, with --vocab-size or in --config with "
                     "model.vocab_size and model.vocab_multiple_of."

@@ -51,8 +51,7 @@ def _scalar(text: str) -> Any:
 
 
 def model_from_yaml(files: list[Path], vocab_size: int) -> Model:
-    """The [model] section of a checkpoint of GPT-NeoX, with its defaults. Raises `UserError` for what we cannot
-    express.
+    """The [model] section of a checkpoint of GPT-NeoX, with its defaults. Raises `UserError` for what we cannot express.
 
     Args:
         files: its YAML files; a later one overrides.

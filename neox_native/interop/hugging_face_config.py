@@ -70,8 +70,7 @@ def to_config(model: Model, dtype: torch.dtype, eod_id: int | None, tokenizer: s
     problems = inexpressible(model)
     if problems:
         raise UserError(
-            f"Hugging Face's GPTNeoXForCausalLM cannot express {'; '.join(problems)}; "
-            "keep this model in our own format."
+            f"Hugging Face's GPTNeoXForCausalLM cannot express {'; '.join(problems)}; keep this model in our own format."
         )
     kept = {"tokenizer": tokenizer} if tokenizer == "byte" or tokenizer.startswith("tiktoken:") else {}
     return {

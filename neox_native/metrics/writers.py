@@ -27,8 +27,7 @@ OF_A_STEP = ("evaluation", "bad step", "empty step")
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of metrics.jsonl. A loss or norm that is not finite is written as null, because JSON has no word for
-    it."""
+    """One line of metrics.jsonl. A loss or norm that is not finite is written as null, because JSON has no word for it."""
 
     step: int
     loss: float

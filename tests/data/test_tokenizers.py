@@ -18,7 +18,7 @@ import tokenizers
 
 from neox_native.data.bpe_file import BYTE_OF_CHARACTER, nfc
 from neox_native.data.preparation import documents
-from neox_native.data.tokenizers import END_OF_DOCUMENT, Tokenizer, encode_batch, load_tokenizer
+from neox_native.data.tokenizers import END_OF_DOCUMENT, Tokenizer, load_tokenizer
 from neox_native.errors import UserError
 
 TEXTS = ["", "a", "def f(x):\n\treturn x\n", "ä€😀\u0000\r\n", "x" * 1000, "\n" * 70, END_OF_DOCUMENT]
@@ -51,13 +51,6 @@ def test_a_document_injects_the_end_of_document_only_when_allowed() -> None:
     assert tokenizer.eod_id == 256 and tokenizer.vocab_size == 257
     assert tokenizer.eod_id not in tokenizer.encode(f"a{END_OF_DOCUMENT}b")
     assert tokenizer.encode(f"a{END_OF_DOCUMENT}b", allow_special=True).tolist() == [97, 256, 98]
-
-
-def test_a_batch_is_its_texts_end_to_end() -> None:
-    tokenizer = load_tokenizer("byte")
-    ids, lengths = encode_batch(tokenizer, TEXTS)
-    assert bytes(ids.astype("u1")) == "".join(TEXTS).encode() and lengths.tolist() == [len(t.encode()) for t in TEXTS]
-    assert [len(part) for part in encode_batch(tokenizer, [])] == [0, 0]
 
 
 def test_an_unknown_tokenizer_is_refused() -> None:

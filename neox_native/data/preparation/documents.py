@@ -42,8 +42,6 @@ LETTERS = r"0-9A-Za-z\u0410-\u044f\u0621-\u063a\u0641-\u064a\u3041-\u3096\u30a1-
 every version of Unicode."""
 LAST_CUT = re.compile(rf"(?s:.*)(?:(?<=\S)(?=[ \t])|(?<=[{LETTERS}])(?=[\r\n、。，]))")
 """Where text may be cut, see [Note: exact cuts]; matches up to the last such place."""
-
-
 BYTE_ORDER_MARK = "\ufeff"
 """Begins files of some editors, and lines where such files were joined."""
 
@@ -73,8 +71,7 @@ def is_kind(path: str, ending: str) -> bool:
 
 
 def find_files(inputs: list[str]) -> list[str]:
-    """Files that paths, folders and globs name, in the order given; within a folder or glob sorted, hidden ones left
-    out.
+    """Files that paths, folders and globs name, in the order given; within a folder or glob sorted, hidden ones left out.
 
     Raises `UserError` for an input that names nothing.
     """
@@ -211,13 +208,6 @@ def _decoded(file: BinaryIO) -> Iterator[str]:
         raise BadLine("not UTF-8") from error
 
 
-def _utf8(text: bytes) -> str:
-    try:
-        return text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadLine("not UTF-8") from error
-
-
 def text_of_line(line: bytes, key: str) -> str:
     """The document of a .jsonl line. Raises `BadLine` with the reason where there is none."""
     return _text(_object(line), key)
@@ -242,9 +232,10 @@ def prompt_and_response(line: bytes, template: str, key: str) -> tuple[str, str]
 
 
 def _object(line: bytes) -> dict[str, object]:
-    text = _utf8(line)
     try:
-        content = json.loads(text.removeprefix(BYTE_ORDER_MARK))
+        content = json.loads(line.decode("utf-8").removeprefix(BYTE_ORDER_MARK))
+    except UnicodeDecodeError as error:
+        raise BadLine("not UTF-8") from error
     except RecursionError as error:
         raise BadLine("nested too deeply") from error
     except ValueError as error:  # not JSON, or a number that Python refuses to read

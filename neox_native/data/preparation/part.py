@@ -14,7 +14,7 @@ import numpy as np
 from neox_native.data.indexed import IGNORED, IndexedWriter, token_dtype
 from neox_native.data.preparation import documents
 from neox_native.data.preparation.documents import BadLine, Piece
-from neox_native.data.tokenizers import encode_batch, load_tokenizer
+from neox_native.data.tokenizers import load_tokenizer
 from neox_native.durable import write_whole
 
 EMPTY = "empty"
@@ -38,8 +38,7 @@ class Recipe:
     allow_special: bool = False
     """Give a text that spells a special token that token's id."""
     prompt: str = ""
-    """Template over the keys of a line: with it a line is a prompt and a response, and label files are written
-    too."""
+    """Template over the keys of a line: with it a line is a prompt and a response, and label files are written too."""
     response_key: str = "response"
     """Key of the response, which alone is to be predicted."""
     max_line_bytes: int = documents.LONGEST_LINE_BYTES
@@ -123,11 +122,12 @@ class PartWriter:
 
     def _add(self, *texts: str) -> None:
         """Texts of the open document; of several, only the last is to be predicted."""
-        ids, lengths = encode_batch(self.tokenizer, list(texts), self.recipe.allow_special)
+        parts = [self.tokenizer.encode(text, self.recipe.allow_special) for text in texts]
+        ids = np.concatenate(parts)
         self.tokens.add(ids)
         if self.labels:
             labels = ids.astype(np.int32)
-            labels[: lengths[:-1].sum()] = IGNORED
+            labels[: len(ids) - len(parts[-1])] = IGNORED
             self.labels.add(labels)
         self.report.text_bytes += sum(len(text.encode()) for text in texts)
 

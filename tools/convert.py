@@ -147,9 +147,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         return added
 
     export = command("to-hf", to_hf, "CHECKPOINT", "a checkpoint of ours, or a run's folder: its newest one")
-    export.add_argument(
-        "--dtype", choices=DTYPES, default="fp32", help="type of the written weights (default: fp32, exact)"
-    )
+    export.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the written weights (default: fp32, exact)")
     export.add_argument(
         "--shard-gb",
         type=number_above(0),

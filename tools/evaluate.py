@@ -60,9 +60,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--documents", type=whole(0), default=0, metavar="N", help="read the first N documents of --data (default: 0, all)"
     )
     parser.add_argument("--include-path", metavar="FOLDER", help="more tasks for lm-evaluation-harness")
-    parser.add_argument(
-        "--limit", type=whole(1), metavar="N", help="the first N questions of each harness task (default: all)"
-    )
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="the first N questions of each harness task (default: all)")
     parser.add_argument(
         "--num-fewshot",
         type=whole(0),

@@ -35,13 +35,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     text.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="text to go on from; may be given several times"
     )
-    text.add_argument("--prompts", type=Path, metavar="FILE", help='a file: one prompt per line, or .jsonl with {"prompt": ...}')
+    text.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='a file: one prompt per line, or .jsonl with {"prompt": ...}'
+    )
     add_generation_options(parser.add_argument_group("generation"))
     shown = parser.add_argument_group("output")
     shown.add_argument("--json", action="store_true", help="one JSON object per answer")
-    shown.add_argument(
-        "--logprobs", action="store_true", help="with the log-probability of every token (in the JSON objects)"
-    )
+    shown.add_argument("--logprobs", action="store_true", help="with the log-probability of every token (in the JSON objects)")
     return parser.parse_args(arguments)
 
 
@@ -82,12 +82,8 @@ def add_generation_options(how: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="above 1: tokens that occurred become less likely (default: 1, none)",
     )
-    how.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given several times"
-    )
-    how.add_argument(
-        "--seed", type=whole(), default=DEFAULTS.seed, metavar="N", help="of the draws (default: %(default)s)"
-    )
+    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given several times")
+    how.add_argument("--seed", type=whole(), default=DEFAULTS.seed, metavar="N", help="of the draws (default: %(default)s)")
     how.add_argument(
         "--samples", type=whole(1), default=LIMITS.samples, metavar="N", help="answers to each prompt (default: 1)"
     )
@@ -142,9 +138,7 @@ def show(rows: list[Row], prompts: list[str], options: argparse.Namespace) -> No
         if options.json or options.logprobs:
             print(as_json(row, prompt, options.logprobs), flush=True)
         else:
-            print(
-                f"--- prompt {row.prompt + 1}, sample {row.sample + 1} ({row.finish})\n{prompt}{row.text}", flush=True
-            )
+            print(f"--- prompt {row.prompt + 1}, sample {row.sample + 1} ({row.finish})\n{prompt}{row.text}", flush=True)
 
 
 def main(arguments: list[str]) -> None:

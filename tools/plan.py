@@ -130,9 +130,7 @@ def parser() -> argparse.ArgumentParser:
     find = command("search", search_layouts, "the run's config; its layout is what is searched")
     find.add_argument("--gpus", type=whole(1), required=True, metavar="N", help="GPUs of the run")
     find.add_argument("--gpu", required=True, metavar="NAME", help="their kind, such as H100")
-    find.add_argument(
-        "--gpus-per-node", type=whole(1), default=8, metavar="N", help="GPUs that fast links join (default: 8)"
-    )
+    find.add_argument("--gpus-per-node", type=whole(1), default=8, metavar="N", help="GPUs that fast links join (default: 8)")
     find.add_argument("--hardware", metavar="FILE", help="a file that calibrate wrote (default: the built-in devices)")
     find.add_argument("--top", type=whole(1), default=5, metavar="N", help="layouts to print (default: 5)")
     find.add_argument("--write", metavar="FILE", help="write the config with the best layout here")

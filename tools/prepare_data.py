@@ -45,9 +45,7 @@ def parser() -> argparse.ArgumentParser:
         "--key", default="text", metavar="KEY", help="key of a .jsonl line that holds the document (default: text)"
     )
     options.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    options.add_argument(
-        "--allow-special", action="store_true", help="let texts that spell special tokens have their ids"
-    )
+    options.add_argument("--allow-special", action="store_true", help="let texts that spell special tokens have their ids")
     options.add_argument(
         "--prompt",
         default="",
@@ -93,7 +91,9 @@ def main(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     output = Path(options.output)
     if not output.name or options.output.endswith("/") or output.is_dir():
-        raise UserError(f"--output {options.output!r} is a folder; give the common prefix of the files, such as {output / 'text'}.")
+        raise UserError(
+            f"--output {options.output!r} is a folder; give the common prefix of the files, such as {output / 'text'}."
+        )
     if options.merge:
         tokens = merge([Path(prefix) for prefix in options.merge], output)
         told = "" if Path(f"{output}{SUFFIX}").exists() else "; not each of them tells its tokenizer, so the result does not"

@@ -103,9 +103,7 @@ def main(arguments: list[str]) -> None:
     """Print the drawing."""
     parser = Parser(description=__doc__)
     parser.add_argument("--format", choices=("text", "svg"), default="text", help="(default: text)")
-    parser.add_argument(
-        "--gpu", metavar="NAME", help="draw to scale with the times predicted on this device, such as H100"
-    )
+    parser.add_argument("--gpu", metavar="NAME", help="draw to scale with the times predicted on this device, such as H100")
     parser.add_argument(
         "--gpus-per-node",
         type=whole(1),

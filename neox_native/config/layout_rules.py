@@ -93,9 +93,7 @@ def tensor_parallel(config: Config, world_size: int) -> Iterator[str]:
         cut.append(("model.seq_length", model.seq_length, ", or parallel.sequence_parallel = false"))
     for name, size, way_out in cut:
         if size % tp:
-            yield (
-                f"parallel.tp = {tp} does not divide {name} = {size}; set parallel.tp to a divisor of {size}{way_out}."
-            )
+            yield f"parallel.tp = {tp} does not divide {name} = {size}; set parallel.tp to a divisor of {size}{way_out}."
     heads, shared, rows = model.num_heads, model.kv_heads, model.padded_vocab_size
     if heads % tp == 0 and shared % tp and tp % shared:
         fitting = [d for d in range(1, heads + 1) if heads % d == 0 and (shared % d == 0 or d % shared == 0)]

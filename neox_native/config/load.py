@@ -75,8 +75,7 @@ def from_command_line(arguments: Sequence[str], about: str | None = None) -> Con
     path = "".join(paths)
     if not path:
         raise UserError(
-            "No config file given: say --config FILE, for example --config configs/quickstart.toml; "
-            "--help lists every setting."
+            "No config file given: say --config FILE, for example --config configs/quickstart.toml; --help lists every setting."
         )
     return load(path, rest)
 
@@ -193,8 +192,7 @@ def _overrides(words: Sequence[str]) -> dict[str, Any]:
         dotted, equals, text = words[position].removeprefix("--").partition("=")
         if not words[position].startswith("--"):
             raise UserError(
-                f"{words[position]!r} on the command line is no setting: write --SECTION.NAME VALUE, "
-                "such as --parallel.tp 2."
+                f"{words[position]!r} on the command line is no setting: write --SECTION.NAME VALUE, such as --parallel.tp 2."
             )
         setting = _setting(dotted, COMMAND_LINE)
         position += 1
@@ -223,6 +221,5 @@ def _setting(dotted: str, source: Path | str) -> Setting:
 
 def _wrong_type(setting: Setting, value: str, source: Path | str) -> UserError:
     return UserError(
-        f"{source}: {setting.dotted} = {value} must be {describe(setting.annotation)}, "
-        f"such as {to_toml(setting.default)}."
+        f"{source}: {setting.dotted} = {value} must be {describe(setting.annotation)}, such as {to_toml(setting.default)}."
     )

@@ -111,9 +111,7 @@ def learning_rate(config: Config) -> Iterator[str]:
     """The schedule's parts fit into it."""
     lr, schedule = config.optimizer.lr, config.lr_schedule
     if schedule.min_lr > lr:
-        yield (
-            f"lr_schedule.min_lr = {schedule.min_lr} is above the peak, optimizer.lr = {lr}; lower it, or raise the peak."
-        )
+        yield f"lr_schedule.min_lr = {schedule.min_lr} is above the peak, optimizer.lr = {lr}; lower it, or raise the peak."
     both = schedule.warmup_fraction + schedule.cooldown_fraction
     if schedule.kind == "wsd" and both > 1:
         yield (

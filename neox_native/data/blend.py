@@ -52,9 +52,7 @@ class Blend:
         early = np.maximum(self._starts - WARMUP_SAMPLES, 0)
         blocks = np.array_split(np.arange(len(early)), -(-len(early) // LANES_AT_ONCE))
         counts = rounded_shares(self.weights, early)
-        counts = np.concatenate(
-            [advance(self.weights, counts[lanes], early[lanes], WARMUP_SAMPLES)[0] for lanes in blocks]
-        )
+        counts = np.concatenate([advance(self.weights, counts[lanes], early[lanes], WARMUP_SAMPLES)[0] for lanes in blocks])
         counts[0] = 0
         return counts
 

@@ -114,9 +114,7 @@ def read_bpe_file(content: Any, name: str) -> BpeFile:
         raise refuse(f"its normalizer is {normalizer.get('type')!r}, only NFC or none is supported")
     words = _words(content.get("pre_tokenizer") or {})
     if words is None:
-        raise refuse(
-            "its pre_tokenizer is neither ByteLevel without a prefix space nor one Split by a pattern before it"
-        )
+        raise refuse("its pre_tokenizer is neither ByteLevel without a prefix space nor one Split by a pattern before it")
     special, runs = {}, {}
     for token in content.get("added_tokens") or []:
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):

@@ -71,9 +71,7 @@ def parse_split(split: str) -> list[float]:
     except ValueError:
         shares = []
     if not 1 <= len(shares) <= 3 or not all(0 <= share < float("inf") for share in shares) or not sum(shares):
-        raise UserError(
-            f'data.split = {split!r} must be one to three shares that are not all zero, such as "969,30,1".'
-        )
+        raise UserError(f'data.split = {split!r} must be one to three shares that are not all zero, such as "969,30,1".')
     return shares + [0.0] * (3 - len(shares))
 
 

@@ -226,9 +226,7 @@ class Mixture(Dataset):
     def __init__(self, make: Callable[[int, int], TokenDataset], weights: list[float], num_samples: int) -> None:
         self.blend, self.num_samples = Blend(weights, num_samples), num_samples
         shares = [weight / sum(weights) for weight in weights]
-        wanted = [
-            max(math.ceil(num_samples * share * 1.005), int(count)) for share, count in zip(shares, self.blend.counts())
-        ]
+        wanted = [max(math.ceil(num_samples * share * 1.005), int(count)) for share, count in zip(shares, self.blend.counts())]
         self.datasets = [make(number, count) for number, count in enumerate(wanted)]
         self.reading = self.datasets[0].reading
         for dataset, count in zip(self.datasets, self.blend.counts()):
@@ -256,9 +254,7 @@ class Mixture(Dataset):
     def samples_of(self, prefix: str, document: int, stop: int) -> np.ndarray:
         found = []
         for number, (dataset, count) in enumerate(zip(self.datasets, self.blend.counts())):
-            found += [
-                self.blend.stream_sample(number, int(own)) for own in dataset.samples_of(prefix, document, int(count))
-            ]
+            found += [self.blend.stream_sample(number, int(own)) for own in dataset.samples_of(prefix, document, int(count))]
         samples = np.array(sorted(found), np.int64)
         return samples[samples < stop]
 

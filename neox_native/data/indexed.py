@@ -78,9 +78,7 @@ class IndexedDataset:
         if num_starts == 1:
             self.document_starts = np.arange(num_sequences + 1)
         self._tokens = (
-            np.memmap(self.bin_path, self.dtype, mode="r").view(np.ndarray)
-            if self.num_bytes
-            else np.empty(0, self.dtype)
+            np.memmap(self.bin_path, self.dtype, mode="r").view(np.ndarray) if self.num_bytes else np.empty(0, self.dtype)
         )
 
     def _check_sizes(self) -> None:
@@ -120,7 +118,9 @@ class IndexedDataset:
             before = int(piece[-1])
         span = [int(start) for start in starts[:: max(1, len(starts) - 1)]]
         if span not in ([0], [0, len(self)]):
-            raise self._damaged(f"has {len(self):,} sequences, but its documents go from {' to '.join(map(str, span)) or 'none'}")
+            raise self._damaged(
+                f"has {len(self):,} sequences, but its documents go from {' to '.join(map(str, span)) or 'none'}"
+            )
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"data: {self.idx_path} {what}; it is damaged, prepare it again.")
@@ -154,8 +154,7 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
         raise UserError(f"data: {path} starts with {head[:9]!r} instead of {MAGIC!r}; it is no token index file.")
     if len(head) < HEADER.size:
         raise UserError(
-            f"data: {path} is truncated: {len(head)} bytes, its header alone takes {HEADER.size}; copy or prepare it "
-            "again."
+            f"data: {path} is truncated: {len(head)} bytes, its header alone takes {HEADER.size}; copy or prepare it again."
         )
     _, version, code, num_sequences, num_starts = HEADER.unpack(head)
     if version != VERSION:
@@ -167,14 +166,11 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
         )
     expected = HEADER.size + 12 * num_sequences + 8 * num_starts
     if file_size == expected + num_sequences and num_sequences:
-        raise UserError(
-            f"data: {path} carries a mode for each sequence (a Megatron multimodal file); only text is read."
-        )
+        raise UserError(f"data: {path} carries a mode for each sequence (a Megatron multimodal file); only text is read.")
     if file_size != expected:
         state = "truncated" if file_size < expected else "too long"
         raise UserError(
-            f"data: {path} is {state}: it has {file_size:,} bytes, its header describes {expected:,}; copy or "
-            "prepare it again."
+            f"data: {path} is {state}: it has {file_size:,} bytes, its header describes {expected:,}; copy or prepare it again."
         )
     return np.dtype(DTYPES[code]).newbyteorder("<"), num_sequences, num_starts
 
@@ -258,9 +254,7 @@ class IndexedWriter:
             while block := file.read(1 << 24):
                 self._bin.write(block)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with self._stack:
             if kind is None:
                 assert not self._open_size, "end_document() closes every document"

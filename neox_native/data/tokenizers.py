@@ -76,13 +76,9 @@ class FileTokenizer(Tokenizer):
     def __init__(self, name: str, file: BpeFile, sha256: str, raw: bytes) -> None:
         self.name, self.vocab_size, self._normalise = name, len(file.bytes_of_id), nfc if file.has_nfc else str
         self.sha256, self.file = sha256, raw
-        eod = [
-            file.special[text] for text in (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>") if text in file.special
-        ]
+        eod = [file.special[text] for text in (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>") if text in file.special]
         if not eod:
-            raise UserError(
-                f"data.tokenizer: {name} has no special token {END_OF_DOCUMENT!r} (or the like) to end documents."
-            )
+            raise UserError(f"data.tokenizer: {name} has no special token {END_OF_DOCUMENT!r} (or the like) to end documents.")
         self.eod_id = eod[0]
         self._special = file.special
         by_length = sorted(file.special, key=len, reverse=True)
@@ -90,9 +86,7 @@ class FileTokenizer(Tokenizer):
         # Without a special token tiktoken would look for the empty one at every character, at half the speed.
         unused = {END_OF_DOCUMENT: len(file.id_of_rank)}
         try:
-            self._encoding = tiktoken.Encoding(
-                name, pat_str=file.pattern, mergeable_ranks=file.ranks, special_tokens=unused
-            )
+            self._encoding = tiktoken.Encoding(name, pat_str=file.pattern, mergeable_ranks=file.ranks, special_tokens=unused)
         except ValueError as error:
             raise UserError(
                 f"data.tokenizer: the pattern of {name} is no regular expression that can be used ({error}); use another "
@@ -107,10 +101,7 @@ class FileTokenizer(Tokenizer):
             return self._encode_plain(text)
         parts = self._special_pattern.split(text)
         return np.concatenate(
-            [
-                np.array([self._special[part]], np.uint32) if n % 2 else self._encode_plain(part)
-                for n, part in enumerate(parts)
-            ]
+            [np.array([self._special[part]], np.uint32) if n % 2 else self._encode_plain(part) for n, part in enumerate(parts)]
         )
 
     def _encode_plain(self, text: str) -> np.ndarray:
@@ -154,8 +145,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise UserError(
-            f'data.tokenizer = {name!r} is neither "byte" nor "tiktoken:NAME" nor the path of a tokenizer.json '
-            "that exists."
+            f'data.tokenizer = {name!r} is neither "byte" nor "tiktoken:NAME" nor the path of a tokenizer.json that exists.'
         )
     raw = read_bytes(path, limit=MOST_BYTES_OF_A_FILE)
     try:

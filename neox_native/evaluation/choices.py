@@ -36,9 +36,7 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             question = Question(**json.loads(line))
-            valid = isinstance(question.context, str) and all(
-                isinstance(choice, str) and choice for choice in question.choices
-            )
+            valid = isinstance(question.context, str) and all(isinstance(choice, str) and choice for choice in question.choices)
             valid = valid and 0 <= question.answer < len(question.choices)
         except (TypeError, ValueError):
             valid = False

@@ -138,9 +138,7 @@ def evaluate_tasks(
             f"--tasks: lm-evaluation-harness has no task {', '.join(unknown)}; its own are listed by `lm_eval ls "
             "tasks`, others are found with --include-path, and a file of questions ends in .jsonl."
         )
-    found = simple_evaluate(
-        model, tasks=names, task_manager=manager, limit=limit, num_fewshot=num_fewshot, bootstrap_iters=0
-    )
+    found = simple_evaluate(model, tasks=names, task_manager=manager, limit=limit, num_fewshot=num_fewshot, bootstrap_iters=0)
     return {
         task: {metric.removesuffix(",none"): value for metric, value in metrics.items() if metric != "alias"}
         for task, metrics in found["results"].items()

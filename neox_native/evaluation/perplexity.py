@@ -57,9 +57,7 @@ def measure(scorer: Scorer, documents: Iterable[np.ndarray], stride: int, tokeni
         tokenizer: reads bytes and words off the predicted tokens; the ends of documents are no text.
     """
     if not 1 <= stride <= scorer.context:
-        raise UserError(
-            f"stride = {stride} must lie between 1 and the model's context, model.seq_length = {scorer.context}."
-        )
+        raise UserError(f"stride = {stride} must lie between 1 and the model's context, model.seq_length = {scorer.context}.")
     total = Perplexity()
 
     def all_windows() -> Iterator[Window]:

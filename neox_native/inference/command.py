@@ -32,11 +32,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help='"byte", the path of a tokenizer.json, or "tiktoken:NAME" (default: the checkpoint\'s own)',
     )
+    group.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of weights and activations (default: fp32)")
     group.add_argument(
-        "--dtype", choices=DTYPES, default="fp32", help="type of weights and activations (default: fp32)"
-    )
-    group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to run on (default: auto, a GPU where there is one)"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="what to run on (default: auto, a GPU where there is one)",
     )
     group.add_argument(
         "--tp",
@@ -45,9 +46,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="tensor-parallel degree; more than one needs torchrun (default: the processes divided by --pp)",
     )
     group.add_argument("--pp", type=whole(1), default=1, metavar="RANKS", help="pipeline-parallel degree (default: 1)")
-    group.add_argument(
-        "--batch-size", type=whole(1), default=8, metavar="N", help="sequences of one forward pass (default: 8)"
-    )
+    group.add_argument("--batch-size", type=whole(1), default=8, metavar="N", help="sequences of one forward pass (default: 8)")
 
 
 @contextmanager
@@ -59,9 +58,7 @@ def model_from(options: argparse.Namespace) -> Iterator[Loaded]:
     start_process_group(device, launch)
     try:
         tp = options.tp or max(1, launch.world_size // options.pp)
-        yield load_model(
-            options.checkpoint, inference_mesh(options.pp, tp, launch.world_size, device), options.dtype, device
-        )
+        yield load_model(options.checkpoint, inference_mesh(options.pp, tp, launch.world_size, device), options.dtype, device)
     finally:
         leave_process_group()
 

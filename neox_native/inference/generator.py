@@ -124,8 +124,7 @@ class Generator:
             for sample in range(limits.samples)
         ]
         generators = [
-            torch.Generator().manual_seed(seed_of(sampling.seed, f"prompt {row.prompt} sample {row.sample}"))
-            for row in rows
+            torch.Generator().manual_seed(seed_of(sampling.seed, f"prompt {row.prompt} sample {row.sample}")) for row in rows
         ]
         longest = max(row.prompt_length for row in rows) + limits.max_new_tokens
         cache = Cache(min(longest, self.model.seq_length), self.device) if self.use_cache else None
@@ -134,9 +133,7 @@ class Generator:
         while True:
             uniform_B = None
             if sampling.temperature > 0:
-                uniform_B = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(
-                    self.device
-                )
+                uniform_B = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(self.device)
             tokens_B = self._next(logits, sampling, seen_BV, uniform_B, len(rows))
             logprobs = self._logprobs(logits, tokens_B).tolist() if limits.logprobs else None
             for number, token in enumerate(tokens_B.tolist()):

@@ -65,7 +65,9 @@ def load_model(path: str | Path, mesh: Mesh, dtype: str, device: torch.device) -
     ranks = Ranks()
     with ranks.together(f"Opening {path}"):
         source = _open(Path(path))
-        model = source.model if isinstance(source, HuggingFaceReader) else checkpoints.model_of(files.read_metadata(source), source)
+        model = (
+            source.model if isinstance(source, HuggingFaceReader) else checkpoints.model_of(files.read_metadata(source), source)
+        )
     if not isinstance(source, HuggingFaceReader):
         checkpoints.require_held(model, source, ranks)
     part = _empty_part(model, mesh, dtype, device)

@@ -120,9 +120,7 @@ class _ReadWhenAsked(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def write_checkpoint(
-    path: Path, model: Model, read: Read, about: dict[str, Any], beside: Mapping[str, bytes] = {}
-) -> None:
+def write_checkpoint(path: Path, model: Model, read: Read, about: dict[str, Any], beside: Mapping[str, bytes] = {}) -> None:
     """Write weights alone as a checkpoint, by this process, with one tensor in memory at a time.
 
     Args:

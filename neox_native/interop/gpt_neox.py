@@ -109,15 +109,11 @@ class NeoxReader:
                 "is no checkpoint of GPT-NeoX."
             )
         tp = 1 + max(rank for _, rank in found)
-        missing = [
-            (entry, rank) for entry in {entry for entry, _ in found} for rank in range(tp) if (entry, rank) not in found
-        ]
+        missing = [(entry, rank) for entry in {entry for entry, _ in found} for rank in range(tp) if (entry, rank) not in found]
         if missing:
             entry, rank = missing[0]
             what = f"mp_rank_{rank:02}" if entry is None else f"layer_{entry:02}-model_{rank:02}"
-            raise UserError(
-                f"{self.path} misses {what}_model_states.pt ({len(missing)} files in all) of tensor-parallel {tp}."
-            )
+            raise UserError(f"{self.path} misses {what}_model_states.pt ({len(missing)} files in all) of tensor-parallel {tp}.")
         return found
 
     def _shards(self, name: str) -> list[Tensor]:

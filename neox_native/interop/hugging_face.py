@@ -93,9 +93,7 @@ class HuggingFaceReader:
             weight_map = {name: self.path / shard for name, shard in shards.items()}
             missing = sorted({shard.name for shard in weight_map.values() if not shard.is_file()})
             if missing:
-                raise UserError(
-                    f"{self.path} misses the shards {', '.join(missing)} that its index names; copy them too."
-                )
+                raise UserError(f"{self.path} misses the shards {', '.join(missing)} that its index names; copy them too.")
         else:
             single = self.path / "model.safetensors"
             if not single.is_file():
@@ -112,9 +110,7 @@ class HuggingFaceReader:
         absent, surplus = sorted(set(self.shapes) - set(ours)), sorted(set(ours) - set(self.shapes))
         if absent or surplus:
             what = [f"misses {absent[0]} ({len(absent)} in all)"] if absent else []
-            what += (
-                [f"has {surplus[0]} ({len(surplus)} in all), which its config.json has no place for"] if surplus else []
-            )
+            what += [f"has {surplus[0]} ({len(surplus)} in all), which its config.json has no place for"] if surplus else []
             raise UserError(f"{self.path} {' and '.join(what)}; it is not a whole GPTNeoXForCausalLM.")
         return ours
 
@@ -255,12 +251,8 @@ def _write_weights(
     with ranks.together(doing):
         if ranks.is_first:
             sizes = {name: size for each in held for name, size in each.items()}
-            weight_map = {
-                hugging_face_name(name): file for shard, file in zip(shards, file_names) for name in shard.names
-            }
-            files.write_json(
-                folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            )
+            weight_map = {hugging_face_name(name): file for shard, file in zip(shards, file_names) for name in shard.names}
+            files.write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
 def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:

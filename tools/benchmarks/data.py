@@ -130,9 +130,7 @@ def reading(folder: Path) -> list[tuple[str, str]]:
     def neox() -> None:
         first_batch(open_big_corpus(big, "neox", FAR_SAMPLE + BATCH, str(folder / "orders")), FAR_SAMPLE)
 
-    rows.append(
-        (f"first start of a run of {far.removeprefix('sample ')} samples, order neox", f"{seconds_of(neox):.0f} s")
-    )
+    rows.append((f"first start of a run of {far.removeprefix('sample ')} samples, order neox", f"{seconds_of(neox):.0f} s"))
     rows.append((f"resume at {far}, order neox: index and first batch", f"{seconds_of(neox):.2f} s"))
     return rows
 

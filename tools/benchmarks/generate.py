@@ -67,9 +67,7 @@ def run(
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "model"
             shapes = parameter_shapes(model)
-            write_folder(
-                folder, model, shapes, lambda n: initialize.draw(n, cards(model)[n], 0), Ranks(), DTYPES[dtype]
-            )
+            write_folder(folder, model, shapes, lambda n: initialize.draw(n, cards(model)[n], 0), Ranks(), DTYPES[dtype])
             cached = {"ours": ours(folder, dtype, device, True), **hugging_face(folder, dtype, device)}
             uncached = {"ours without a cache": ours(folder, dtype, device, False)}
         columns = []
@@ -93,9 +91,7 @@ def table(columns: list[dict[str, list[float]]], batch_sizes: tuple[int, ...], t
     ]
     for name in columns[0]:
         medians = [statistics.median(column[name]) for column in columns]
-        lines.append(
-            f"| {name} | " + " | ".join(f"{b * new_tokens / m:,.1f}" for b, m in zip(batch_sizes, medians)) + " |"
-        )
+        lines.append(f"| {name} | " + " | ".join(f"{b * new_tokens / m:,.1f}" for b, m in zip(batch_sizes, medians)) + " |")
     for name in list(columns[0])[1:]:
         ratios = [statistics.median(t / o for t, o in zip(column[name], column["ours"])) for column in columns]
         lines.append(f"| speed-up over {name} | " + " | ".join(f"{ratio:.2f} x" for ratio in ratios) + " |")
@@ -147,9 +143,7 @@ def hugging_face(folder: Path, dtype: str, device: torch.device) -> dict[str, Co
     return {f"transformers {transformers.__version__}": answer}
 
 
-def measure(
-    contenders: dict[str, Contender], prompts: list[list[int]], new_tokens: int, rounds: int
-) -> dict[str, list[float]]:
+def measure(contenders: dict[str, Contender], prompts: list[list[int]], new_tokens: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each contender in every round; they take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):

@@ -190,10 +190,17 @@ def run(config_path: Path = CONFIGS_FOLDER / "quickstart.toml", steps: int = 10,
         for name, rounds in found.items()
     }
     reference = medians[DDP]
-    lines = ["| | tokens/s | x DDP | peak MB per rank | MB sent per rank and step | closed form | loss |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | tokens/s | x DDP | peak MB per rank | MB sent per rank and step | closed form | loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, rounds in found.items():
         peak = max(rank.peak_bytes for ranks in rounds for rank in ranks) / 1e6
-        loss, sent, predicted = (max(getattr(rank, what) for rank in rounds[0]) for what in ("loss", "sent_bytes", "predicted_bytes"))
+        loss, sent, predicted = (
+            max(getattr(rank, what) for rank in rounds[0]) for what in ("loss", "sent_bytes", "predicted_bytes")
+        )
         volume = "| |" if name == DDP else f"{sent / 1e6:.3f} | {predicted / 1e6:.3f} |"
-        lines.append(f"| {name} | {tokens / medians[name]:,.0f} | {reference / medians[name]:.2f} | {peak:.0f} | {volume} {loss:.6f} |")
+        lines.append(
+            f"| {name} | {tokens / medians[name]:,.0f} | {reference / medians[name]:.2f} | {peak:.0f} | {volume} {loss:.6f} |"
+        )
     return "\n".join(lines)

@@ -82,9 +82,7 @@ def find_files(inputs: list[str]) -> list[str]:
             paths = sorted(p for p in path.rglob("*") if p.is_file())
             files = [str(p) for p in paths if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         else:
-            files = (
-                [name] if path.is_file() else sorted(f for f in glob.glob(name, recursive=True) if Path(f).is_file())
-            )
+            files = [name] if path.is_file() else sorted(f for f in glob.glob(name, recursive=True) if Path(f).is_file())
         if not files:
             raise UserError(f"--input {name!r} names no file; give files, folders or quoted globs.")
         if not path.is_dir():
@@ -219,8 +217,7 @@ def check_template(template: str) -> None:
         template.format(**{name: "" for _, name, _, _ in string.Formatter().parse(template) if name})
     except (ValueError, LookupError, AttributeError) as error:
         raise UserError(
-            f"--prompt {template!r} is no template ({error}); write keys as {{key}} and braces that stand for "
-            "themselves twice."
+            f"--prompt {template!r} is no template ({error}); write keys as {{key}} and braces that stand for themselves twice."
         ) from error
 
 

@@ -103,9 +103,7 @@ def prepare(
     documents.check_template(recipe.prompt)
     files = documents.find_files(inputs)
     if recipe.prompt and not all(documents.is_jsonl(file) for file in files):
-        raise UserError(
-            "--prompt reads prompts and responses from .jsonl files, but the inputs hold others; leave those out."
-        )
+        raise UserError("--prompt reads prompts and responses from .jsonl files, but the inputs hold others; leave those out.")
     parts = documents.cut_into_parts(files)
     stats = {file: [Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in files}
     settings = {**asdict(recipe), "tokenizer": tokenizer.name}
@@ -235,8 +233,7 @@ def join(prefixes: list[Path], output: Path, about: dict[str, Any] | None = None
             source = IndexedDataset(prefix)
             if source.dtype != first.dtype:
                 raise UserError(
-                    f"{prefix} stores {source.dtype} tokens and {prefixes[0]} {first.dtype}; prepare them with one "
-                    "tokenizer."
+                    f"{prefix} stores {source.dtype} tokens and {prefixes[0]} {first.dtype}; prepare them with one tokenizer."
                 )
             writer.append_files(source)
     return writer.num_tokens

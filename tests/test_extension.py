@@ -1,0 +1,131 @@
+"""The house takes what it has never seen: a layer kind that only this file knows trains, saves, resumes and is counted in
+every layout. No line of the package names it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import train as entry
+from neox_native.config.check import require
+from neox_native.config.load import load
+from neox_native.config.schema import Config, Model
+from neox_native.data.indexed import IndexedWriter
+from neox_native.model.kinds import KINDS, Kind
+from neox_native.model.layers import OutputLinear, Vector, input_cards, output_cards
+from neox_native.model.parameters import Card, Cards, constant
+from neox_native.model.positions import Context
+from neox_native.plan.dry_run import dry_run
+from tests.ranks import run_ranks
+
+TAPS = 3
+CPU = torch.device("cpu")
+
+
+class MovingAverage(nn.Module):
+    """y_t = sum over k of w_k u_(t-k), where u is a projection of the input: a mixer that looks back alone."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.enter = nn.Linear(model.hidden_size, model.hidden_size)
+        self.taps = Vector(TAPS)
+        self.leave = OutputLinear(model.hidden_size, model.hidden_size)
+
+    @property
+    def output_bias(self) -> nn.Parameter:
+        return self.leave.bias
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        u_BTD, weights = self.enter(x_BTD), self.taps()
+        length, past_BSD = u_BTD.shape[1], F.pad(u_BTD, (0, 0, TAPS - 1, 0))
+        return self.leave(sum(weights[k] * past_BSD[:, TAPS - 1 - k :][:, :length] for k in range(TAPS)))
+
+
+def cards_of(lr_multiplier: float = 1.0):
+    def cards(model: Model) -> Cards:
+        taps = Card((TAPS,), constant(0.5), decay=False, gradient="partial", role="vector", lr_multiplier=lr_multiplier)
+        ends = [input_cards("enter", model, model.hidden_size, True), output_cards("leave", model, model.hidden_size, True)]
+        return ends[0] | {"taps.weight": taps} | ends[1]
+
+    return cards
+
+
+TOY = Kind("toy", MovingAverage, cards_of(), module="toy", norm="toy_norm")
+SETTINGS = [
+    '--model.pattern=["attention+feed_forward", "toy"]', "--model.num_layers=4", "--model.hidden_size=32",
+    "--model.num_heads=4", "--model.seq_length=16", "--model.vocab_size=60", "--model.vocab_multiple_of=4",
+    "--training.steps=4", "--training.global_batch_size=8", "--training.micro_batch_size=1", "--optimizer.lr=1e-2",
+    "--optimizer.eps=1e-6", "--logging.every=1", "--logging.tensorboard=false", "--run.device=cpu",
+]  # fmt: skip
+LAYOUTS = {
+    "pp 2, dp 2, tp 2, ZeRO-1": ["--parallel.pp=2", "--parallel.dp=2", "--parallel.tp=2", "--parallel.zero_stage=1"],
+    "dp 4, ZeRO-3, recomputed, compiled": [
+        "--parallel.dp=4", "--parallel.zero_stage=3", "--training.activation_checkpointing=full", "--compile.enabled=true",
+    ],
+    "tp 2, sequence cut": ["--parallel.tp=2", "--parallel.sequence_parallel=true"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS, TOY.name, TOY)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    prefix = str(tmp_path_factory.mktemp("data") / "corpus")
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for number in range(40):
+            writer.add_document((np.arange(50 + 3 * number) * (1 + number % 3) + number) % 60)
+    return prefix
+
+
+def settings(corpus: str, folder: Path, *overrides: str) -> Config:
+    config = load(None, [*SETTINGS, f"--data.train={corpus}", f"--run.dir={folder}", *overrides])
+    return require(config, config.parallel.pp * max(config.parallel.dp, 1) * config.parallel.tp)
+
+
+def run(config: Config) -> list[dict]:
+    """Train; returns the log."""
+    parallel = config.parallel
+    run_ranks(parallel.pp * parallel.dp * parallel.tp, lambda: entry.train(config, CPU))
+    return [json.loads(line) for line in Path(config.run.dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What one process logs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(KINDS, TOY.name, TOY)
+        return run(settings(corpus, tmp_path_factory.mktemp("alone")))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_unknown_kind_trains_the_same_in_every_layout(layout: str, corpus: str, alone: list[dict], tmp_path: Path) -> None:
+    logged = run(settings(corpus, tmp_path, *LAYOUTS[layout]))
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in logged] == pytest.approx([line[name] for line in alone], rel=1e-5), name
+
+
+def test_its_checkpoint_goes_on_in_another_layout(corpus: str, alone: list[dict], tmp_path: Path) -> None:
+    first = ["--parallel.pp=2", "--parallel.tp=2", "--training.steps=2", "--lr_schedule.decay_steps=4"]
+    run(settings(corpus, tmp_path, *first))
+    resumed = run(settings(corpus, tmp_path, "--parallel.dp=2", "--parallel.zero_stage=3"))
+    assert [line["loss"] for line in resumed] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
+
+
+def test_the_dry_run_counts_it(corpus: str, tmp_path: Path) -> None:
+    mesh = LAYOUTS["tp 2, sequence cut"]
+    without = '--model.pattern=["attention+feed_forward", "feed_forward"]'
+    counted, other = (dry_run(settings(corpus, tmp_path, *mesh, *more), 0, 2) for more in ((), (without,)))
+    toy = 16 * 32 + 16 + TAPS + 32 * 16 + 32  # on one of two ranks
+    feed_forward = 64 * 32 + 64 + 32 * 64 + 32
+    assert other.parameters - counted.parameters == 2 * (feed_forward - toy)
+    assert 0 < counted.hardware_flops < other.hardware_flops and counted.peak_bytes < other.peak_bytes

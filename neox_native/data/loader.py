@@ -1,4 +1,4 @@
-"""Batches for one data rank: read ahead by a thread, resumed from one integer.
+"""Batches for one data rank: read ahead by threads, resumed from one integer.
 
 [Note: position] The position in the data is `consumed_samples`, the number of samples that the trainer has taken. It alone
 decides what comes next; the number of ranks, the microbatch and even the global batch size may change between runs.
@@ -7,21 +7,17 @@ decides what comes next; the number of ranks, the microbatch and even the global
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torchdata.nodes import BaseNode, ParallelMapper, Prefetcher
 
 from neox_native.data.dataset import Dataset, Row
 from neox_native.data.indexed import IGNORED
 from neox_native.data.order import rows_of_rank
 from neox_native.errors import UserError
-
-STEPS_AHEAD = 2
-"""Finished steps that wait for the trainer."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,32 @@ def format_hash(signed: int) -> str:
     return f"{signed & (2**64 - 1):016x}"
 
 
+class StepIndex(BaseNode[int]):
+    """The first sample of each coming step. Its whole state is `consumed_samples`."""
+
+    def __init__(self, consumed_samples: int, global_batch_size: int, num_steps: int) -> None:
+        super().__init__()
+        self.first, self.global_batch_size = consumed_samples, global_batch_size
+        self.stop = consumed_samples + num_steps * global_batch_size
+        self.consumed_samples = consumed_samples
+
+    def reset(self, initial_state: dict[str, int] | None = None) -> None:
+        """Starts at the given state, or at the first sample."""
+        super().reset(initial_state)
+        self.consumed_samples = initial_state["consumed_samples"] if initial_state else self.first
+
+    def next(self) -> int:
+        """First sample of the next step."""
+        if self.consumed_samples >= self.stop:
+            raise StopIteration
+        self.consumed_samples += self.global_batch_size
+        return self.consumed_samples - self.global_batch_size
+
+    def get_state(self) -> dict[str, int]:
+        """The one integer."""
+        return {"consumed_samples": self.consumed_samples}
+
+
 def segment_numbers(lengths: list[int], seq_length: int) -> np.ndarray:
     """For each of a row's S inputs the number of its segment, int64 [S]; padding counts as one more."""
     total = sum(lengths)
@@ -79,14 +101,22 @@ def positions_in_segments(numbers: np.ndarray) -> np.ndarray:
 
 
 class StepReader:
-    """Reads one data rank's rows of a step; called by the thread of the loader."""
+    """Reads one data rank's rows of a step; called by the threads of the loader."""
 
     def __init__(self, dataset: Dataset, rows: np.ndarray, global_batch_size: int, pin_memory: bool) -> None:
         self.dataset, self.rows, self.global_batch_size = dataset, rows, global_batch_size
         self.pin_memory = pin_memory
 
-    def __call__(self, first_sample: int) -> StepBatch:
-        """The step that starts at `first_sample`: read, checked and hashed."""
+    def __call__(self, first_sample: int) -> StepBatch | Exception:
+        """The step that starts at `first_sample`. An error is handed over as a value: it belongs in the trainer's
+        thread."""
+        try:
+            return self.read(first_sample)
+        except Exception as error:
+            return error
+
+    def read(self, first_sample: int) -> StepBatch:
+        """Reads, checks and hashes the rows."""
         reading = self.dataset.reading
         rows = {place: self.dataset.read(first_sample + int(number)) for place, number in np.ndenumerate(self.rows)}
         tokens = np.empty((*self.rows.shape, reading.seq_length + 1), np.int64)
@@ -161,11 +191,14 @@ def build_loader(
     dp_size: int,
     stop_after_steps: int,
     pin_memory: bool = False,
+    num_threads: int = 1,
+    steps_ahead: int = 2,
 ) -> Iterator[StepBatch]:
     """Yields `stop_after_steps` steps from sample `consumed_samples` on; nothing before it is read or skipped over.
 
-    `global_batch_size` must be a multiple of dp_size * micro_batch_size. Raises `UserError` for data that ends too early
-    and, with the step that holds it, for a token id outside the vocabulary.
+    `num_threads` threads read, and `steps_ahead` finished steps wait for the trainer. `global_batch_size` must be a
+    multiple of dp_size * micro_batch_size. Raises `UserError` for data that ends too early and, with the step that
+    holds it, for a token id outside the vocabulary.
     """
     end = consumed_samples + stop_after_steps * global_batch_size
     if end > dataset.num_samples:
@@ -174,19 +207,19 @@ def build_loader(
             "lower training.steps or training.global_batch_size, or give more text."
         )
     rows = rows_of_rank(global_batch_size, micro_batch_size, dp_rank, dp_size)
-    read = StepReader(dataset, rows, global_batch_size, pin_memory)
-    return _ahead(read, range(consumed_samples, end, global_batch_size))
+    reader = StepReader(dataset, rows, global_batch_size, pin_memory)
+    index = StepIndex(consumed_samples, global_batch_size, stop_after_steps)
+    mapper = ParallelMapper(index, reader, num_workers=num_threads, method="thread")
+    return _steps(Prefetcher(mapper, prefetch_factor=steps_ahead))
 
 
-def _ahead(read: StepReader, first_samples: range) -> Iterator[StepBatch]:
-    """The steps in their order, read by a thread `STEPS_AHEAD` of the one that is asked for."""
-    thread, coming = ThreadPoolExecutor(1, "data"), deque[Future[StepBatch]]()
-    try:
-        for first_sample in first_samples:
-            coming.append(thread.submit(read, first_sample))
-            if len(coming) > STEPS_AHEAD:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
-    finally:
-        thread.shutdown(cancel_futures=True)
+def _steps(node: BaseNode[StepBatch | Exception]) -> Iterator[StepBatch]:
+    """The node's steps; raises the errors among them. Leaves no reference cycle behind, so that the threads of the node
+    are stopped here and not by a garbage collection in one of them."""
+    for step in node:
+        if isinstance(step, Exception):
+            try:
+                raise step
+            finally:
+                del step, node
+        yield step

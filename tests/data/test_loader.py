@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from neox_native.data.loader import as_signed, build_loader, format_hash
+from neox_native.data.loader import StepIndex, as_signed, format_hash
 from neox_native.errors import UserError
 from tests.data.corpora import neox_samples, random_documents, write_files
 from tests.data.loading import SEED, SEQ_LENGTH, datasets, steps_of
@@ -80,15 +79,12 @@ def test_reading_starts_at_the_position_and_skips_nothing(prefix: str, monkeypat
     assert sorted(read) == list(range(60, 72))
 
 
-def test_the_thread_of_a_loader_that_is_left_ends_with_it(prefix: str) -> None:
-    steps = build_loader(
-        datasets(prefix).train,
-        consumed_samples=0, global_batch_size=12, micro_batch_size=3, dp_rank=0, dp_size=1, stop_after_steps=6,
-    )  # fmt: skip
-    next(steps)
-    assert [thread for thread in threading.enumerate() if thread.name.startswith("data")]
-    steps.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("data")]
+def test_the_state_of_the_index_node_is_one_integer_and_round_trips() -> None:
+    node = StepIndex(consumed_samples=24, global_batch_size=12, num_steps=3)
+    assert [next(node), node.state_dict()] == [24, {"consumed_samples": 36}]
+    other = StepIndex(consumed_samples=0, global_batch_size=12, num_steps=5)
+    other.reset(node.state_dict())
+    assert list(other) == list(node) == [36, 48]
 
 
 def test_a_run_longer_than_the_data_is_refused(prefix: str) -> None:

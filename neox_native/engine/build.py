@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from neox_native.config.schema import Config, Model, Parallel
@@ -14,6 +14,7 @@ from neox_native.dtypes import DTYPES
 from neox_native.engine.single_stage import Engine, SingleStage
 from neox_native.engine.spikes import SpikeGuard
 from neox_native.engine.step import Losses, TrainStep
+from neox_native.mesh import Mesh
 from neox_native.model import initialize
 from neox_native.model.transformer import Transformer, cards
 from neox_native.optim.groups import optimizer_factory
@@ -25,11 +26,11 @@ from neox_native.parallel.pipeline import Pipeline
 from neox_native.parallel.stages import rank_of_stage
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.optimizer import ShardedOptimizer
-from neox_native.zero.unit import ParameterSpec, SharedRows, Unit
+from neox_native.zero.spec import ParameterSpec, Rule, SharedRows, Unit
 
 
 def build_model(
-    config: Config, mesh: DeviceMesh, device: torch.device
+    config: Config, mesh: Mesh, device: torch.device
 ) -> tuple[dict[int, Transformer], ShardedOptimizer]:
     """This rank's parts of the model, materialised, and the optimizer that owns their parameters."""
     parts = assemble(config.model, config.parallel, config.training, config.compile, mesh)
@@ -39,7 +40,7 @@ def build_model(
 
 def build_optimizer(
     config: Config,
-    mesh: DeviceMesh,
+    mesh: Mesh,
     device: torch.device,
     parts: dict[int, Transformer],
     units: dict[int, list[Unit]],
@@ -51,7 +52,6 @@ def build_optimizer(
     """
     optimizer = ShardedOptimizer(
         units,
-        mesh,
         ZeroStage(config.parallel.zero_stage),
         optimizer_factory(config.optimizer),
         DTYPES[config.training.precision],
@@ -66,78 +66,68 @@ def build_optimizer(
     for part in parts.values():
         part.build_tables(device)
         if config.parallel.tp > 1:
-            tensor.shard_tables(part, mesh["tp"])
+            tensor.shard_tables(part, mesh.tensor.mesh)
     return optimizer
 
 
 def units_of(
-    parts: dict[int, Transformer], model: Model, parallel: Parallel, mesh: DeviceMesh
+    parts: dict[int, Transformer], model: Model, parallel: Parallel, mesh: Mesh
 ) -> dict[int, list[Unit]]:
-    """What ZeRO shards together, for each stage of this rank: the embedding, each block, and the head with its norm."""
-    tied_group = _ends_of_the_pipeline(parallel, mesh)
-    tp_group = mesh.get_group("tp") if parallel.tp > 1 else None
-    tp_rank, described = mesh.get_local_rank("tp"), cards(model)
-    ranks_per_group = max(sharers(card, parallel.tp) for card in described.values())
-    neighbours = _neighbours(mesh, ranks_per_group) if ranks_per_group > 1 else None
+    """What ZeRO shards together, for each stage of this rank: the embedding, each block, and the readout. What their cards
+    say of the parameters becomes groups of ranks. A collective."""
+    described, tp, state_mesh = cards(model), mesh.tensor, cache(mesh.state_mesh)
+    last = rank_of_stage(parallel.pp * parallel.virtual_stages - 1, parallel.pp, parallel.pipeline_schedule)
+    ends = mesh.across_stages([0, last]) if last > 0 else None
+    numbers = {sharers(card, parallel.tp) for card in described.values()} - {1}
+    neighbours = {number: mesh.tensor_neighbours(number) for number in sorted(numbers)}
     owned: set[int] = set()
 
-    def spec(part: Transformer, local_name: str, parameter: nn.Parameter) -> ParameterSpec:
-        name, sum_over = part.global_name(local_name), []
-        card = described[name]
+    def spec(part: Transformer, name: str, parameter: nn.Parameter) -> ParameterSpec:
+        card, sum_over = described[name], []
         partial = card.gradient == "partial" or card.gradient == "partial_in_sequence" and parallel.sequence_parallel
-        if tp_group is not None and partial:
-            sum_over.append(tp_group)
+        if tp.peers is not None and partial:
+            sum_over.append(tp.peers)
         copy_of_first = False
-        if part.config.tie_embeddings and card.role == "embedding" and card.cut is not None and tied_group is not None:
-            sum_over.append(tied_group)
+        if model.tie_embeddings and card.role == "embedding" and card.cut is not None and ends is not None:
+            sum_over.append(ends)
             copy_of_first = part.embed_in is None
         sharded = isinstance(parameter, DTensor) and isinstance(parameter.placements[0], Shard)
-        counted = (sharded or tp_rank == 0) and not copy_of_first
-        shared, rows = None, rows_of_rank(card, parallel.tp, tp_rank)
+        counted = (sharded or tp.rank == 0) and not copy_of_first
+        shared, rows, number = None, rows_of_rank(card, parallel.tp, tp.rank), sharers(card, parallel.tp)
         if rows is not None:
-            shared = SharedRows(*rows, card.shape[0], neighbours, counted=tp_rank % ranks_per_group == 0)
-        return ParameterSpec(name, parameter, card.decay, tuple(sum_over), counted, shared)
+            shared = SharedRows(*rows, card.shape[0], neighbours[number], counted=tp.rank % number == 0)
+        return ParameterSpec(name, parameter, Rule(card.decay, card.lr_multiplier), tuple(sum_over), counted, shared)
 
-    def unit(part: Transformer, name: str, modules: list[nn.Module | None], prefixes: tuple[str, ...]) -> Unit | None:
-        found = [(n, p) for n, p in part.named_parameters() if n.startswith(prefixes) and id(p) not in owned]
-        owned.update(id(parameter) for _, parameter in found)
-        specs = [spec(part, local_name, parameter) for local_name, parameter in found]
-        present = tuple(module for module in modules if module is not None)
-        return Unit(name, present, specs) if specs else None
+    def units(part: Transformer, name: str, readers: list[nn.Module], modules: dict[str, nn.Module]) -> list[Unit]:
+        specs: dict[str, list[ParameterSpec]] = {}
+        for prefix, module in modules.items():
+            for local_name, parameter in module.named_parameters(prefix):
+                if id(parameter) not in owned:
+                    owned.add(id(parameter))
+                    found = spec(part, part.global_name(local_name), parameter)
+                    specs.setdefault(described[found.name].family, []).append(found)
+        names = {"dense": name, "expert": f"{name}.experts"}
+        return [
+            Unit(names[family], tuple(readers), found, mesh.shards(family).group, state_mesh(family))
+            for family, found in specs.items()
+        ]
 
-    units: dict[int, list[Unit]] = {}
+    result: dict[int, list[Unit]] = {}
     for number, part in parts.items():
-        tied_here = part.config.tie_embeddings and part.embed_in is not None and part.readout is not None
-        embedding = [part] if tied_here else [part.embed_in, part.embed_pos]
-        found = [unit(part, "embedding", embedding, ("embed_in.", "embed_pos."))]
-        found += [unit(part, f"layers.{n}", [block], (f"layers.{n}.",)) for n, block in part.layers.items()]
-        if part.readout is not None:
-            found += [unit(part, "head", [part.readout.final_layer_norm, part.readout.embed_out], ("readout.",))]
-        units[number] = [each for each in found if each is not None]
-    return units
-
-
-def _ends_of_the_pipeline(parallel: Parallel, mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """The group of this column's first and last stage; None elsewhere, and where both are on one rank. Collective."""
-    last_stage = parallel.pp * parallel.virtual_stages - 1
-    last = rank_of_stage(last_stage, parallel.pp, parallel.pipeline_schedule)
-    if last == 0:
-        return None
-    columns = mesh.mesh[[0, last]].flatten(1).T.tolist()
-    mine, _ = dist.new_subgroups_by_enumeration(columns)
-    return mine
-
-
-def _neighbours(mesh: DeviceMesh, count: int) -> dist.ProcessGroup:
-    """The group of this rank among each `count` neighbours on the tp axis, which is the innermost. Collective."""
-    if count == mesh["tp"].size():
-        return mesh.get_group("tp")
-    mine, _ = dist.new_subgroups_by_enumeration(mesh.mesh.reshape(-1, count).tolist())
-    return mine
+        ends_here = part.embed_in is not None and part.readout is not None
+        tables = {"embed_in": part.embed_in, "embed_pos": part.embed_pos}
+        tables = {name: module for name, module in tables.items() if module is not None}
+        found = units(part, "embedding", [part] if model.tie_embeddings and ends_here else list(tables.values()), tables)
+        for n, block in part.layers.items():
+            found += units(part, f"layers.{n}", [block], {f"layers.{n}": block})
+        if (readout := part.readout) is not None:
+            found += units(part, "head", [readout.final_layer_norm, readout.embed_out], {"readout": readout})
+        result[number] = found
+    return result
 
 
 def build_engine(
-    config: Config, mesh: DeviceMesh, device: torch.device, parts: dict[int, Transformer], optimizer: ShardedOptimizer
+    config: Config, mesh: Mesh, device: torch.device, parts: dict[int, Transformer], optimizer: ShardedOptimizer
 ) -> Engine:
     """What runs a step's microbatches: a loop, or the pipeline's schedule."""
     parallel, training, model = config.parallel, config.training, config.model
@@ -153,7 +143,7 @@ def build_engine(
             hidden_length=model.seq_length // (parallel.tp if parallel.sequence_parallel else 1),
             dtype=DTYPES[training.precision],
             device=device,
-            pp_group=mesh.get_group("pp"),
+            pp_group=mesh.pipeline.group,
             sink=optimizer,
         )
     optimizer.time_waits(engine.timing.compute.paused)
@@ -161,7 +151,7 @@ def build_engine(
 
 
 def build_step(
-    config: Config, mesh: DeviceMesh, device: torch.device, engine: Engine, optimizer: ShardedOptimizer
+    config: Config, mesh: Mesh, device: torch.device, engine: Engine, optimizer: ShardedOptimizer
 ) -> TrainStep:
     """What one optimizer step is, with the loss scale of fp16 and the guard against spikes where they are asked for."""
     training = config.training

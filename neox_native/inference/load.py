@@ -24,7 +24,7 @@ from neox_native.parallel import tensor
 from neox_native.parallel.assemble import assemble, local_slice
 from neox_native.parallel.cuts import rows_of_rank
 from neox_native.zero.state import Boxes
-from neox_native.zero.unit import local
+from neox_native.zero.spec import local
 
 
 @dataclass(frozen=True)

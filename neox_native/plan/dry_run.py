@@ -36,7 +36,7 @@ from neox_native.plan.memory import memory
 from neox_native.plan.shares import num_microbatches
 from neox_native.units import share_of_step, size
 from neox_native.zero.optimizer import ShardedOptimizer
-from neox_native.zero.unit import local
+from neox_native.zero.spec import local
 
 CPU = torch.device("cpu")
 
@@ -219,12 +219,12 @@ def run_step(step: TrainStep, parts: Iterable[Transformer], batch: StepBatch, le
 def _claim(optimizer: ShardedOptimizer, parts: Iterable[Transformer], ledger: Ledger) -> None:
     """Book what exists between steps. Stages 2 and 3 of ZeRO resize some of it. Ranks that share a head are of the tp axis."""
     ledger.axes = {each.shared.group.group_name: "tp" for each in optimizer.specs() if each.shared} | dict(ledger.axes)
-    for stage_units in optimizer.stages.values():
-        for weights, bucket in zip(stage_units.weights, stage_units.buckets):
-            ledger.claim(weights.storages, PARAMETERS, resizable=weights.shards_parameters)
-            ledger.claim([bucket.row], GRADIENTS, resizable=not bucket.keeps_matrix)
-            ledger.claim([weights.row] if weights.row is not None else [], PARAMETERS)
-            ledger.claim([weights.master] if weights.master is not None else [], OPTIMIZER)
+    for unit in optimizer.units:
+        ledger.claim(unit.storages, PARAMETERS, resizable=unit.releases)
+        ledger.claim([unit.gradient_row], GRADIENTS, resizable=not unit.keeps_matrix)
+        # In fp32, stage 3's row of parameters is its own master.
+        ledger.claim([unit.row] if unit.row is not None else [], OPTIMIZER if unit.master is None else PARAMETERS)
+        ledger.claim([unit.master] if unit.master is not None else [], OPTIMIZER)
     for state in optimizer.optimizer.state.values():
         ledger.claim([value for value in state.values() if isinstance(value, Tensor)], OPTIMIZER)
     for part in parts:

@@ -30,7 +30,7 @@ from neox_native.optim.loss_scale import LossScale
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.optimizer import ShardedOptimizer
 from neox_native.zero.state import first_rows
-from neox_native.zero.unit import local
+from neox_native.zero.spec import local
 
 
 VOCABULARY = ("model.embed_in.weight", "model.embed_out.weight")
@@ -75,14 +75,18 @@ def copies(
     Stages 1 and 2 copy trained weights anew from their one owner in every step, so that over dp only frozen ones can drift
     apart; in stage 3 each has one owner.
     """
+    shards: dict[str, tuple[dist.ProcessGroup, list[tuple[str, Tensor]]]] = {}
+    for unit in optimizer.units:
+        _, alike = shards.setdefault(unit.group.group_name, (unit.group, []))
+        if unit.stage == ZeroStage.NONE:
+            alike += [(spec.name, shard) for spec, shard in zip(unit.specs, unit.shards)]
+        elif unit.stage != ZeroStage.PARAMETERS:
+            alike += [(spec.name, local(spec.parameter)) for spec in unit.specs if not spec.parameter.requires_grad]
+    for group, alike in shards.values():
+        yield mesh.shards().name, group, alike
     specs, tp_group = optimizer.specs(), mesh.tensor.group
     state = optimizer.state_dict()
     masters = {spec.name: state[f"model.{spec.name}"].to_local() for spec in specs}
-    if optimizer.stage == ZeroStage.NONE:
-        yield mesh.shards().name, mesh.shards().group, [(spec.name, masters[spec.name]) for spec in specs]
-    elif optimizer.stage != ZeroStage.PARAMETERS:
-        frozen = [(spec.name, local(spec.parameter)) for spec in specs if not spec.parameter.requires_grad]
-        yield mesh.shards().name, mesh.shards().group, frozen
     replicated = [(spec.name, masters[spec.name]) for spec in specs if isinstance(spec.placement, Replicate)]
     if not config.parallel.sequence_parallel:
         on_gpu = optimizer.device.type == "cuda"

@@ -13,90 +13,52 @@ Nothing in it waits for the device: norm, clipping and the decision to skip the 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.zero import collectives
-from neox_native.zero.bucket import GradientBucket, Reducer
-from neox_native.zero.costs import Costs, unit_costs
-from neox_native.zero.gather import Gatherer, inside_backward
-from neox_native.zero.gradients import Trained, sum_partial
 from neox_native.zero.layout import ZeroStage
-from neox_native.zero.state import as_global, optimizer_state, state_mesh
-from neox_native.zero.unit import ParameterSpec, Unit, local_gradient
-from neox_native.zero.weights import Draw, UnitWeights
+from neox_native.zero.order import UnitsOfStage
+from neox_native.zero.spec import ParameterSpec, Rule, Unit
+from neox_native.zero.state import as_global, optimizer_state
+from neox_native.zero.unit import Draw, ShardedUnit
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 NORM_EPSILON = 1e-6
 """Added to the norm before dividing by it, as in torch's clip_grad_norm_."""
 
 
-class StageUnits:
-    """The units of one pipeline stage, with their weights and gradients, in the order in which they run."""
+@dataclass(frozen=True)
+class Trained:
+    """One trainable parameter and what this rank keeps of it, in fp32."""
 
-    def __init__(
-        self,
-        units: Sequence[Unit],
-        group: dist.ProcessGroup,
-        stage: ZeroStage,
-        param_dtype: torch.dtype,
-        device: torch.device,
-    ):
-        self.units = units
-        self.weights = [UnitWeights(unit.specs, group, stage, param_dtype, device) for unit in units]
-        self.buckets = [GradientBucket(weights.trained_layout, group, stage, device) for weights in self.weights]
-        self.reducer = Reducer(self.buckets, stage)
-        self.gatherer = Gatherer(self.weights, releases=stage == ZeroStage.PARAMETERS)
+    spec: ParameterSpec
+    shard: Tensor
+    """Master weights."""
+    gradient: Tensor
+    """After a step: its gradient, reduced and clipped."""
+    first_row: int
+    """Of the tp-local parameter in both."""
+    unit: ShardedUnit
 
-    def trained(self) -> list[Trained]:
-        """Every trainable parameter."""
-        return [
-            Trained(spec, shard, gradient, slot.span(weights.rank)[0])
-            for weights, bucket in zip(self.weights, self.buckets)
-            for spec, slot, shard, gradient in zip(weights.specs, weights.layout.slots, weights.shards, bucket.shards)
-        ]
+    @property
+    def own_and_copied(self) -> tuple[Tensor, Tensor]:
+        """The gradient's rows that this tp rank has alone, and those of which others have copies."""
+        own = len(self.gradient) if self.spec.shared is None else max(0, len(self.spec.shared.own) - self.first_row)
+        return self.gradient[:own], self.gradient[own:]
 
-    def install_hooks(self, gather: bool) -> None:
-        """Collect gradients as they come; with `gather`, make parameters present when modules run."""
-        for index, (unit, bucket) in enumerate(zip(self.units, self.buckets)):
-            for position in range(len(bucket.shards)):
-                parameter = self.weights[index].specs[position].parameter
-                parameter.register_post_accumulate_grad_hook(lambda _p, i=index, j=position: self._on_gradient(i, j))
-            if gather:
-                self.gatherer.install(index, unit.readers)
-        self.units[0].readers[0].register_forward_pre_hook(lambda _module, _inputs: self._on_forward())
-
-    @torch.no_grad()
-    def absorb(self) -> None:
-        """Take every gradient that lies in `.grad`, which no hook has seen."""
-        for weights, bucket in zip(self.weights, self.buckets):
-            for position in range(len(bucket.shards)):
-                self._take(weights.specs[position], bucket, position)
-
-    def _on_forward(self) -> None:
-        """Hook: the stage's forward pass begins, unless this is an evaluation, or a recomputation."""
-        if torch.is_grad_enabled() and not inside_backward():
-            self.reducer.forget()
-
-    def _on_gradient(self, index: int, position: int) -> None:
-        """Hook: autograd has finished the gradient of parameter `position` of unit `index`."""
-        bucket = self.buckets[index]
-        bucket.arrived.add(position)
-        self.gatherer.through_with(index, position, everything=bucket.complete)
-        self._take(self.weights[index].specs[position], bucket, position)
-        self.reducer.notice()
-
-    def _take(self, spec: ParameterSpec, bucket: GradientBucket, position: int) -> None:
-        if spec.parameter.grad is not None:
-            self.reducer.settle(bucket)
-            bucket.accumulate(position, local_gradient(spec))
-            spec.parameter.grad = None
+    @property
+    def counted(self) -> list[Tensor]:
+        """What of the gradient this rank counts in the global norm."""
+        own, copied = self.own_and_copied
+        pieces = [own, copied] if self.spec.shared is not None and self.spec.shared.counted else [own]
+        return [piece for piece in pieces if piece.numel()] if self.spec.counted else []
 
 
 class ShardedOptimizer:
@@ -105,11 +67,10 @@ class ShardedOptimizer:
     Args:
         units_by_stage: for each pipeline stage of this rank, under the number by which `microbatch` names it, its units
             in the order in which they run.
-        mesh: the whole mesh, with an axis "dp".
-        stage: what to shard over dp. On one data-parallel rank there is nothing to shard: every stage is stage 0.
-        make_optimizer: parameter groups (decayed, and not decayed: `weight_decay` 0) -> optimizer. With `fused=True`,
-            clipping, unscaling and skipping cost neither a pass over the gradients nor a wait for the device;
-            otherwise both.
+        zero_stage: what to shard over each unit's group.
+        make_optimizer: parameter groups, one for each `Rule` -> optimizer. A group that does not decay has `weight_decay`
+            0. With `fused=True`, clipping, unscaling and skipping cost neither a pass over the gradients nor a wait for
+            the device; otherwise both.
         param_dtype: type of the parameters that the model reads.
         device: where everything lives.
     """
@@ -117,20 +78,17 @@ class ShardedOptimizer:
     def __init__(
         self,
         units_by_stage: Mapping[int, Sequence[Unit]],
-        mesh: DeviceMesh,
-        stage: ZeroStage,
+        zero_stage: ZeroStage,
         make_optimizer: MakeOptimizer,
         param_dtype: torch.dtype,
         device: torch.device,
     ):
-        self.device, self.make_optimizer = device, make_optimizer
-        self.dp_group = mesh.get_group("dp")
-        self.stage = ZeroStage(stage) if dist.get_world_size(self.dp_group) > 1 else ZeroStage.NONE
-        self.mesh = mesh
-        self.stages = {
-            number: StageUnits(units, self.dp_group, self.stage, param_dtype, device)
+        self.device, self.zero_stage, self.make_optimizer = device, zero_stage, make_optimizer
+        self.units_of_stage = {
+            number: UnitsOfStage([ShardedUnit(unit, zero_stage, param_dtype, device) for unit in units])
             for number, units in units_by_stage.items()
         }
+        self.units = [unit for units in self.units_of_stage.values() for unit in units.units]
 
     def materialize(self, draw: Draw) -> None:
         """Fill masters and parameters, one parameter in memory at a time, make the optimizer, install the hooks.
@@ -138,21 +96,27 @@ class ShardedOptimizer:
         Args:
             draw: initial value of a parameter's tp-local shard, in fp32.
         """
-        for stage_units in self.stages.values():
-            for weights in stage_units.weights:
-                weights.materialize(draw)
-            stage_units.install_hooks(gather=self.stage != ZeroStage.NONE)
-        self.trained = [trained for stage_units in self.stages.values() for trained in stage_units.trained()]
+        for unit in self.units:
+            unit.materialize(draw)
+        for units in self.units_of_stage.values():
+            units.install_hooks()
+        self.trained = [
+            Trained(spec, shard, gradient, slot.span(unit.rank)[0], unit)
+            for unit in self.units
+            for spec, slot, shard, gradient in zip(unit.specs, unit.layout.slots, unit.shards, unit.gradients)
+        ]
         self._make_optimizer()
 
     def _make_optimizer(self) -> None:
         """Make the optimizer over the master shards, and its state: an update with zero gradients at rate zero creates
         it, and it starts from zeros."""
-        groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+        rules = {trained.spec.rule for trained in self.trained} or {Rule()}
+        in_order = sorted(rules, key=lambda rule: (not rule.decay, rule.lr_multiplier))
+        groups = {rule: rule.settings() for rule in in_order}
         for trained in self.trained:
             trained.shard.grad = trained.gradient.zero_()
-            groups[0 if trained.spec.decay else 1]["params"].append(trained.shard)
-        self.optimizer = self.make_optimizer(groups)
+            groups[trained.spec.rule]["params"].append(trained.shard)
+        self.optimizer = self.make_optimizer(list(groups.values()))
         self.fused = all(group.get("fused") for group in self.optimizer.param_groups)
         self._set_learning_rate(0.0)
         self.optimizer.step()
@@ -163,19 +127,17 @@ class ShardedOptimizer:
 
     def time_waits(self, waiting: collectives.Waiting) -> None:
         """Put every wait for a collective in forward and backward passes inside a block of `waiting`."""
-        for stage_units in self.stages.values():
-            for waits in (*stage_units.weights, *stage_units.buckets):
-                waits.waiting = waiting
+        for unit in self.units:
+            unit.waiting = waiting
 
     def microbatch(self, stage_index: int, last: bool) -> None:
         """A backward pass of pipeline stage `stage_index` begins; `last` if no other of this step follows. A caller
         that cannot tell says False: `step` reduces then, without overlap."""
-        self.stages[stage_index].gatherer.settle()
-        self.stages[stage_index].reducer.begin(last)
+        self.units_of_stage[stage_index].begin(last)
 
     def absorb(self, stage_index: int) -> None:
         """A weight-gradient pass of a zero-bubble schedule ended: no hook fires in it."""
-        self.stages[stage_index].absorb()
+        self.units_of_stage[stage_index].absorb()
 
     @torch.no_grad()
     def step(
@@ -211,25 +173,27 @@ class ShardedOptimizer:
             excess = ((norm + NORM_EPSILON) / clip).clamp(min=1.0)
             divisor = excess if divisor is None else divisor * excess
         self._update(lr, divisor, found_inf)
-        self._publish(frozen_too=False)
+        for unit in self.units:
+            unit.expire()
         return norm, found_inf
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the model and of the optimizer under global names. See [Note: global state].
 
-        `model.NAME`: the fp32 master weights, the only copy of the weights. `optimizer.STATE.NAME`: a moment.
-        `optimizer.STATE`: a scalar, like the number of updates. The tensors share memory with the live state: to load,
-        fill them in place, then call `after_load`.
+        `model.NAME`: the weights, once: the fp32 masters of trained parameters; frozen ones in the type that the model
+        reads, for they have no other copy. `optimizer.STATE.NAME`: a moment. `optimizer.STATE`: a scalar, like the number
+        of updates. The tensors share memory with the live state: to load, fill them in place, from tensors of any type,
+        then call `after_load`.
         """
         result: dict[str, Tensor] = {}
-        for stage_units in self.stages.values():
-            for weights in stage_units.weights:
-                for spec, slot, shard in zip(weights.specs, weights.layout.slots, weights.shards):
-                    result[f"model.{spec.name}"] = self._global(spec, shard, slot.span(weights.rank)[0])
+        for unit in self.units:
+            for spec, slot, shard in zip(unit.specs, unit.layout.slots, unit.shards):
+                result[f"model.{spec.name}"] = as_global(spec, shard, unit, slot.span(unit.rank)[0])
         for trained in self.trained:
             for name, value in optimizer_state(self.optimizer, trained.shard).items():
                 if value.dim():
-                    result[f"optimizer.{name}.{trained.spec.name}"] = self._global(trained.spec, value, trained.first_row)
+                    whole = as_global(trained.spec, value, trained.unit, trained.first_row)
+                    result[f"optimizer.{name}.{trained.spec.name}"] = whole
                 else:
                     result.setdefault(f"optimizer.{name}", value)
         return result
@@ -242,51 +206,41 @@ class ShardedOptimizer:
             for name, value in first.items():
                 for state in rest if not value.dim() else ():
                     state[name].copy_(value)
-        self._publish(frozen_too=True)
+        for unit in self.units:
+            unit.expire(frozen_too=True)
 
     def specs(self) -> list[ParameterSpec]:
         """Every parameter, frozen ones too."""
-        return [spec for units in self.stages.values() for weights in units.weights for spec in weights.specs]
-
-    def gradients(self) -> dict[str, Tensor]:
-        """After a step and before the next forward pass: the gradient of each trainable parameter, reduced, clipped."""
-        return {each.spec.name: self._global(each.spec, each.gradient, each.first_row) for each in self.trained}
-
-    def costs(self, num_microbatches: int) -> Costs:
-        """Bytes that this rank holds between steps and moves over dp in a step of so many microbatches."""
-        dp, rank = dist.get_world_size(self.dp_group), dist.get_rank(self.dp_group) if self.stage else 0
-        num_moments = 0
-        if self.trained:
-            state = optimizer_state(self.optimizer, self.trained[0].shard)
-            num_moments = sum(value.dim() > 0 for value in state.values())
-        total = Costs()
-        for stage_units in self.stages.values():
-            for unit in stage_units.weights:
-                layouts = unit.layout, unit.trained_layout
-                total += unit_costs(*layouts, self.stage, dp, rank, unit.dtype.itemsize, num_moments, num_microbatches)
-        return total
-
-    @cached_property
-    def state_mesh(self) -> DeviceMesh:
-        """See `state.state_mesh`."""
-        return state_mesh(self.mesh)
-
-    def _global(self, spec: ParameterSpec, shard: Tensor, first_row: int) -> Tensor:
-        return as_global(spec, shard, self.state_mesh, self.stage != ZeroStage.NONE, first_row)
+        return [spec for unit in self.units for spec in unit.specs]
 
     def _reduce(self) -> None:
-        """Finish the reductions over dp; then sum what is partial over other groups, one all-reduce per group."""
-        for stage_units in self.stages.values():
-            stage_units.reducer.finish()
-        sum_partial(self.trained)
+        """Finish the reductions over the units' groups; then sum what is partial over others, one all-reduce per group."""
+        for units in self.units_of_stage.values():
+            units.finish()
+        partial: dict[str, tuple[dist.ProcessGroup, list[Tensor]]] = {}
+        for trained in self.trained:
+            for group in trained.spec.sum_over:
+                partial.setdefault(group.group_name, (group, []))[1].append(trained.gradient)
+            _, copied = trained.own_and_copied
+            if copied.numel():
+                group = trained.spec.shared.group
+                partial.setdefault(group.group_name, (group, []))[1].append(copied)
+        for group, gradients in partial.values():
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            collectives.all_reduce(flat, group).wait()
+            pieces = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [piece.view_as(like) for piece, like in zip(pieces, gradients)])
 
     def _global_norm(self, loss: Tensor | None) -> Tensor:
         """L2 norm of the whole model's gradient, every element counted once. Not finite if any element is not, or the
         loss of any rank."""
-        replicas = 1 if self.stage else dist.get_world_size(self.dp_group)
-        counted = [piece for trained in self.trained for piece in trained.counted]
-        norm = torch.nn.utils.get_total_norm(counted) if counted else torch.zeros((), device=self.device)
-        square = norm.double().square() / replicas
+        counted: dict[int, list[Tensor]] = defaultdict(list)
+        for trained in self.trained:
+            counted[trained.unit.num_replicas] += trained.counted
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
+        for num_replicas, pieces in counted.items():
+            if pieces:
+                square = square + torch.nn.utils.get_total_norm(pieces).double().square() / num_replicas
         if loss is not None:
             square = square + 0.0 * loss
         if dist.get_world_size() > 1:
@@ -295,7 +249,7 @@ class ShardedOptimizer:
 
     def _set_learning_rate(self, lr: float | Tensor) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_multiplier"]
 
     def _update(self, lr: float | Tensor, divisor: Tensor | None, found_inf: Tensor) -> None:
         """Update the masters with the gradients over `divisor`, unless `found_inf`."""
@@ -307,11 +261,3 @@ class ShardedOptimizer:
             if divisor is not None and self.trained:
                 torch._foreach_div_([trained.gradient for trained in self.trained], divisor)
             self.optimizer.step()
-
-    def _publish(self, frozen_too: bool) -> None:
-        """The masters have changed: bring the parameters up to date, or let them be gathered when they are used."""
-        for stage_units in self.stages.values():
-            for weights in stage_units.weights:
-                weights.refresh()
-            if self.stage:
-                stage_units.gatherer.expire(frozen_too)

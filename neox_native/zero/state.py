@@ -1,9 +1,10 @@
 """Shards as DTensors: the form in which master weights and optimizer state meet checkpoints and tests.
 
-[Note: global state] A rank's shard is dim-0 chunk r of its tp-local shard. On a mesh ordered (tp, dp) that is an
-ordinary DTensor with placements [placement over tp, Shard(0)]: first cut by tp, then by dp. Its name and its shape are
-those of the whole model, so a checkpoint made of such tensors loads into any degrees and any ZeRO stage. Where tp ranks
-hold copies of some rows (`SharedRows`), no placement says so, and the shard's `Boxes` are told one by one.
+[Note: global state] A rank's shard is dim-0 chunk r of its tp-local shard. On a mesh ordered (tp, ranks of the unit's
+group) that is an ordinary DTensor with placements [placement over tp, Shard(0)]: first cut by tp, then by the group. Its
+name and its shape are those of the whole model, so a checkpoint made of such tensors loads into any degrees and any ZeRO
+stage. Where tp ranks hold copies of some rows (`SharedRows`), no placement says so, and the shard's `Boxes` are told one
+by one.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from neox_native.zero.unit import ParameterSpec
+from neox_native.zero.spec import ParameterSpec
+from neox_native.zero.unit import ShardedUnit
 
 
 class Boxes(torch.Tensor):
@@ -76,20 +77,11 @@ class Boxes(torch.Tensor):
         return ChunkStorageMetadata(torch.Size((start, *[0] * (piece.dim() - 1))), piece.shape)
 
 
-def state_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """This pipeline rank's plane of the mesh ("pp", "dp", "tp"), ordered ("tp", "dp"). Uses the groups that exist."""
-    assert mesh.mesh_dim_names == ("pp", "dp", "tp"), mesh.mesh_dim_names
-    ranks = mesh.mesh[mesh.get_local_rank("pp")].T.contiguous()
-    groups = [mesh.get_group("tp"), mesh.get_group("dp")]
-    return DeviceMesh.from_group(groups, mesh.device_type, mesh=ranks, mesh_dim_names=("tp", "dp"))
-
-
-def as_global(spec: ParameterSpec, shard: Tensor, mesh: DeviceMesh, sharded: bool, first_row: int) -> DTensor | Boxes:
+def as_global(spec: ParameterSpec, shard: Tensor, unit: ShardedUnit, first_row: int) -> DTensor | Boxes:
     """The global tensor of which this rank holds `shard`; it shares memory with `shard`.
 
     Args:
-        mesh: see `state_mesh`.
-        sharded: whether `shard` is this rank's chunk over dp or the same on all of dp.
+        unit: the one that the parameter belongs to.
         first_row: of the tp-local parameter in `shard`.
     """
     if spec.shared is not None:
@@ -100,8 +92,8 @@ def as_global(spec: ParameterSpec, shard: Tensor, mesh: DeviceMesh, sharded: boo
     shape = spec.parameter.shape
     return DTensor.from_local(
         shard,
-        mesh,
-        [spec.placement, Shard(0) if sharded else Replicate()],
+        unit.state_mesh,
+        [spec.placement, Shard(0) if unit.stage else Replicate()],
         run_check=False,
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),

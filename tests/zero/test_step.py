@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from neox_native.zero.unit import local
-from neox_native.zero.weights import UnitWeights
+from neox_native.zero.spec import local
+from neox_native.zero.unit import ShardedUnit
 from tests.ranks import run_ranks
 from tests.zero.toy import Case, backward, batch, gather, learning_rate, loss_of, run_sharded, sharded
 
@@ -93,21 +93,21 @@ def test_a_step_without_microbatches_has_zero_gradients() -> None:
 def gathered_bytes(case: Case) -> tuple[int, int, int]:
     """Most bytes of full parameters at a time, bytes of the two largest units together, bytes between steps."""
     model, optimizer = sharded(case, 2)
-    units = [weights for stage in optimizer.stages.values() for weights in stage.weights]
+    units = optimizer.units
     most = 0
 
     def now() -> int:
         return sum(storage.untyped_storage().nbytes() for unit in units for storage in unit.storages)
 
-    finish = UnitWeights.finish_gathering
+    finish = ShardedUnit.make_present
 
-    def watched(self: UnitWeights) -> None:
+    def watched(self: ShardedUnit) -> None:
         nonlocal most
         finish(self)
         most = max(most, now())
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(UnitWeights, "finish_gathering", watched)
+        monkeypatch.setattr(ShardedUnit, "make_present", watched)
         for step in range(2):
             backward(model, optimizer, case, step, 2)
             optimizer.step(learning_rate(case), case.clip)

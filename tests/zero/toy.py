@@ -10,12 +10,13 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
+from neox_native.config.schema import Parallel
+from neox_native.mesh import Mesh, build_mesh
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.optimizer import ShardedOptimizer
-from neox_native.zero.unit import ParameterSpec, Unit
+from neox_native.zero.spec import ParameterSpec, Rule, Unit
 
 VOCAB, WIDTH, FFN, BLOCKS, LENGTH = 13, 10, 22, 3, 5
 """None of the sizes is a multiple of 4, and a bias of 10 over 4 ranks leaves the last one a single element."""
@@ -123,14 +124,14 @@ def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum") / (GLOBAL_BATCH * LENGTH)
 
 
-def units_of(model: Toy, tied: bool) -> list[Unit]:
+def units_of(model: Toy, tied: bool, mesh: Mesh) -> list[Unit]:
     """One unit per block, the embedding, the head with its norm; a tied embedding lives around the whole model."""
     named = {parameter: name for name, parameter in model.named_parameters()}
 
     def unit(name: str, modules: tuple[nn.Module, ...], readers: Sequence[nn.Module]) -> Unit:
         parameters = [parameter for module in readers for parameter in module.parameters() if parameter in named]
-        specs = [ParameterSpec(named[parameter], parameter, decays(named[parameter])) for parameter in parameters]
-        return Unit(name, modules, specs)
+        specs = [ParameterSpec(named[parameter], parameter, Rule(decays(named[parameter]))) for parameter in parameters]
+        return Unit(name, modules, specs, mesh.shards().group, mesh.state_mesh())
 
     blocks = [unit(f"block{index}", (block,), (block,)) for index, block in enumerate(model.blocks)]
     embedding = unit("embedding", (model,) if tied else (model.embed,), (model.embed,))
@@ -148,10 +149,6 @@ def prepare(model: Toy, case: Case) -> None:
             block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
 
 
-def mesh_of(dp: int, tp: int = 1) -> DeviceMesh:
-    return init_device_mesh("cpu", (1, dp, tp), mesh_dim_names=("pp", "dp", "tp"))
-
-
 def sharded(case: Case, dp: int) -> tuple[Toy, ShardedOptimizer]:
     """The model on the meta device, materialised by the optimizer."""
     initial = dict(build(case).named_parameters(remove_duplicate=False))
@@ -159,8 +156,7 @@ def sharded(case: Case, dp: int) -> tuple[Toy, ShardedOptimizer]:
         model = build(case)
     prepare(model, case)
     optimizer = ShardedOptimizer(
-        {0: units_of(model, case.tied)},
-        mesh_of(dp),
+        {0: units_of(model, case.tied, build_mesh(Parallel(dp=dp), torch.device("cpu")))},
         ZeroStage(case.stage),
         make_optimizer(case.optimizer),
         case.dtype,
@@ -210,7 +206,7 @@ def gather(optimizer: ShardedOptimizer, what: str) -> dict[str, Tensor]:
     for trained in optimizer.trained:
         pieces: list = [None] * dist.get_world_size()
         dist.all_gather_object(pieces, getattr(trained, what))
-        full[trained.spec.name] = torch.cat(pieces) if optimizer.stage else pieces[0].clone()
+        full[trained.spec.name] = torch.cat(pieces) if trained.unit.stage else pieces[0].clone()
     return full
 
 

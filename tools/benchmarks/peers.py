@@ -106,7 +106,7 @@ def ours(stage: int, work: Workload, mesh: Mesh, device: torch.device) -> Step:
     with torch.device("meta"):
         model = Transformer(work.model).to(work.dtype)
     units = units_of({0: model}, Parallel(dp=mesh.rows.size), mesh)
-    optimizer = ShardedOptimizer(units, mesh, ZeroStage(stage), optimizer_factory(SETTINGS), work.dtype, device)
+    optimizer = ShardedOptimizer(units, ZeroStage(stage), optimizer_factory(SETTINGS), work.dtype, device)
     optimizer.materialize(lambda spec: initialize.draw(spec.name, cards(work.model)[spec.name], seed=0))
     model.build_tables(device)
     num_ranks = mesh.rows.size

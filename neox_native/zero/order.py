@@ -1,0 +1,150 @@
+"""What is gathered next and what is reduced next: the units of one pipeline stage in the order in which they run.
+
+[Note: gather] In stages 1 and 2 all parameters are stale after an update, and each unit waits for its own gather in the
+next forward pass, while the gather of the unit after it is under way. Stage 3 does the same in every forward pass,
+releases the unit after its forward, gathers it again when the gradient of its output is there (and the unit before it,
+which comes next in backward), and releases it when its own gradients have left. A unit with frozen parameters cannot
+tell that it is through, nor can one that lacks a gradient: it is released when the unit before it begins, or at the end.
+
+[Note: reduce] Units are reduced while backward runs, the last one first and always in that order: a rank on which a
+parameter happens to receive no gradient must not reduce another unit than its peers.
+
+Gathers and reductions share a group, so in stage 3 all ranks of a group must run the same units and give gradients to
+the same parameters; which ones may change from step to step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neox_native.zero.unit import ShardedUnit, State
+
+
+class UnitsOfStage:
+    """The units of one pipeline stage, which `install_hooks` lets follow what autograd does. See [Note: gather] and
+    [Note: reduce]."""
+
+    def __init__(self, units: Sequence[ShardedUnit]):
+        self.units = list(units)
+        self.reduced = [unit for unit in reversed(self.units) if unit.gradients]
+        """Units with gradients, in the order of their reductions."""
+        self.due: deque[ShardedUnit] = deque()
+        """Those that the current backward pass has yet to reduce."""
+        self.in_flight: deque[ShardedUnit] = deque()
+        # Two matrices at a time: one is filled while the other is reduced.
+        self.max_in_flight = 2 if all(unit.keeps_matrix for unit in self.reduced) else 1
+        self.watching = False
+        """Whether the end of the current backward pass will be noticed."""
+
+    def install_hooks(self) -> None:
+        """Collect gradients as they come; make parameters present when modules run."""
+        for index, unit in enumerate(self.units):
+            for position in range(len(unit.gradients)):
+                parameter = unit.specs[position].parameter
+                parameter.register_post_accumulate_grad_hook(lambda _p, u=unit, j=position: self._on_gradient(u, j))
+            modules = unit.modules if unit.stage else ()
+            for module in modules:
+                module.register_forward_pre_hook(lambda _module, _inputs, i=index: self._before_forward(i))
+            if unit.releases:
+                modules[-1].register_forward_hook(lambda _m, _inputs, output, i=index: self._after_forward(i, output))
+        self.units[0].modules[0].register_forward_pre_hook(lambda _module, _inputs: self._on_forward())
+
+    def begin(self, last: bool) -> None:
+        """A backward pass begins; `last` if it is the step's last."""
+        for unit in self.units:
+            unit.arrived.clear()
+            if State.GATHERING in unit.state:  # started in vain by the forward pass: a gather uses memory until it ends
+                unit.make_present()
+        self._flush()  # in case the pass before delivered no gradient at all
+        self.due.extend(unit for unit in self.reduced if not unit.keeps_matrix or last and not unit.num_reductions)
+        self.watching = False
+
+    @torch.no_grad()
+    def absorb(self) -> None:
+        """Take every gradient that lies in `.grad`, which no hook has seen."""
+        for unit in self.units:
+            for position in range(len(unit.gradients)):
+                unit.take(position)
+
+    def finish(self) -> None:
+        """The step's backward passes are over: reduce the rest and wait for the results."""
+        self._flush()
+        self.due.extend(unit for unit in self.reduced if unit.num_reductions == 0)
+        self._flush()
+        while self.in_flight:
+            self.in_flight.popleft().finish_reduction()
+        for unit in self.reduced:
+            unit.num_reductions = 0
+
+    def _on_forward(self) -> None:
+        """The stage's forward pass begins: the last step's gradients make room for its activations. Not so in an evaluation
+        or a recomputation."""
+        if torch.is_grad_enabled() and not _inside_backward():
+            for unit in self.units:
+                unit.forget()
+
+    def _before_forward(self, index: int) -> None:
+        self.units[index].make_present()
+        if not _inside_backward():  # a recomputed forward has the unit before it next, and that is on its way
+            self._prefetch(index + 1)
+
+    def _after_forward(self, index: int, output: Any) -> None:
+        if _inside_backward():
+            return
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _gradient: self._before_backward(index))
+        self.units[index].drop()
+
+    def _before_backward(self, index: int) -> None:
+        self._watch()
+        self.units[index].make_present()
+        self._prefetch(index - 1)
+        if index + 1 < len(self.units):
+            self.units[index + 1].drop()
+
+    def _on_gradient(self, unit: ShardedUnit, position: int) -> None:
+        """Autograd has finished the gradient of parameter `position`: collect it, and reduce what is complete and next."""
+        unit.arrive(position)
+        if self.due:
+            self._watch()
+        while self.due and self.due[0].complete:
+            self._reduce_next()
+
+    def _watch(self) -> None:
+        if not self.watching:
+            self.watching = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+
+    def _end_of_backward(self) -> None:
+        """What stage 3 still holds is released, and what the pass left incomplete is reduced now, at the same point on every
+        rank."""
+        self.watching = False
+        for unit in self.units:
+            if unit.releases:
+                unit.drop()
+        self._flush()
+
+    def _prefetch(self, index: int) -> None:
+        if 0 <= index < len(self.units):
+            self.units[index].gather()
+
+    def _flush(self) -> None:
+        while self.due:
+            self._reduce_next()
+
+    def _reduce_next(self) -> None:
+        if len(self.in_flight) == self.max_in_flight:
+            self.in_flight.popleft().finish_reduction()
+        self.in_flight.append(self.due.popleft())
+        self.in_flight[-1].start_reduction()
+
+
+def _inside_backward() -> bool:
+    """Whether this is a forward pass that activation checkpointing repeats inside the backward pass."""
+    return torch._C._current_graph_task_id() != -1

@@ -63,7 +63,7 @@ def open_standard_streams() -> None:
 
 
 @contextmanager
-def report_user_errors(prefix: str = "error") -> Iterator[None]:
+def report_user_errors() -> Iterator[None]:
     """Print a `UserError`, or what the system refused, as a sentence and exit with status 1. Where the reader of the
     output has left, as `head` does, nobody is to be told; the status is a shell's for that."""
     open_standard_streams()
@@ -76,7 +76,7 @@ def report_user_errors(prefix: str = "error") -> Iterator[None]:
     except (UserError, OSError) as error:
         sentence = f"{in_words(error)}." if isinstance(error, OSError) else str(error)
         if _first_to_say(sentence):
-            print(f"{prefix}: {sentence}", file=sys.stderr, flush=True)
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 

@@ -26,9 +26,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{told[0].upper()}{told[1:]}; {self.prog} --help lists the options.")
 
 
-def whole(least: int = -LARGEST, most: int = LARGEST) -> Callable[[str], int]:
-    """An option's type: a whole number within limits, both included."""
-    return _limited(int, "a whole number", "of at least", operator.ge, least, most)
+def whole(least: int = -LARGEST) -> Callable[[str], int]:
+    """An option's type: a whole number that is no smaller."""
+    return _limited(int, "a whole number", "of at least", operator.ge, least)
 
 
 def number(least: float = -LARGEST, most: float = LARGEST) -> Callable[[str], float]:
@@ -42,7 +42,7 @@ def number_above(limit: float, most: float = LARGEST) -> Callable[[str], float]:
 
 
 def _limited(
-    kind: type, what: str, floor: str, reaches: Callable[[Any, Any], bool], least: float, most: float
+    kind: type, what: str, floor: str, reaches: Callable[[Any, Any], bool], least: float, most: float = LARGEST
 ) -> Callable[[str], Any]:
     limits = [f"{floor} {least:g}"] * (least > -LARGEST) + [f"at most {most:g}"] * (most < LARGEST)
 

@@ -106,7 +106,7 @@ def tokenizer_if_any(options: argparse.Namespace, loaded: Loaded) -> Tokenizer |
 
 
 def perplexity(options: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
-    """Of `--data` or `--text`."""
+    """Perplexity of `--data` or `--text`."""
     scorer = Scorer(Runner(loaded), options.batch_size)
     tokenizer = tokenizer_of(options, loaded) if options.text or options.tokenizer else tokenizer_if_any(options, loaded)
     if options.data and (sidecar := read_sidecar(IndexedDataset(options.data))):
@@ -122,7 +122,7 @@ def perplexity(options: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
 
 
 def tasks(options: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
-    """Of a file of questions, or of the harness's tasks."""
+    """Results of a file of questions, or of the harness's tasks."""
     runner, tokenizer = Runner(loaded), tokenizer_of(options, loaded)
     scorer = Scorer(runner, options.batch_size)
     if options.tasks.endswith(".jsonl"):

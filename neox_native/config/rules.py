@@ -14,7 +14,7 @@ from neox_native.config.settings import SETTINGS
 from neox_native.config.values import to_toml
 
 DATASET_KEYS = ("path", "weight", "labels")
-"""Of an entry of a mixture."""
+"""What an entry of a mixture may tell."""
 MAX_DATASETS = 255
 """A blend numbers its datasets in one byte."""
 

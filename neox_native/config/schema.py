@@ -48,8 +48,8 @@ class Model:
     num_heads: Annotated[int, at_least_one(1 << 20)] = 8
     """Attention heads; must divide hidden_size."""
     num_kv_heads: Annotated[int, Range(largest=1 << 20)] = 0
-    """Key and value heads for grouped-query attention; 0 means num_heads (multi-head attention). Of fewer than parallel.tp,
-    each lies on several ranks."""
+    """Key and value heads for grouped-query attention; 0 means num_heads (multi-head attention). Where they are fewer
+    than parallel.tp, each lies on several ranks."""
     ffn_hidden_size: Annotated[int, Range(largest=1 << 23)] = 0
     """Width of the feed-forward layer [channels]; 0 means 4 * hidden_size."""
     seq_length: Annotated[int, at_least_one(1 << 24)] = 2048

@@ -217,7 +217,7 @@ def _ranks(
 
 def _crosses(left: Spine, right: Spine, ranks: dict[bytes, int]) -> bool:
     """Whether two tokens side by side, `left` the right edge of one and `right` the left edge of the other, are merged
-    across their boundary before both are complete. Of two merges of equal rank, the one further left comes first."""
+    across their boundary before both are complete. Where two merges have equal rank, the left one comes first."""
     end = len(ranks)
     for (part, birth), death in zip(left, [birth for _, birth in left[1:]] + [end]):
         for (other, other_birth), other_death in zip(right, [birth for _, birth in right[1:]] + [end]):

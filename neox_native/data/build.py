@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,23 +43,14 @@ class Position(NamedTuple):
         return {name.removeprefix(prefix): value for name, value in self.begun.items() if name.startswith(prefix)}
 
 
-@dataclass(frozen=True)
-class Datasets:
-    """Training and validation data; each index is computed when first asked for."""
+class Datasets(NamedTuple):
+    """What a run reads."""
 
-    build: Callable[[str], Dataset]
-    tokenizer: Tokenizer | None = None
+    train: Dataset
+    valid: Dataset | None
+    """None where the run does not evaluate."""
+    tokenizer: Tokenizer | None
     """The one that `data.tokenizer` names, which the data was checked against."""
-
-    @cached_property
-    def train(self) -> Dataset:
-        """What training reads."""
-        return self.build("train")
-
-    @cached_property
-    def valid(self) -> Dataset:
-        """What evaluation reads."""
-        return self.build("valid")
 
 
 def parse_split(split: str) -> list[float]:
@@ -84,9 +74,9 @@ def samples_needed(
     eval_rotate: bool,
     position: Position,
 ) -> int:
-    """Samples of one part that a whole run reads. Of validation data those of one evaluation, or, where evaluations rotate,
-    of those within the run and one at its end, as GPT-NeoX counts them. Of the training data those that were consumed, maybe
-    in batches of another size, and those of the steps left."""
+    """Samples of one part that a whole run reads. Training reads those that were consumed, maybe in batches of another size,
+    and those of the steps left; validation reads those of one evaluation or, where evaluations rotate, of all within the run
+    and one at its end, as GPT-NeoX counts them."""
     if part == "train":
         return position.consumed_samples + max(0, steps - position.step) * global_batch_size
     evaluations = steps // max(1, eval_every or steps) + 1 if part == "valid" and eval_rotate else 1
@@ -154,7 +144,7 @@ def build_data(
     position: Position = Position(),
     eval_rotate: bool = False,
 ) -> Datasets:
-    """The run's datasets; training data is opened at once, validation data if the run evaluates.
+    """The run's datasets.
 
     The first of `ranks` prepares built-in corpora. `position` is where a run that goes on stands in its training data. With `eval_rotate` each evaluation reads
     samples of its own. Raises `UserError` for everything that is wrong with the files or the settings.
@@ -194,10 +184,7 @@ def build_data(
 
         return make(0, num_samples) if len(entries) == 1 else Mixture(make, [e.weight for e in entries], num_samples)
 
-    datasets = Datasets(build, tokenizer)
-    for part in in_use:
-        getattr(datasets, part)
-    return datasets
+    return Datasets(build("train"), build("valid") if eval_every else None, tokenizer)
 
 
 def _tokenizer_of(

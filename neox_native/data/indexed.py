@@ -37,7 +37,7 @@ MAX_TOKENS_PER_DOCUMENT = 2**31 - 1
 PIECE = 2**16
 """Entries of an index that are checked at once."""
 SUFFIX = ".about.json"
-"""Of the sidecar."""
+"""Ends the name of the sidecar."""
 IGNORED = -100
 """Label of a token that the model is not trained to predict."""
 

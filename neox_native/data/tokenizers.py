@@ -20,7 +20,7 @@ from neox_native.plain_files import at_home, read_bytes
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MOST_BYTES_OF_A_FILE = 1 << 28
-"""Of a tokenizer.json: the largest in use have some 30 MB."""
+"""Limit of a tokenizer.json; the largest in use have some 30 MB."""
 
 
 class OutOfReach(UserError):
@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
     eod_id: int
     """The id that ends a document."""
     sha256: str
-    """Of what decides the ids, hexadecimal: equal hashes mean equal ids, however a tokenizer.json is spelt."""
+    """Hash of what decides the ids, hexadecimal: equal hashes mean equal ids, however a tokenizer.json is spelt."""
     file: bytes | None
     """The content of its tokenizer.json; None of one that is built in or tiktoken's."""
 

@@ -53,7 +53,7 @@ class Scale:
     """What a step's numbers are seen against on the console."""
 
     total_steps: int
-    """Of the run."""
+    """Steps of the run."""
     sample_tokens: int
     """Tokens of a sample."""
     memory_bytes: int

@@ -155,7 +155,8 @@ def unpacked(path: str) -> Iterator[BinaryIO]:
 
 
 def lines_of(piece: Piece, longest: int = LONGEST_LINE_BYTES) -> Iterator[bytes]:
-    """The lines that begin in the piece, with their ends. Of a longer line, the first `longest` + 1 bytes."""
+    """The lines that begin in the piece, with their ends. A line longer than `longest` comes as its first `longest` + 1
+    bytes."""
     with unpacked(piece.path) as file:
         is_plain = piece.path.endswith(".jsonl")
         if is_plain and piece.start:

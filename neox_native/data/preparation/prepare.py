@@ -135,7 +135,7 @@ def prepare(
 
 
 def _what_was_there(report: Report, files: list[str]) -> str:
-    """Of inputs without a document, in words."""
+    """What inputs without a document hold, in words."""
     return "; ".join(report.dropped()) or f"{files[0]} {f'and {len(files) - 1:,} more ' if files[1:] else ''}has no line"
 
 

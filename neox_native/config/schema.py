@@ -204,6 +204,14 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What is minimised."""
+
+    kind: str = "next_token"
+    """How the model's value of each token becomes the loss: "next_token", the mean negative log-likelihood of the targets."""
+
+
+@dataclass(frozen=True)
 class LrSchedule:
     """Learning rate over the steps, update for update GPT-NeoX's: update k has the schedule's value after k - 1 updates, so
     that with warmup the first has rate zero; a step that overflows in fp16 does not count."""
@@ -310,6 +318,7 @@ class Config:
     model: Model = Model()
     data: Data = field(default_factory=Data)
     training: Training = Training()
+    objective: Objective = Objective()
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_schedule: LrSchedule = LrSchedule()
     parallel: Parallel = field(default_factory=Parallel)

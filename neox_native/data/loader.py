@@ -24,22 +24,19 @@ from neox_native.errors import UserError
 class StepBatch:
     """What one data rank feeds the model in one step; m microbatches of B sequences of T tokens."""
 
-    inputs: torch.Tensor
-    """int64 [m, B, T]."""
-    targets: torch.Tensor
-    """int64 [m, B, T]: the token that follows each input token, -100 where the model is not trained to predict it."""
-    sample_ids: torch.Tensor
-    """int64 [m, B]: numbers of the samples in the dataset's order."""
+    model_fields: dict[str, torch.Tensor]
+    """Arguments of the model's forward, int64 [m, B, T]. tokens_BT; targets_BT: the token that follows each, -100 where the
+    model is not trained to predict it; documents_BT if `data.document_attention`: number of the token's document in its
+    row, padding has its own; positions_BT if `data.document_positions`: tokens since the start of the document, or of the
+    row inside it."""
+    loss_fields: dict[str, torch.Tensor]
+    """What the objective needs beside the model's values, [m, B, ...]."""
     consumed_samples: int
     """Samples taken by all ranks together, this step included; see [Note: position]."""
     row_hash: int
     """Sum over this rank's rows of `hash_row`, as a signed 64-bit integer; its sum over ranks is the `batch_hash`."""
     num_targets: int
     """Targets of this rank that are not -100."""
-    document_ids: torch.Tensor | None = None
-    """int64 [m, B, T] if `data.document_attention`: number of the token's document in its row; padding has its own."""
-    positions: torch.Tensor | None = None
-    """int64 [m, B, T] if `data.document_positions`: tokens since the start of the document, or of the row inside it."""
 
 
 def hash_row(row: int, sample: int, tokens: np.ndarray) -> int:
@@ -133,30 +130,26 @@ class StepReader:
         is_target = targets != IGNORED
         if labelled:
             self._check(first_sample, np.where(is_target, targets, 0), "label")
-        document_ids, positions = self._segments(rows)
+        fields = {"tokens_BT": tokens[..., :-1].copy(), "targets_BT": targets} | self._segments(rows)
         return StepBatch(
-            inputs=self._to_torch(tokens[..., :-1].copy()),
-            targets=self._to_torch(targets),
-            sample_ids=torch.from_numpy(first_sample + self.rows),
+            model_fields={name: self._to_torch(array) for name, array in fields.items()},
+            loss_fields={},
             consumed_samples=first_sample + self.global_batch_size,
             row_hash=as_signed(row_hash),
             num_targets=int(np.count_nonzero(is_target)),
-            document_ids=document_ids,
-            positions=positions,
         )
 
-    def _segments(self, rows: dict[tuple[int, ...], Row]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`document_ids` and `positions` of a step, where the run asks for them."""
+    def _segments(self, rows: dict[tuple[int, ...], Row]) -> dict[str, np.ndarray]:
+        """`documents_BT` and `positions_BT` of a step, where the run asks for them."""
         reading = self.dataset.reading
         if not (reading.document_attention or reading.document_positions):
-            return None, None
+            return {}
         numbers = np.stack([segment_numbers(row.lengths, reading.seq_length) for row in rows.values()])
         shape = (*self.rows.shape, reading.seq_length)
-        positions = np.stack([positions_in_segments(row) for row in numbers]).reshape(shape)
-        return (
-            self._to_torch(numbers.reshape(shape)) if reading.document_attention else None,
-            self._to_torch(positions) if reading.document_positions else None,
-        )
+        found = {"documents_BT": numbers.reshape(shape)} if reading.document_attention else {}
+        if reading.document_positions:
+            found["positions_BT"] = np.stack([positions_in_segments(row) for row in numbers]).reshape(shape)
+        return found
 
     def _to_torch(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from neox_native.config.schema import Config, Model, Parallel
 from neox_native.dtypes import DTYPES
+from neox_native.engine.objective import objective_of
 from neox_native.engine.single_stage import Engine, SingleStage
 from neox_native.engine.spikes import SpikeGuard
 from neox_native.engine.step import Losses, TrainStep
@@ -153,12 +154,12 @@ def build_engine(
 def build_step(
     config: Config, mesh: Mesh, device: torch.device, engine: Engine, optimizer: ShardedOptimizer
 ) -> TrainStep:
-    """What one optimizer step is, with the loss scale of fp16 and the guard against spikes where they are asked for."""
+    """What one optimizer step is, with the objective, and with the loss scale of fp16 and the guard against spikes where they are asked for."""
     training = config.training
     return TrainStep(
         engine,
         optimizer,
-        Losses(mesh, device),
+        Losses(mesh, device, objective_of(config.objective)),
         training.clip_grad_norm,
         LossScale(training, device) if training.precision == "fp16" else None,
         SpikeGuard(training, device) if training.spike_threshold > 0 else None,

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from neox_native.data.loader import StepBatch
+from neox_native.engine.objective import NextToken, Objective
 from neox_native.engine.single_stage import Engine
 from neox_native.engine.spikes import SpikeGuard
+from neox_native.mesh import Mesh
 from neox_native.optim.loss_scale import LossScale
-from neox_native.parallel.loss import cross_entropy_sum
-from neox_native.parallel.pipeline import LossFunction
+from neox_native.parallel.pipeline import Fields
 from neox_native.zero.optimizer import ShardedOptimizer
 
 
@@ -27,35 +27,60 @@ class StepResult(NamedTuple):
     """Global L2 norm before clipping, the same on all ranks."""
     skipped: Tensor
     """Not zero where loss or gradient were not finite, or the loss a spike, so that nothing was updated."""
+    metrics: dict[str, Tensor]
+    """This rank's share of each named metric, divided by the step's weight as the loss is."""
+
+
+class StepLoss:
+    """The loss function of one step's microbatches; it sums the objective's metrics up as it goes.
+
+    Args:
+        fields: the step's `loss_fields`, on the device.
+        weight: of the step on all ranks, once `weighing` is done.
+        scale: what the loss is multiplied by, for fp16.
+    """
+
+    def __init__(
+        self, objective: Objective, fields: Fields, weight: Tensor, weighing: dist.Work | None = None, scale: Tensor | float = 1.0
+    ):
+        self.objective, self.fields, self.weight, self.weighing, self.scale = objective, fields, weight, weighing, scale
+        self.metrics: dict[str, Tensor] = {}
+
+    def factor(self) -> Tensor:
+        """What a microbatch's sum is multiplied by: the loss scale over the step's weight."""
+        if self.weighing is not None:
+            self.weighing.wait()  # it had the first forward pass to finish
+        return self.scale / self.weight.clamp(min=1.0)
+
+    def __call__(self, values_BT: Tensor, microbatch: int) -> Tensor:
+        """The microbatch's share of the step's loss, scaled."""
+        loss, metrics = self.objective(values_BT, {name: field[microbatch] for name, field in self.fields.items()})
+        for name, value in metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + value.detach()
+        return loss * self.factor()
 
 
 class Losses:
-    """The loss of a step, the same in every layout: sum over its tokens / their number over all ranks."""
+    """The loss of a step, the same in every layout: the objective's sum / its weight over all ranks."""
 
-    def __init__(self, mesh: DeviceMesh, device: torch.device):
-        self.dp_group, self.pp_group, self.device = mesh.get_group("dp"), mesh.get_group("pp"), device
-        self.tp_group = mesh.get_group("tp") if mesh["tp"].size() > 1 else None
+    def __init__(self, mesh: Mesh, device: torch.device, objective: Objective | None = None):
+        self.mesh, self.device, self.objective = mesh, device, objective or NextToken()
 
-    def function(self, num_targets: int, scale: Tensor | float = 1.0) -> LossFunction:
-        """The loss function of a step's microbatches: (logits, targets) -> scale * share of the step's mean loss.
+    def function(self, batch: StepBatch, scale: Tensor | float = 1.0) -> StepLoss:
+        """The loss function of the microbatches of this data rank's share of a step."""
+        weight = torch.full((), self.objective.weight(batch), dtype=torch.float32, device=self.device)
+        weighing = dist.all_reduce(weight, group=self.mesh.rows.group, async_op=True)
+        return StepLoss(self.objective, to_device(batch.loss_fields, self.device), weight, weighing, scale)
 
-        Args:
-            num_targets: tokens of this data rank's share of the step that count.
-        """
-        num_tokens = torch.full((), num_targets, dtype=torch.float32, device=self.device)
-        counting = dist.all_reduce(num_tokens, group=self.dp_group, async_op=True)
-
-        def loss(logits: Tensor, target: Tensor) -> Tensor:
-            counting.wait()  # it had the first forward pass to finish
-            return cross_entropy_sum(logits, target, self.tp_group) * (scale / num_tokens.clamp(min=1.0))
-
-        return loss
+    def sums(self, batch: StepBatch) -> StepLoss:
+        """The loss function that sums the objective over microbatches and divides by nothing."""
+        return StepLoss(self.objective, to_device(batch.loss_fields, self.device), torch.ones((), device=self.device))
 
     def total(self, share: Tensor) -> Tensor:
         """The whole step's value from each rank's share: the sum over dp and pp, in fp64."""
         value = share.detach().to(torch.float64, copy=True)
-        for group in (self.dp_group, self.pp_group):
-            dist.all_reduce(value, group=group)
+        for axis in (self.mesh.rows, self.mesh.pipeline):
+            dist.all_reduce(value, group=axis.group)
         return value
 
 
@@ -82,23 +107,22 @@ class TrainStep:
 
     def __call__(self, batch: StepBatch, learning_rate: float | Tensor) -> StepResult:
         """Train on one step's batch. Nothing waits for the device."""
-        inputs, targets, extras = to_device(batch, self.losses.device)
+        fields = to_device(batch.model_fields, self.losses.device)
         scale = None
         if self.loss_scale:
-            scale = self.loss_scale.of_step(len(inputs) * dist.get_world_size(self.losses.dp_group))
-        function = self.losses.function(batch.num_targets, 1.0 if scale is None else scale)
-        loss = self.engine.forward_backward(inputs, targets, extras, function)
+            scale = self.loss_scale.of_step(len(fields["tokens_BT"]) * self.losses.mesh.rows.size)
+        function = self.losses.function(batch, 1.0 if scale is None else scale)
+        loss = self.engine.forward_backward(fields, function)
         if scale is not None:
             loss = loss / scale
         spike = self.spike_guard.is_spike(self.losses.total(loss)) if self.spike_guard else None
         grad_norm, skipped = self.optimizer.step(learning_rate, self.clip_grad_norm, scale, loss, spike)
         if self.loss_scale:
             self.loss_scale.update(1.0 - grad_norm.isfinite().float())
-        return StepResult(loss, grad_norm, skipped)
+        weight = function.weight.clamp(min=1.0)
+        return StepResult(loss, grad_norm, skipped, {name: value / weight for name, value in function.metrics.items()})
 
 
-def to_device(batch: StepBatch, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Inputs, targets and further arguments of the model's forward, each [M, B, T], on the device."""
-    extras = {"documents_BT": batch.document_ids, "positions_BT": batch.positions}
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in extras.items() if tensor is not None}
-    return batch.inputs.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True), moved
+def to_device(fields: Fields, device: torch.device) -> dict[str, Tensor]:
+    """The same fields on the device; nothing waits for pinned memory."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()}

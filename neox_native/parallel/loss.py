@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from neox_native.model.readout import IGNORED
@@ -56,16 +55,3 @@ def vocab_parallel_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, group: 
     ignored_BT = targets_BT == IGNORED
     losses_BT = _VocabParallelCrossEntropy.apply(logits_BTV, targets_BT.masked_fill(ignored_BT, 0), group)
     return losses_BT.masked_fill(ignored_BT, 0.0)
-
-
-def cross_entropy_sum(logits_BTV: Tensor, targets_BT: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """Sum over tokens of the negative log-likelihood [nats], in fp32; positions whose target is -100 count nothing.
-
-    Args:
-        logits_BTV: this rank's columns of the logits, whole without `tp_group`.
-        targets_BT: global token ids.
-        tp_group: ranks that hold the other columns, in rank order.
-    """
-    if tp_group is None:
-        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum", ignore_index=IGNORED)
-    return vocab_parallel_cross_entropy(logits_BTV, targets_BT, tp_group).sum()

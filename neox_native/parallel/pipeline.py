@@ -1,11 +1,11 @@
 """Pipeline parallelism on torch's schedules: stages, one training step, and a forward-only pass for evaluation.
 
-Shapes: M microbatches of a step, B sequences of a microbatch, T sequence, D hidden, V vocabulary (this rank's share).
+Shapes: M microbatches of a step, B sequences of a microbatch, T sequence, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -13,10 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
-from torch.distributed.tensor import DTensor
 
 from neox_native.model.transformer import Transformer
-from neox_native.parallel.cuts import share_of_vocabulary
 from neox_native.parallel.stages import rank_of_stage
 from neox_native.parallel.timing import Timing
 
@@ -30,7 +28,10 @@ SCHEDULES = {
 }
 """Our name of a schedule -> torch's."""
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+Fields = Mapping[str, Tensor]
+"""Arguments of the model's forward by name, each [M, B, ...]; `tokens_BT` is its first."""
+LossFunction = Callable[[Tensor, int], Tensor]
+"""From the values per token [B, T] of a microbatch, and its number, to a scalar to differentiate."""
 
 
 class GradientSink(Protocol):
@@ -48,6 +49,8 @@ class Stage(PipelineStage):
 
     sink: GradientSink
     timing: Timing
+    microbatch: int
+    """The last one that went forward."""
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         """First messages to the neighbours, that open connections; torch 2.11 would connect a V's tip to itself."""
@@ -55,6 +58,7 @@ class Stage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Forward of one microbatch."""
+        self.microbatch = fwd_chunk_id
         self.timing.on_microbatch(fwd_chunk_id)
         with self.timing.compute.running():
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
@@ -108,10 +112,11 @@ class Pipeline:
         hidden = torch.empty(microbatch_shape[0], hidden_length, model.hidden_size, dtype=dtype, device="meta")
         self.hidden_meta = hidden.requires_grad_()
         tokens = torch.empty(microbatch_shape, dtype=torch.int64, device="meta")
+        values = torch.empty(microbatch_shape, dtype=torch.float32, device="meta", requires_grad=True)
         self.stages = []
         for number, part in parts.items():
             # Static shapes: without them torch runs a whole forward and backward pass to learn them.
-            output = self.hidden_meta if part.readout is None else self._logits_meta(part, microbatch_shape, dtype)
+            output = self.hidden_meta if part.readout is None else values
             inputs = tokens if number == 0 else self.hidden_meta
             stage = Stage(part, number, num_stages, device, input_args=inputs, output_args=output, group=pp_group)
             stage.sink, stage.timing = sink, self.timing
@@ -121,61 +126,48 @@ class Pipeline:
         self.schedule = schedule_class(stages, num_microbatches, loss_fn=self._loss, scale_grads=False)
         self.loss_function: LossFunction | None = None
 
-    @staticmethod
-    def _logits_meta(part: Transformer, microbatch_shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        weight = part.readout.embed_out.weight
-        tp = weight.device_mesh.size() if isinstance(weight, DTensor) else 1
-        columns = share_of_vocabulary(part.config.padded_vocab_size, tp)
-        return torch.empty(*microbatch_shape, columns, dtype=dtype, device="meta", requires_grad=True)
+    def _loss(self, values_BT: Tensor, _target: Tensor) -> Tensor:
+        (last,) = (stage for stage in self.stages if stage.is_last)
+        return self.loss_function(values_BT, last.microbatch)
 
-    def _loss(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-        return self.loss_function(logits_BTV, targets_BT)
-
-    def forward_backward(
-        self, inputs_MBT: Tensor, targets_MBT: Tensor, extras: dict[str, Tensor], loss_function: LossFunction
-    ) -> Tensor:
+    def forward_backward(self, fields: Fields, loss_function: LossFunction) -> Tensor:
         """One step's microbatches forward and backward; gradients go to the sink.
 
-        Args:
-            extras: more arguments of the model's forward, each [M, B, T].
-            loss_function: (logits, targets) of a microbatch -> scalar to differentiate.
         Returns:
             the sum of the microbatches' losses, detached; zero on ranks without the last stage.
         """
         self.loss_function = loss_function
         first, last = 0 in self.parts, self.num_stages - 1 in self.parts
         losses: list[Tensor] = []
+        unread = {"tokens_BT"} if last else {"tokens_BT", "targets_BT"}
         with self.timing.whole.running():
             self.schedule.step(
-                *((inputs_MBT.flatten(0, 1).contiguous(),) if first else ()),
-                target=targets_MBT.flatten(0, 1) if last else None,
+                *((fields["tokens_BT"].flatten(0, 1).contiguous(),) if first else ()),
+                target=torch.empty(self.num_microbatches) if last else None,  # torch wants one; the loss looks its own up
                 losses=losses if last else None,
                 return_outputs=False,
-                **{name: tensor.flatten(0, 1) for name, tensor in extras.items()},
+                **{name: tensor.flatten(0, 1) for name, tensor in fields.items() if name not in unread},
             )
         return torch.stack([loss.detach() for loss in losses]).sum() if last else torch.zeros((), device=self.device)
 
     @torch.no_grad()
-    def forward(
-        self, inputs_MBT: Tensor, targets_MBT: Tensor, extras: dict[str, Tensor], loss_function: LossFunction
-    ) -> Tensor:
+    def forward(self, fields: Fields, loss_function: LossFunction) -> Tensor:
         """Forward only, for evaluation; the same for every schedule. Returns what `forward_backward` returns.
 
         Each microbatch walks through all stages in order, so that the ranks' sends and receives cannot wait for each
         other in a circle. With one stage per rank the microbatches still follow one another like a pipeline.
         """
         total = torch.zeros((), device=self.device)
-        for index in range(inputs_MBT.shape[0]):
+        for index in range(len(fields["tokens_BT"])):
             self.timing.on_microbatch(index)
-            arguments = {name: tensor[index] for name, tensor in extras.items()}
-            hidden: Tensor | None = None
+            arguments = {name: tensor[index] for name, tensor in fields.items()}
+            tokens, hidden = arguments.pop("tokens_BT"), None
             for stage in range(self.num_stages):
                 if stage in self.parts:
-                    x = inputs_MBT[index] if stage == 0 else self._receive(stage, hidden)
-                    hidden = self.parts[stage](x, **arguments)
+                    hidden = self.parts[stage](tokens if stage == 0 else self._receive(stage, hidden), **arguments)
                     self._send(stage, hidden)
             if self.num_stages - 1 in self.parts:
-                total += loss_function(hidden, targets_MBT[index])
+                total += loss_function(hidden, index)
         return total
 
     def _peer(self, stage: int) -> int | None:

@@ -252,12 +252,10 @@ def fake_batch(config: Config) -> StepBatch:
     """One data rank's share of a step."""
     training, data = config.training, config.data
     shape = (num_microbatches(config), training.micro_batch_size, config.model.seq_length)
-    tokens = torch.zeros(shape, dtype=torch.int64)
-    targets = torch.zeros_like(tokens)
-    documents = torch.zeros_like(tokens) if data.document_attention else None
-    positions = torch.zeros_like(tokens) if data.document_positions else None
-    size = training.global_batch_size
-    return StepBatch(tokens, targets, tokens[:, :, 0], size, 0, tokens.numel(), documents, positions)
+    asked = {"documents_BT": data.document_attention, "positions_BT": data.document_positions}
+    names = ["tokens_BT", "targets_BT", *(name for name, is_asked in asked.items() if is_asked)]
+    fields = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+    return StepBatch(fields, {}, training.global_batch_size, 0, fields["targets_BT"].numel())
 
 
 def axes_of(mesh: Mesh) -> dict[str, str]:

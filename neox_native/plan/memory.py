@@ -158,7 +158,7 @@ class _Sizes:
         size = self.share.layers[turn] * self.block - (0 if self.is_first(turn) else self.input)
         if not self.is_last(turn):
             return size + self.stream
-        return size + self.head + self.log_probabilities + (self.e * self.logits if self.piped else 0)
+        return size + self.head + self.log_probabilities
 
     @property
     def log_probabilities(self) -> int:
@@ -172,7 +172,7 @@ class _Sizes:
         size = sum(number * self.kept(turn) for turn, number in enumerate(moment.held))
         for turn, stage in enumerate(self.share.stages):
             if self.splits and stage > 0:
-                loss = (FP32_BYTES + self.e) * self.logits if self.is_last(turn) else 0
+                loss = self.log_probabilities if self.is_last(turn) else 0
                 again = self.share.layers[turn] * self.recomputed
                 size += moment.waiting[turn] * (again + _operands(self, turn) - loss)
                 received = stage - 1 not in self.share.stages
@@ -241,7 +241,7 @@ def _loss(sizes: _Sizes) -> int:
     exponentials."""
     copies = 2 * FP32_BYTES
     if sizes.config.parallel.tp > 1:
-        copies += (sizes.e if sizes.e < FP32_BYTES else 0) - (sizes.e if sizes.piped else 0)
+        copies += sizes.e if sizes.e < FP32_BYTES else 0
     return copies * sizes.logits
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,13 +13,12 @@ from neox_native.data.loader import StepBatch
 from neox_native.engine.single_stage import Engine
 from neox_native.engine.step import Losses, to_device
 from neox_native.model.transformer import Transformer
-from neox_native.parallel.loss import cross_entropy_sum
 
 
 def evaluate(
     engine: Engine, parts: Iterable[Transformer], losses: Losses, batches: Iterable[StepBatch]
 ) -> tuple[Tensor, int]:
-    """This rank's share of the mean loss per token over `batches` [nats], and how many targets they have on all ranks.
+    """This rank's share of the mean loss over `batches` [nats], and their weight on all ranks: their number of targets.
 
     All targets weigh the same, whichever batch holds them. The share is a tensor on the device; its sum over dp and pp is
     the loss, which is 0 and means nothing where there is no target. Dropout is off meanwhile.
@@ -30,13 +28,12 @@ def evaluate(
         part.eval()
     total, count = torch.zeros((), dtype=torch.float64, device=losses.device), 0
     for batch in batches:
-        inputs, targets, extras = to_device(batch, losses.device)
-        total += engine.forward(inputs, targets, extras, partial(cross_entropy_sum, tp_group=losses.tp_group))
-        count += batch.num_targets
+        total += engine.forward(to_device(batch.model_fields, losses.device), losses.sums(batch))
+        count += losses.objective.weight(batch)
     for part in parts:
         part.train()
     num_targets = torch.tensor(count, device=losses.device)
-    dist.all_reduce(num_targets, group=losses.dp_group)
+    dist.all_reduce(num_targets, group=losses.mesh.rows.group)
     return total / num_targets.clamp(min=1), int(num_targets.item())
 
 

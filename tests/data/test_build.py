@@ -94,20 +94,19 @@ def test_labels_mask_the_targets_of_the_same_tokens(tmp_path: Path, documents: l
     labels = write_files(tmp_path / "labels", masked(documents, 3), "int32")
     data = datasets([{"path": prefix, "weight": 1.0, "labels": labels}], packing=packing)  # type: ignore[arg-type]
     for step in steps_of(data, micro=12):
-        for row, sample in enumerate(step.sample_ids[0].tolist()):
+        for row, sample in enumerate(range(step.consumed_samples - 12, step.consumed_samples)):
             expected = []
             for document, offset, length in data.train.locate(sample).segments:
                 expected += masked(documents, 3)[document][offset : offset + length]
             expected += [-100] * (SEQ_LENGTH + 1 - len(expected))
-            assert step.targets[0, row].tolist() == expected[1:]
-        assert step.num_targets == int((step.targets >= 0).sum()) > 0
+            assert step.model_fields["targets_BT"][0, row].tolist() == expected[1:]
+        assert step.num_targets == int((step.model_fields["targets_BT"] >= 0).sum()) > 0
 
 
 def test_padding_is_no_target(prefix: str, documents: list[list[int]]) -> None:
     for step in steps_of(datasets(prefix, packing="unpacked"), micro=12):
-        for inputs, targets, sample in zip(
-            step.inputs[0].tolist(), step.targets[0].tolist(), step.sample_ids[0].tolist()
-        ):
+        samples = range(step.consumed_samples - 12, step.consumed_samples)
+        for inputs, targets, sample in zip(*(field[0].tolist() for field in step.model_fields.values()), samples):
             (segment,) = datasets(prefix, packing="unpacked").train.locate(sample).segments
             document = documents[segment.document][: SEQ_LENGTH + 1]
             assert inputs == (document + [0] * SEQ_LENGTH)[:SEQ_LENGTH]
@@ -118,20 +117,19 @@ def test_padding_is_no_target(prefix: str, documents: list[list[int]]) -> None:
 def test_documents_and_positions_follow_the_segments(prefix: str, packing: str) -> None:
     data = datasets(prefix, packing=packing, document_attention=True, document_positions=True)
     for step in steps_of(data, micro=12):
-        assert step.document_ids is not None and step.positions is not None
-        for row, sample in enumerate(step.sample_ids[0].tolist()):
+        for row, sample in enumerate(range(step.consumed_samples - 12, step.consumed_samples)):
             ids, positions = [], []
             lengths = [segment.length for segment in data.train.locate(sample).segments]
             for number, length in enumerate([*lengths, SEQ_LENGTH]):
                 ids += [number] * length
                 positions += range(length)
-            assert step.document_ids[0, row].tolist() == ids[:SEQ_LENGTH]
-            assert step.positions[0, row].tolist() == positions[:SEQ_LENGTH]
+            assert step.model_fields["documents_BT"][0, row].tolist() == ids[:SEQ_LENGTH]
+            assert step.model_fields["positions_BT"][0, row].tolist() == positions[:SEQ_LENGTH]
 
 
 def test_documents_and_positions_are_left_out_unless_asked_for(prefix: str) -> None:
     step = steps_of(datasets(prefix))[0]
-    assert step.document_ids is None and step.positions is None and step.num_targets == 12 * SEQ_LENGTH
+    assert list(step.model_fields) == ["tokens_BT", "targets_BT"] and step.num_targets == 12 * SEQ_LENGTH
 
 
 def test_labels_of_other_sizes_are_refused(tmp_path: Path, prefix: str, documents: list[list[int]]) -> None:
@@ -206,9 +204,8 @@ def test_a_run_goes_on_in_its_order_with_another_batch_size_or_number_of_steps(
     resumed = datasets(data, packing=packing, batch=batch, steps=steps, position=position)  # type: ignore[arg-type]
     check_fingerprint(whole.fingerprint(), resumed.train.fingerprint(), "training")
     read = steps_of(resumed, consumed=36, batch=batch, micro=2, steps=max(0, steps - 3))
-    ids = [sample for step in read for sample in step.sample_ids.flatten().tolist()]
-    assert len(ids) == batch * max(0, steps - 3)
-    assert all(resumed.train.sample(number).tolist() == whole.sample(number).tolist() for number in ids)
+    rows = [row for step in read for row in step.model_fields["tokens_BT"].flatten(0, 1).tolist()]
+    assert rows == [whole.sample(36 + number)[:-1].tolist() for number in range(batch * max(0, steps - 3))]
 
 
 @pytest.mark.parametrize("packing", ["pack_until_overflow", "unpacked"])
@@ -279,7 +276,7 @@ def test_stored_rows_are_read_in_the_order_of_the_file(tmp_path: Path) -> None:
     data = datasets(write_files(tmp_path / "rows", rows), order="stored", split="1")
     assert how_far(data.train, 12, Position()).endswith("training.steps can be raised to 6; there are no more rows")
     assert how_far(datasets(data.train.files.prefix, order="epoch", split="1").train, 12, Position()) == ""  # type: ignore[attr-defined]
-    read = torch.cat([step.inputs.flatten(0, 2) for step in steps_of(data, micro=12)])
+    read = torch.cat([step.model_fields["tokens_BT"].flatten(0, 2) for step in steps_of(data, micro=12)])
     assert read.reshape(72, SEQ_LENGTH).tolist() == [row[1:] for row in rows]
     with pytest.raises(UserError, match="the run needs sample 83, but there are 72"):
         steps_of(data, steps=7)

@@ -19,9 +19,10 @@ from tests.data.loading import SEED, SEQ_LENGTH, datasets, steps_of
 def test_the_stream_is_the_order_shifted_by_one(prefix: str, documents: list[list[int]]) -> None:
     expected = np.array(neox_samples(documents, 0, 60, SEQ_LENGTH, 72, SEED)[:72]).reshape(6, 4, 3, SEQ_LENGTH + 1)
     for number, step in enumerate(steps_of(datasets(prefix, split="1"))):
-        assert step.inputs.dtype == step.targets.dtype == torch.int64
-        assert np.array_equal(step.inputs.numpy(), expected[number, ..., :-1])
-        assert np.array_equal(step.targets.numpy(), expected[number, ..., 1:])
+        tokens, targets = step.model_fields["tokens_BT"], step.model_fields["targets_BT"]
+        assert tokens.dtype == targets.dtype == torch.int64
+        assert np.array_equal(tokens.numpy(), expected[number, ..., :-1])
+        assert np.array_equal(targets.numpy(), expected[number, ..., 1:])
         assert step.consumed_samples == 12 * (number + 1)
 
 
@@ -32,9 +33,9 @@ def test_every_layout_reads_the_same_rows_and_hashes_alike(prefix: str, dp: int,
     ranks = [steps_of(data, micro=micro, rank=rank, dp=dp) for rank in range(dp)]
     for number, whole in enumerate(serial):
         parts = [steps[number] for steps in ranks]
-        for field in ("inputs", "targets", "sample_ids"):
-            joined = torch.stack([getattr(part, field) for part in parts], dim=1)
-            assert torch.equal(joined.flatten(0, 2), getattr(whole, field).flatten(0, 1))
+        for name, field in whole.model_fields.items():
+            joined = torch.stack([part.model_fields[name] for part in parts], dim=1)
+            assert torch.equal(joined.flatten(0, 2), field.flatten(0, 1))
         assert as_signed(sum(part.row_hash for part in parts)) == whole.row_hash
 
 
@@ -66,9 +67,10 @@ def test_a_resumed_loader_continues_where_the_trainer_stopped(prefix: str, taken
 
 def test_the_global_batch_may_change_on_resume(prefix: str) -> None:
     data = datasets(prefix)
-    whole = torch.cat([step.sample_ids.flatten() for step in steps_of(data)])
-    resumed = torch.cat([step.sample_ids.flatten() for step in steps_of(data, consumed=12, batch=6, steps=10)])
-    assert torch.equal(resumed, whole[12:])
+    whole = torch.cat([step.model_fields["tokens_BT"].flatten() for step in steps_of(data)])
+    resumed = steps_of(data, consumed=12, batch=6, steps=10)
+    resumed = torch.cat([step.model_fields["tokens_BT"].flatten() for step in resumed])
+    assert torch.equal(resumed, whole[len(whole) // 6 :])
 
 
 def test_reading_starts_at_the_position_and_skips_nothing(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:

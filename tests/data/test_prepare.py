@@ -101,7 +101,7 @@ def test_prepared_prompts_train_on_their_responses_alone(tmp_path: Path) -> None
     entry = {"path": str(tmp_path / "out"), "weight": 1.0, "labels": str(tmp_path / "out_labels")}
     for packing in ("packed", "pack_until_overflow", "unpacked"):
         data = datasets([entry], packing=packing, split="1")  # type: ignore[arg-type]
-        seen = {int(token) for step in steps_of(data) for token in step.targets.unique()}
+        seen = {int(token) for step in steps_of(data) for token in step.model_fields["targets_BT"].unique()}
         assert seen == {-100, ord("y"), END}
 
 

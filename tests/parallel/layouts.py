@@ -13,7 +13,6 @@ from neox_native.mesh import build_mesh
 from neox_native.model import initialize
 from neox_native.model.transformer import Transformer, cards
 from neox_native.parallel.assemble import assemble, local_slice
-from neox_native.parallel.loss import cross_entropy_sum
 from neox_native.parallel.pipeline import Pipeline
 from neox_native.parallel.tensor import shard_tables
 
@@ -70,7 +69,7 @@ def serial(model: Model, microbatches: int, size: int) -> tuple[float, dict[str,
     inputs, targets = batch(model, microbatches, size)
     total = 0.0
     for x, y in zip(inputs, targets):
-        loss = cross_entropy_sum(whole(x), y, None) / targets.numel()
+        loss = whole(x, targets_BT=y).sum() / targets.numel()
         loss.backward()
         total += loss.item()
     return total, {whole.global_name(name): parameter.grad for name, parameter in whole.named_parameters()}
@@ -91,14 +90,13 @@ def on_mesh(
     if model.tie_embeddings and len(parts) > 1 and 0 in parts and num_stages - 1 in parts:
         parts[num_stages - 1].readout.embed_out.weight = parts[0].embed_in.weight
     inputs, targets = batch(model, microbatches, size)
-    group = mesh.tensor.peers
 
-    def loss_function(logits, target):
-        return cross_entropy_sum(logits, target, group) / targets.numel()
+    def loss_function(values, _microbatch):
+        return values.sum() / targets.numel()
 
     if parallel.pp == 1:
         (part,) = parts.values()
-        losses = [loss_function(part(x), y) for x, y in zip(inputs, targets)]
+        losses = [loss_function(part(x, targets_BT=y), 0) for x, y in zip(inputs, targets)]
         evaluated = torch.stack(losses).sum().detach()
         for loss in losses:
             loss.backward()
@@ -109,8 +107,9 @@ def on_mesh(
             parts, num_stages, parallel.pipeline_schedule, microbatches, (size, model.seq_length), hidden_length,
             torch.float32, CPU, mesh.pipeline.group, NoSink(),
         )  # fmt: skip
-        evaluated = pipeline.forward(inputs, targets, {}, loss_function)
-        total = pipeline.forward_backward(inputs, targets, {}, loss_function)
+        fields = {"tokens_BT": inputs, "targets_BT": targets}
+        evaluated = pipeline.forward(fields, loss_function)
+        total = pipeline.forward_backward(fields, loss_function)
         for value in (evaluated, total):
             dist.all_reduce(value, group=mesh.pipeline.group)
     return total.item(), whole_gradients(parts), evaluated.item()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neox_native.config.schema import Compile, Model, Parallel, Training
 from neox_native.mesh import build_mesh
 from neox_native.parallel.assemble import assemble
-from neox_native.parallel.loss import cross_entropy_sum
+from neox_native.parallel.loss import vocab_parallel_cross_entropy
 from tests.parallel.layouts import CPU, MODEL, batch, fill
 from tests.ranks import run_ranks
 
@@ -91,7 +91,7 @@ def loss_collectives(model: Model) -> list[int]:
 
     dist.all_reduce = noting
     logits = torch.zeros(2, model.seq_length, model.padded_vocab_size // TP, requires_grad=True)
-    cross_entropy_sum(logits, batch(model, 1, 2)[1][0], dist.group.WORLD).backward()
+    vocab_parallel_cross_entropy(logits, batch(model, 1, 2)[1][0], dist.group.WORLD).sum().backward()
     return sizes
 
 

@@ -55,8 +55,8 @@ def test_the_rows_of_a_step_are_those_of_training(config: list[str], capsys: pyt
     for number, step in enumerate(training_steps(config), start=1):
         rows = answers([*config, "--step", str(number)], capsys)
         assert [row["row"] for row in rows] == list(range(BATCH)) and all(row["step"] == number for row in rows)
-        assert [row["sample"] for row in rows] == step.sample_ids.flatten().tolist()
-        assert [row["tokens"][:-1] for row in rows] == step.inputs.flatten(0, 1).tolist()
+        assert [row["sample"] for row in rows] == list(range(step.consumed_samples - BATCH, step.consumed_samples))
+        assert [row["tokens"][:-1] for row in rows] == step.model_fields["tokens_BT"].flatten(0, 1).tolist()
 
 
 def test_document_and_offset_are_those_of_the_first_token(
@@ -74,7 +74,7 @@ def test_the_rows_of_a_rank_are_those_it_reads(
 ) -> None:
     step = training_steps(config, rank, 3)[3]
     rows = answers([*config, "--step", "4", "--rank", str(rank), "--parallel.dp", "3"], capsys)
-    assert [row["sample"] for row in rows] == step.sample_ids.flatten().tolist()
+    assert [row["tokens"][:-1] for row in rows] == step.model_fields["tokens_BT"].flatten(0, 1).tolist()
 
 
 def test_hashes_are_those_that_training_logs(config: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,4 +166,4 @@ def test_ids_that_the_tokenizer_lacks_are_refused_as_text_and_shown_as_numbers(
 def test_tokens_are_whole_samples(config: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     (step,) = training_steps(config)[:1]
     rows = answers([*config, "--step", "1"], capsys)
-    assert torch.equal(torch.tensor([row["tokens"] for row in rows])[:, 1:], step.targets.flatten(0, 1))
+    assert torch.equal(torch.tensor([row["tokens"] for row in rows])[:, 1:], step.model_fields["targets_BT"].flatten(0, 1))

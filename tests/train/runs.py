@@ -59,8 +59,8 @@ def batch(config: Config, step: int, dp_rank: int, masked: bool) -> StepBatch:
         for row in range(training.global_batch_size):
             targets[row, : 2 * row] = -100
     rows = torch.as_tensor(rows_of_rank(training.global_batch_size, training.micro_batch_size, dp_rank, config.parallel.dp))
-    targets = targets[rows]
-    return StepBatch(inputs[rows], targets, rows, (step + 1) * training.global_batch_size, 0, int((targets >= 0).sum()))
+    fields = {"tokens_BT": inputs[rows], "targets_BT": targets[rows]}
+    return StepBatch(fields, {}, (step + 1) * training.global_batch_size, 0, int((targets[rows] >= 0).sum()))
 
 
 @dataclass

@@ -23,7 +23,8 @@ from tests.train.runs import CPU, batch, config_of, total
 
 def masked(whole: StepBatch) -> StepBatch:
     """The batch without its targets."""
-    return replace(whole, targets=torch.full_like(whole.targets, -100), num_targets=0)
+    nothing = torch.full_like(whole.model_fields["targets_BT"], -100)
+    return replace(whole, model_fields=whole.model_fields | {"targets_BT": nothing}, num_targets=0)
 
 
 def evaluations(config: Config) -> list[tuple[float, int]]:

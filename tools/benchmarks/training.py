@@ -77,12 +77,13 @@ def ddp_step(config: Config) -> Callable[[StepBatch], torch.Tensor]:
     clip = config.training.clip_grad_norm
 
     def step(batch: StepBatch) -> torch.Tensor:
-        total, count = torch.zeros(()), len(batch.inputs)
+        tokens, targets = batch.model_fields["tokens_BT"], batch.model_fields["targets_BT"]
+        total, count = torch.zeros(()), len(tokens)
         for index in range(count):
             last = index == count - 1
             with contextlib.nullcontext() if last else wrapped.no_sync():
-                logits = wrapped(batch.inputs[index])
-                loss = F.cross_entropy(logits.flatten(0, 1), batch.targets[index].flatten()) / count
+                logits = wrapped(tokens[index])
+                loss = F.cross_entropy(logits.flatten(0, 1), targets[index].flatten()) / count
                 loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)

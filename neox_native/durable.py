@@ -139,13 +139,8 @@ def put_back(folder: Path, names: str) -> None:
             sync_folder(folder)
 
 
-def sweep(path: Path) -> None:
-    """Removes what killed writers of `path` left; its lock must be held."""
-    sweep_all(path.parent, glob.escape(path.name))
-
-
-def sweep_all(folder: Path, names: str) -> None:
-    """`sweep` for all paths in a folder that match a pattern."""
+def sweep(folder: Path, names: str) -> None:
+    """Removes what killed writers left of the paths in a folder that match a pattern; their locks must be held."""
     for leftover in folder.glob(names + TEMPORARY + "*"):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -215,7 +210,7 @@ def writing(path: Path, *leaves: Path, wait: bool = False) -> Iterator[None]:
     try:
         with disk_errors_named(path):
             for each in () if lock.refusal else leaves or (path,):
-                sweep(each)
+                sweep(each.parent, glob.escape(each.name))
         yield
     finally:
         if not lock.refusal:

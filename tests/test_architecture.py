@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -120,6 +121,19 @@ def test_only_the_launch_reads_the_launchers_variables() -> None:
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.Constant) and node.value in names
     ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_types_are_listed_and_microbatches_counted_in_one_place() -> None:
+    wrong = []
+    for path in sources("neox_native", "tools"):
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Dict) and path != PACKAGE / "dtypes.py":
+                if {"fp32", "bf16"} <= {key.value for key in node.keys if isinstance(key, ast.Constant)}:
+                    wrong.append(f"{path.relative_to(ROOT)} line {node.lineno} lists types of numbers: read dtypes.py")
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div | ast.FloorDiv) and path.parent != PACKAGE / "config":
+                if {"global_batch_size", "micro_batch_size"} <= set(re.findall(r"\w+", ast.unparse(node))):
+                    wrong.append(f"{path.relative_to(ROOT)} line {node.lineno} counts microbatches: ask training.num_microbatches")
     assert not wrong, "\n".join(wrong)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from neox_native import tool_command
 from neox_native.checkpoint import files, store
 from neox_native.config.schema import Checkpoint
-from neox_native.durable import put_back, sweep_all
+from neox_native.durable import put_back, sweep
 from neox_native.errors import UserError
 from neox_native.launch import Ranks
 
@@ -91,4 +91,4 @@ def tidy(run: Path) -> None:
     places = [(run, name) for name in own] + [(run / "checkpoints", "step_*"), (run / "hugging_face", "step_*")]
     for folder, names in places:
         put_back(folder, names)
-        sweep_all(folder, names)
+        sweep(folder, names)

@@ -184,14 +184,12 @@ def build_loader(
     dp_size: int,
     stop_after_steps: int,
     pin_memory: bool = False,
-    num_threads: int = 1,
-    steps_ahead: int = 2,
 ) -> Iterator[StepBatch]:
     """Yields `stop_after_steps` steps from sample `consumed_samples` on; nothing before it is read or skipped over.
 
-    `num_threads` threads read, and `steps_ahead` finished steps wait for the trainer. `global_batch_size` must be a
-    multiple of dp_size * micro_batch_size. Raises `UserError` for data that ends too early and, with the step that
-    holds it, for a token id outside the vocabulary.
+    One thread reads, and two finished steps wait for the trainer. `global_batch_size` must be a multiple of
+    dp_size * micro_batch_size. Raises `UserError` for data that ends too early and, with the step that holds it, for a
+    token id outside the vocabulary.
     """
     end = consumed_samples + stop_after_steps * global_batch_size
     if end > dataset.num_samples:
@@ -202,8 +200,7 @@ def build_loader(
     rows = rows_of_rank(global_batch_size, micro_batch_size, dp_rank, dp_size)
     reader = StepReader(dataset, rows, global_batch_size, pin_memory)
     index = StepIndex(consumed_samples, global_batch_size, stop_after_steps)
-    mapper = ParallelMapper(index, reader, num_workers=num_threads, method="thread")
-    return _steps(Prefetcher(mapper, prefetch_factor=steps_ahead))
+    return _steps(Prefetcher(ParallelMapper(index, reader, num_workers=1, method="thread"), prefetch_factor=2))
 
 
 def _steps(node: BaseNode[StepBatch | Exception]) -> Iterator[StepBatch]:

@@ -41,12 +41,9 @@ class Perplexity:
             found["bits_per_byte"] = self.nats / self.text_bytes / math.log(2)
             found["byte_perplexity"] = math.exp(self.nats / self.text_bytes)
         if self.words:
-            found["word_perplexity"] = _exp(self.nats / self.words)
+            per_word = self.nats / self.words
+            found["word_perplexity"] = math.exp(per_word) if per_word < 700 else math.inf
         return found
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
 
 
 def measure(scorer: Scorer, documents: Iterable[np.ndarray], stride: int, tokenizer: Tokenizer | None) -> Perplexity:

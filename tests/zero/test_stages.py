@@ -20,6 +20,7 @@ CASES = {
     "accumulation": Case(accumulation=1),
     "no clipping": Case(clip=0.0),
     "not fused": Case(optimizer="rmsprop"),
+    "learning rates": Case(multipliers=(("embed.weight", 0.5), ("blocks.1.up.bias", 3.0), ("head.weight", 3.0))),
     "loss scale": Case(scale=64.0),
     "recomputation": Case(recompute=True),
     "compiled": Case(compiled=True, steps=2),
@@ -73,6 +74,13 @@ def test_every_stage_equals_one_process(name: str, dp: int) -> None:
     cases = [replace(CASES[name], stage=stage) for stage in STAGES]
     for ours in run_ranks(dp, train_all, cases, dp)[0]:
         assert_equal(ours, run_serial(CASES[name], dp), 1e-6 if CASES[name].optimizer == "sgd" else 5e-5)
+
+
+def test_units_may_have_groups_of_their_own() -> None:
+    """Norms tell that replicas are counted unit by unit."""
+    case = Case(own_groups=True, recompute=True, unused=True)
+    for ours in run_ranks(4, train_all, [replace(case, stage=stage) for stage in STAGES], 4)[1]:
+        assert_equal(ours, run_serial(case, 4), 1e-6)
 
 
 def test_one_data_rank_has_nothing_to_shard() -> None:

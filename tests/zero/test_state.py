@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from neox_native.zero.spec import local
 from tests.ranks import run_ranks
+from tests.zero import toy
 from tests.zero.toy import Case, backward, gather, learning_rate, sharded
 
 SAVED_AFTER, STEPS = 2, 4
@@ -110,3 +111,43 @@ def test_state_holds_one_fp32_copy_of_the_weights_and_shares_its_memory(stage: i
     moments = [f"optimizer.{state}.{name}" for state in ("exp_avg", "exp_avg_sq") for name in names]
     assert sorted([*(f"model.{name}" for name in names), *moments, "optimizer.step"]) == keys
     assert len(names) == 22 and aliases
+
+
+FROZEN = "blocks.1.up.weight"
+
+
+def save_initial(case: Case, path: Path) -> None:
+    """Write a checkpoint of untrained weights."""
+    _, optimizer = sharded(case, 2)
+    dcp.save(optimizer.state_dict(), checkpoint_id=path)
+
+
+def load_frozen(cases: list[Case], path: Path) -> list[tuple[torch.dtype, torch.Tensor]]:
+    """`FROZEN`'s type in the state, and its value as a module reads it after a load and a step without a forward pass."""
+    found, seen = [], []
+    for case in cases:
+        model, optimizer = sharded(case, 2)
+        state = optimizer.state_dict()
+        with torch.no_grad():
+            local(state[f"model.{FROZEN}"]).fill_(9.0)
+        dcp.load(state, checkpoint_id=path)
+        optimizer.after_load()
+        optimizer.step(0.0, case.clip)
+        module = model.blocks[1].up
+        module.register_forward_pre_hook(lambda module, _inputs: seen.append(module.weight.detach().clone()))
+        with torch.no_grad():
+            model(toy.batch(0)[:, :-1])
+        found.append((state[f"model.{FROZEN}"].dtype, seen.pop()))
+    return found
+
+
+def test_frozen_weights_have_one_copy_in_the_training_type_and_load_from_any(tmp_path: Path) -> None:
+    """A checkpoint has it, for the state holds no other; earlier versions kept frozen weights in fp32."""
+    cases = [Case(stage=stage, dtype=dtype, frozen=(FROZEN,)) for dtype in (FP32, BF16) for stage in (0, 1, 2, 3)]
+    for saved, dtype in ((Case(stage=1), FP32), (cases[-1], BF16)):
+        path = tmp_path / str(dtype)
+        run_ranks(2, quietly(save_initial), saved, path)
+        expected = dict(toy.build(saved).named_parameters())[FROZEN].detach().to(dtype)
+        for results in run_ranks(2, quietly(load_frozen), cases, path):
+            for case, (kept, value) in zip(cases, results):
+                assert kept == case.dtype and torch.equal(value, expected.to(case.dtype)), case

@@ -10,10 +10,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from neox_native.config.schema import Parallel
-from neox_native.mesh import Mesh, build_mesh
+from neox_native.mesh import build_mesh
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.optimizer import ShardedOptimizer
 from neox_native.zero.spec import ParameterSpec, Rule, Unit
@@ -72,6 +73,10 @@ class Case:
     clip: float = 0.5
     steps: int = STEPS
     scale: float = 1.0
+    multipliers: tuple[tuple[str, float], ...] = ()
+    """Parameters with a learning rate of their own, as a multiple of the run's."""
+    own_groups: bool = False
+    """On 4 ranks: block 1 is sharded over pairs of them, block 2 over nobody; their gradients are summed over the rest."""
     skip_blocks: tuple[tuple[int, int], ...] = ()
     """(step, dp rank) pairs in which block 1 is left out: its parameters receive no gradient there."""
 
@@ -114,8 +119,8 @@ def batch(step: int) -> Tensor:
     return torch.randint(0, VOCAB, (GLOBAL_BATCH, LENGTH + 1), generator=generator)
 
 
-def decays(name: str) -> bool:
-    return not name.endswith("bias") and "norm" not in name
+def rule(name: str, case: Case) -> Rule:
+    return Rule(not name.endswith("bias") and "norm" not in name, dict(case.multipliers).get(name, 1.0))
 
 
 def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
@@ -124,18 +129,29 @@ def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum") / (GLOBAL_BATCH * LENGTH)
 
 
-def units_of(model: Toy, tied: bool, mesh: Mesh) -> list[Unit]:
+def units_of(model: Toy, case: Case, dp: int) -> list[Unit]:
     """One unit per block, the embedding, the head with its norm; a tied embedding lives around the whole model."""
     named = {parameter: name for name, parameter in model.named_parameters()}
+    mesh = build_mesh(Parallel(dp=dp), torch.device("cpu"))
+    sizes = {"block1": 2, "block2": 1} if case.own_groups else {}
 
     def unit(name: str, modules: tuple[nn.Module, ...], readers: Sequence[nn.Module]) -> Unit:
+        group, state_mesh, sum_over, counted = mesh.shards().group, mesh.state_mesh(), (), True
+        if name in sizes:  # `across` ranks hold the same shard
+            state_mesh = init_device_mesh("cpu", (dp // sizes[name], sizes[name]), mesh_dim_names=("across", "within"))
+            across, group = state_mesh.get_all_groups()
+            sum_over, counted = (across,), dist.get_rank(across) == 0
         parameters = [parameter for module in readers for parameter in module.parameters() if parameter in named]
-        specs = [ParameterSpec(named[parameter], parameter, Rule(decays(named[parameter]))) for parameter in parameters]
-        return Unit(name, modules, specs, mesh.shards().group, mesh.state_mesh())
+        names = [named[parameter] for parameter in parameters]
+        specs = [
+            ParameterSpec(name, parameter, rule(name, case), sum_over, counted)
+            for name, parameter in zip(names, parameters)
+        ]
+        return Unit(name, modules, specs, group, state_mesh)
 
     blocks = [unit(f"block{index}", (block,), (block,)) for index, block in enumerate(model.blocks)]
-    embedding = unit("embedding", (model,) if tied else (model.embed,), (model.embed,))
-    head = unit("head", (model.norm, model.head), (model.norm,) if tied else (model.norm, model.head))
+    embedding = unit("embedding", (model,) if case.tied else (model.embed,), (model.embed,))
+    head = unit("head", (model.norm, model.head), (model.norm,) if case.tied else (model.norm, model.head))
     return [embedding, *blocks, head]
 
 
@@ -156,7 +172,7 @@ def sharded(case: Case, dp: int) -> tuple[Toy, ShardedOptimizer]:
         model = build(case)
     prepare(model, case)
     optimizer = ShardedOptimizer(
-        {0: units_of(model, case.tied, build_mesh(Parallel(dp=dp), torch.device("cpu")))},
+        {0: units_of(model, case, dp)},
         ZeroStage(case.stage),
         make_optimizer(case.optimizer),
         case.dtype,
@@ -204,8 +220,8 @@ def gather(optimizer: ShardedOptimizer, what: str) -> dict[str, Tensor]:
     """Full tensors of the trainable parameters, from every rank's shards."""
     full = {}
     for trained in optimizer.trained:
-        pieces: list = [None] * dist.get_world_size()
-        dist.all_gather_object(pieces, getattr(trained, what))
+        pieces: list = [None] * dist.get_world_size(trained.unit.group)
+        dist.all_gather_object(pieces, getattr(trained, what), group=trained.unit.group)
         full[trained.spec.name] = torch.cat(pieces) if trained.unit.stage else pieces[0].clone()
     return full
 
@@ -214,10 +230,10 @@ def run_serial(case: Case, dp: int) -> Run:
     """One process, plain torch: the twin of `run_sharded` in fp32."""
     model = build(case)
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for name, parameter in named if decays(name)]},
-        {"params": [parameter for name, parameter in named if not decays(name)], "weight_decay": 0.0},
-    ]
+    groups = []
+    for name, parameter in named:
+        rate = {"params": [parameter], "lr": learning_rate(case) * rule(name, case).lr_multiplier}
+        groups.append(rate if rule(name, case).decay else rate | {"weight_decay": 0.0})
     optimizer = make_optimizer(case.optimizer)(groups)
     result = Run()
     for step in range(case.steps):

@@ -153,13 +153,17 @@ class Watchdog:
         if run.watchdog_factor > 0:
             self._thread.start()
 
-    def at(self, step: int, phase: str, microbatch: int = 0) -> None:
+    def at(self, step: int, phase: str) -> None:
         """The main thread has come this far. Costs an assignment; call it as often as there is something to say.
 
         "train" is the phase that `watchdog_factor` limits; any other ("open data", "evaluate", "save") may take
         `watchdog_startup_seconds`.
         """
-        self._step, self._phase, self._microbatch, self._since = step, phase, microbatch, self._now()
+        self._step, self._phase, self._microbatch, self._since = step, phase, 0, self._now()
+
+    def microbatch(self, number: int) -> None:
+        """The main thread begins a microbatch of the present step and phase."""
+        self._microbatch, self._since = number, self._now()
 
     def measured(self, step_seconds: float) -> None:
         """Learn how long steps take, from logged steps: the device's time, where `at` sees the host's."""
@@ -248,20 +252,3 @@ class Watchdog:
             if self._store.check([f"left/{rank}" for rank in positions]):
                 break
             time.sleep(min(0.1, self._poll_seconds))
-
-
-def slowest_ranks(places: list[tuple[int, str, float]]) -> list[str]:
-    """Name the slowest rank of each pipeline stage.
-
-    Args:
-        places: (stage, host, seconds of own work per step) of every rank, by rank.
-    """
-    lines = []
-    for stage in sorted({stage for stage, _, _ in places}):
-        seconds = {rank: place[2] for rank, place in enumerate(places) if place[0] == stage}
-        slowest = max(seconds, key=lambda rank: seconds[rank])
-        lines.append(
-            f"stage {stage}: slowest is rank {slowest} ({places[slowest][1]}) with {seconds[slowest]:.3f} s a step, "
-            f"median {statistics.median(seconds.values()):.3f} s"
-        )
-    return lines

@@ -13,7 +13,7 @@ from neox_native.config.schema import Config
 from neox_native.errors import UserError
 from neox_native.interop.hugging_face import describe, export_state
 from neox_native.launch import Ranks
-from neox_native.train.state import config_of
+from neox_native.train.fits import config_of
 
 WEIGHTS = "weights"
 
@@ -23,14 +23,13 @@ class Exports:
 
     Args:
         run: the run's folder.
-        saver: has no save under way while it exports.
 
     Raises:
         UserError: where Hugging Face's libraries could not read this model, before its first step.
     """
 
-    def __init__(self, config: Config, run: Path, ranks: Ranks, saver: Saver):
-        self.config, self.run, self.ranks, self.saver = config, run, ranks, saver
+    def __init__(self, config: Config, run: Path, ranks: Ranks) -> None:
+        self.config, self.run, self.ranks = config, run, ranks
         if config.checkpoint.export_hf_every:
             describe(config.model, torch.float32, config.data.tokenizer)
 
@@ -56,10 +55,10 @@ class Exports:
         except (UserError, OSError):
             return False
 
-    def write(self, path: Path, state: store.State, metadata: dict[str, Any]) -> str:
-        """Write a folder that is due; returns what to say of it."""
+    def write(self, path: Path, state: store.State, metadata: dict[str, Any], saver: Saver) -> str:
+        """Write a folder that is due; returns what to say of it. `saver` ends a save that is under way first."""
         if path.name == WEIGHTS:
-            self.saver.export(path, state, metadata)
+            saver.export(path, state, metadata)
             return f"wrote the weights alone to {path}"
         export_state(path, self.config.model, state, self.ranks, torch.float32, self.config.data.tokenizer)
         return f"wrote {path} for Hugging Face"

@@ -10,12 +10,16 @@ import torch
 from neox_native.config.check import require, require_on
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
-from neox_native.engine.build import build_model
+from neox_native.engine.build import build_engine, build_model, build_step
 from neox_native.launch import Launch, pick_device
-from neox_native.plan.dry_run import report_of
 from neox_native.reliability.preemption import Requests
+from neox_native.train.exports import Exports
+from neox_native.train.keeping import Keeper
 from neox_native.train.loop import Trainer
-from neox_native.train.start import choose_start, joined_ranks, lay_out_ranks, open_data, watched
+from neox_native.train.start import (
+    batches_left, begin, choose_start, joined_ranks, lay_out_ranks, nothing_to_do, open_data, watched,
+)  # fmt: skip
+from neox_native.train.state import RunState
 
 DRY_RUN = "--dry-run"
 
@@ -24,6 +28,8 @@ def main(arguments: list[str]) -> None:
     """Train as the command line says."""
     launch = Launch.from_environment()
     if DRY_RUN in arguments:
+        from neox_native.plan.dry_run import report_of  # training does not need the planner
+
         settings = [word for word in arguments if word != DRY_RUN]
         return print(report_of(from_command_line(settings), launch.world_size))
     config = require(from_command_line(arguments), launch.world_size)
@@ -38,6 +44,15 @@ def train(config: Config, device: torch.device, requests: Requests | None = None
     with watched(config, requests) as (watchdog, requests):
         mesh, ranks, folder = lay_out_ranks(config, device)
         config, start = choose_start(config, ranks, folder, watchdog)
-        data = open_data(config, ranks, start, watchdog)
+        data, exports = open_data(config, ranks, start, watchdog), Exports(config, folder.path, ranks)
         parts, optimizer = build_model(config, mesh, device)
-        Trainer(config, mesh, device, parts, optimizer, data, ranks, folder, start, watchdog, requests).run()
+        step = build_step(config, mesh, device, build_engine(config, mesh, device, parts, optimizer), optimizer)
+        state = RunState(config, device, ranks, step, data, folder.path / "checkpoints")
+        watchdog.at(0, "resume")
+        state.start_from(start)
+        if nothing_to_do(config, ranks, folder, state, exports):
+            return
+        batches = batches_left(config, mesh, device, data, state)
+        report = begin(config, mesh, folder, start, state, step)
+        keeper = Keeper(config.checkpoint, state, exports, report, watchdog)
+        Trainer(config, mesh, ranks, parts, step, data, state, report, keeper, watchdog, requests).run(batches)

@@ -1,5 +1,6 @@
-"""What a step's numbers become: reduced over the ranks, then one line in the log. The only part of training that waits
-for the device, and on logged steps alone."""
+"""What is told of a run: each logged step's numbers, reduced over the ranks, and what happens between the steps.
+
+Reading the numbers waits for the device. Nothing else in training does, and it happens on logged steps alone."""
 
 from __future__ import annotations
 
@@ -8,13 +9,14 @@ import datetime
 import math
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from neox_native import tool_command
+from neox_native.checkpoint.resume import Start
 from neox_native.config.load import dump
 from neox_native.config.schema import Config
 from neox_native.data.loader import StepBatch, format_hash
@@ -25,9 +27,20 @@ from neox_native.metrics.throughput import Throughput, device_name, memory_bytes
 from neox_native.metrics.writers import Scale, StepRecord, Writers
 from neox_native.model.flops import model_flops_per_token, total_parameters
 from neox_native.parallel.timing import Timing
-from neox_native.plan import costs
-from neox_native.reliability.watchdog import slowest_ranks
+from neox_native.reliability.stragglers import Stragglers
+from neox_native.train import provenance
 from neox_native.units import count, counted, share_of_step
+
+if TYPE_CHECKING:
+    from neox_native.plan.costs import Prediction
+
+
+def predict(config: Config) -> Prediction | None:
+    """What the planner expects of this run, which is all that training takes from it. None where a layer kind does not tell
+    its costs."""
+    from neox_native.plan import costs
+
+    return costs.predict(config)
 
 
 class Report:
@@ -49,32 +62,47 @@ class Report:
         timing: Timing,
         resumed_step: int,
     ):
-        self.mesh, self.device, self.ranks, self.losses, self.timing = mesh, device, ranks, losses, timing
-        training = config.training
+        self.config, self.device, self.ranks, self.losses, self.timing = config, device, ranks, losses, timing
+        self.stages = mesh.pipeline.size
+        self.rows = mesh.rows.group
+        self.resumed_step, training = resumed_step, config.training
         self.writers: Writers | None = None
         if ranks.rank == 0:
             folder, board = Path(config.run.dir), config.logging.tensorboard
             scale = Scale(training.steps, config.model.seq_length, memory_bytes(device))
             self.writers = Writers(folder, resumed_step, scale, dump(config), board)
-            print(self._opening(config, device))
+            print(self._opening())
         self.throughput = Throughput(
             tokens_per_step=training.global_batch_size * config.model.seq_length,
             flops_per_token=model_flops_per_token(config.model),
             devices=ranks.size,
             peak=peak_flops_per_second(device_name(device), training.precision),
         )
-        self.predicted = costs.predict(config)
-        sentence = self.predicted.sentence(with_memory=device.type == "cuda")
-        self.event("prediction", resumed_step, f"step {resumed_step}: {sentence}", **dataclasses.asdict(self.predicted))
-        self.steps_since_stragglers = 0
-        self.compute_seconds = 0.0
+        self.work = Stragglers(ranks, mesh.pipeline.rank)
+        self.predicted = predict(config)
+        sentence = "not predicted: memory, what ranks send and how long they idle, because a layer kind does not tell its costs"
+        if self.predicted is not None:
+            sentence = self.predicted.sentence(with_memory=device.type == "cuda")
+        numbers = dataclasses.asdict(self.predicted) if self.predicted else {}
+        self.event("prediction", resumed_step, f"step {resumed_step}: {sentence}", **numbers)
+
+    def started(self, start: Start | None, changed: list[str]) -> None:
+        """Write down with what, where and from what this start goes on, and which settings it changes. A collective."""
+        step, parallel = self.resumed_step, self.config.parallel
+        resumed = start is not None and not start.weights_only
+        where = provenance.origin(parallel, self.ranks.gather(socket.gethostname()))
+        kind, path = "resumed" if resumed else "started", str(start.path) if start else None
+        for line in ["changed since the last start:", *(f"  {line}" for line in changed)] if changed else []:
+            self.ranks.say(line)
+        message = f"step {step}: {kind} {provenance.in_words(where)}"
+        self.event(kind, step, message, checkpoint=path, changed=changed, **where)
 
     def step(
         self, step: int, batch: StepBatch, result: StepResult, rate: float | Tensor, extra: dict[str, Any]
     ) -> float:
         """Write a step; returns the seconds a step took since the last call."""
         read = torch.tensor([batch.row_hash, batch.num_targets], device=self.device)
-        dist.all_reduce(read, group=self.mesh.rows.group)
+        dist.all_reduce(read, group=self.rows)
         batch_hash, num_targets = read.tolist()
         loss = self.losses.total(result.loss).item() if num_targets else math.nan  # of no target there is none
         peak = torch.tensor(peak_memory_bytes(self.device), device=self.device)
@@ -99,44 +127,42 @@ class Report:
         return speed.step_seconds
 
     def _beside_predicted(self) -> dict[str, float]:
-        """Of memory, which is measured elsewhere, what was predicted; of the share of the time since the last call in which
-        the pipeline idled both. A CPU's memory is the whole process's, which nobody predicts."""
+        """The memory that was predicted, beside which the log has the measured one; and the share of the time since the last
+        call in which the pipeline idled, measured and predicted. A CPU's memory is its whole process's: nobody predicts it."""
         compute, whole = self.timing.compute.read(), self.timing.whole.read()
-        self.compute_seconds += compute
-        predicted = {"predicted GiB": self.predicted.peak_bytes / 2**30} if self.device.type == "cuda" else {}
-        if self.mesh.pipeline.size == 1:
-            return predicted
-        seconds = self.losses.total(torch.tensor([compute, whole], device=self.device)).tolist()
-        idle = {"bubble": 1 - seconds[0] / seconds[1], "predicted bubble": share_of_step(self.predicted.bubble_fraction)}
-        return predicted | idle
+        self.work.computed(compute)
+        found: dict[str, float] = {}
+        if self.predicted and self.device.type == "cuda":
+            found["predicted GiB"] = self.predicted.peak_bytes / 2**30
+        if self.stages > 1:
+            seconds = self.losses.total(torch.tensor([compute, whole], device=self.device)).tolist()
+            found["bubble"] = 1 - seconds[0] / seconds[1]
+            if self.predicted:
+                found["predicted bubble"] = share_of_step(self.predicted.bubble_fraction)
+        return found
 
     def step_done(self) -> None:
         """Count one more step."""
         self.throughput.step_done()
-        self.steps_since_stragglers += 1
+        self.work.step_done()
 
     def stragglers(self, step: int) -> None:
         """Name the slowest rank of each pipeline stage since the last call."""
-        self.compute_seconds += self.timing.compute.read()
-        seconds_per_step = self.compute_seconds / self.steps_since_stragglers
-        self.compute_seconds, self.steps_since_stragglers = 0.0, 0
-        lines = slowest_ranks(
-            self.ranks.gather((self.mesh.pipeline.rank, socket.gethostname(), seconds_per_step))
-        )
-        self.event("stragglers", step, f"step {step}: " + "; ".join(lines))
+        self.work.computed(self.timing.compute.read())
+        self.event("stragglers", step, f"step {step}: {self.work.compare()}")
 
     def event(self, kind: str, step: int, message: str, **values: Any) -> None:
         """Write something that is no training step."""
         if self.writers:
             self.writers.event(kind, step, message, **values)
 
-    def _opening(self, config: Config, device: torch.device) -> str:
+    def _opening(self) -> str:
         """What trains where, and for how long."""
-        training = config.training
+        config, training = self.config, self.config.training
         tokens = training.global_batch_size * config.model.seq_length
         return (
             f"{count(total_parameters(config.model))} parameters in {training.precision} on {self.ranks.size} x "
-            f"{device_name(device)}; {tokens:,} tokens a step, {count(tokens * training.steps)} in {counted(training.steps, 'step')}; "
+            f"{device_name(self.device)}; {tokens:,} tokens a step, {count(tokens * training.steps)} in {counted(training.steps, 'step')}; "
             f"run folder {config.run.dir}"
         )
 

@@ -1,4 +1,4 @@
-"""Before the first step: ranks that agree, a folder to write to, a mesh that communicates, data to read."""
+"""Before the first step: ranks that agree, a mesh that communicates, data to read, a folder to write to."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -18,13 +19,20 @@ from neox_native.config.check import notices
 from neox_native.config.schema import Config, Run
 from neox_native.config.settings import SETTINGS
 from neox_native.data.build import Datasets, Position, build_data, how_far
+from neox_native.data.dataset import Dataset
+from neox_native.data.loader import StepBatch, build_loader
+from neox_native.durable import make_folder
+from neox_native.engine.step import TrainStep
 from neox_native.errors import UserError
-from neox_native.launch import Launch, start_process_group, Ranks
+from neox_native.launch import Launch, Ranks, start_process_group
 from neox_native.mesh import Mesh, build_mesh
 from neox_native.reliability.preemption import Requests
 from neox_native.reliability.startup import check_agreement, check_axes, code_version, describe_mesh
 from neox_native.reliability.watchdog import FLIGHT_RECORDER, Watchdog, enable_flight_recorder, job_store
+from neox_native.train.exports import Exports
 from neox_native.train.folder import RunFolder, has_begun
+from neox_native.train.report import Report
+from neox_native.train.state import RunState
 
 
 @contextmanager
@@ -136,6 +144,54 @@ def open_data(config: Config, ranks: Ranks, start: Start | None, watchdog: Watch
         ranks.say(reach)
     watchdog.at(0, "build the model")
     return data
+
+
+def nothing_to_do(config: Config, ranks: Ranks, folder: RunFolder, state: RunState, exports: Exports) -> bool:
+    """Whether the run is complete, exports included: then this start changes nothing. A collective."""
+    total_steps = config.training.steps
+    if state.step < total_steps or exports.due(state.step, missing_only=True) or not folder.needs_nothing(config, state.step):
+        return False
+    ranks.say(f"nothing to do: step {state.step} of training.steps = {total_steps}; raise it to go on")
+    return True
+
+
+def batches_left(config: Config, mesh: Mesh, device: torch.device, data: Datasets, state: RunState) -> Iterator[StepBatch]:
+    """The run's batches from here on. The first is read now: data that cannot be read is refused before anything is
+    written. A collective."""
+    with state.ranks.together("Reading the first batch"):
+        steps = config.training.steps - state.step
+        batches = batches_of(data.train, config, mesh, device, state.consumed_samples, steps)
+        first = list(islice(batches, 1))
+    return chain(first, batches)
+
+
+def batches_of(
+    data: Dataset, config: Config, mesh: Mesh, device: torch.device, consumed_samples: int, steps: int
+) -> Iterator[StepBatch]:
+    """This rank's rows of a dataset's batches, from a sample on."""
+    return build_loader(
+        data,
+        consumed_samples=consumed_samples,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        dp_rank=mesh.rows.rank,
+        dp_size=mesh.rows.size,
+        stop_after_steps=steps,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def begin(
+    config: Config, mesh: Mesh, folder: RunFolder, start: Start | None, state: RunState, step: TrainStep
+) -> Report:
+    """Write down what starts, where and from what: from here on, the run's folder changes. A collective."""
+    device = step.losses.device
+    changed = folder.begin(config, state.step)
+    if device.type == "cuda":
+        make_folder(flight_recorder_folder(config))  # for NCCL, on each machine
+    report = Report(config, mesh, device, state.ranks, step.losses, step.engine.timing, resumed_step=state.step)
+    report.started(start, changed)
+    return report
 
 
 def flight_recorder_folder(config: Config) -> Path:

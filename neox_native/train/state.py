@@ -1,9 +1,8 @@
-"""What a checkpoint of a run holds, and whether one fits this run."""
+"""Everything that changes while a run trains: what a checkpoint holds of it, and how it goes on from one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,56 +12,141 @@ from torch import Tensor
 from torch.distributed.tensor import Replicate
 
 from neox_native.checkpoint import files, store
-from neox_native.config.check import adaptations, incompatible, kept_rows, other_model
-from neox_native.config.described import described_config
-from neox_native.config.layout_rules import in_use
+from neox_native.checkpoint.resume import Start
+from neox_native.checkpoint.tokenizer_files import tokenizer_facts
+from neox_native.config.check import adaptations, kept_rows, other_model
 from neox_native.config.schema import Config
-from neox_native.config.settings import SETTINGS
-from neox_native.data.dataset import check_fingerprint
-from neox_native.engine.spikes import SpikeGuard
+from neox_native.data.build import Datasets
+from neox_native.engine.step import TrainStep
 from neox_native.errors import UserError
 from neox_native.interop.checkpoints import PREFIX
 from neox_native.launch import Ranks
 from neox_native.mesh import Mesh
-from neox_native.metrics.throughput import device_name
 from neox_native.model.initialize import seed_of
-from neox_native.optim.loss_scale import LossScale
+from neox_native.reliability.bad_steps import BadSteps
+from neox_native.train import fits
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.optimizer import ShardedOptimizer
 from neox_native.zero.state import first_rows
 from neox_native.zero.spec import local
 
-
 VOCABULARY = ("model.embed_in.weight", "model.embed_out.weight")
 """What has a row for each token id."""
+OPTIONAL = ("loss_scale.", "spike_guard.", "rng.")
+"""Names that a checkpoint of other settings may lack; they then keep their first values. Earlier versions saved random
+states."""
+BAD_STEPS = "bad_steps_in_a_row"
+"""Name in a checkpoint's metadata of what `BadSteps.count` was."""
+SHAPE_THE_TRAINING = ("model", "data", "training", "optimizer", "lr_schedule")
+"""Sections in which a change may lead a run out of its bad steps."""
+
+
+class RunState:
+    """Weights, optimizer state, loss scale, the spike guard's window, bad steps, and how far the run has come.
+
+    Args:
+        step: has the optimizer, the loss scale and the guard.
+        data: its order and its tokenizer are told with each checkpoint.
+        directory: the run's `checkpoints/` folder.
+    """
+
+    def __init__(
+        self, config: Config, device: torch.device, ranks: Ranks, step: TrainStep, data: Datasets, directory: Path
+    ) -> None:
+        self.config, self.ranks, self.directory = config, ranks, directory
+        self.optimizer, self.loss_scale, self.spike_guard = step.optimizer, step.loss_scale, step.spike_guard
+        self.bad_steps = BadSteps(config.training)
+        self.step, self.consumed_samples = 0, 0
+        self.tokenizer, self.tokenizer_files = tokenizer_facts(config.data.tokenizer, data.tokenizer)
+        self.fingerprint, self.runtime = data.train.fingerprint(), fits.runtime_of(device, ranks)
+
+    def tensors(self) -> store.State:
+        """What a checkpoint holds, under global names; the tensors are the live ones."""
+        state = dict(self.optimizer.state_dict())
+        if self.loss_scale:
+            state |= {f"loss_scale.{name}": value for name, value in self.loss_scale.state_dict().items()}
+        if self.spike_guard:
+            state[f"spike_guard.{self.spike_guard.window}"] = self.spike_guard.state
+        return state
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint says about itself."""
+        told = fits.metadata(self.config, self.step, self.consumed_samples, self.fingerprint, self.runtime)
+        return told | self.tokenizer | {BAD_STEPS: self.bad_steps.count}
+
+    def start_from(self, start: Start | None) -> None:
+        """Take over a checkpoint, the weights of another run, or nothing (None). A collective.
+
+        Raises `UserError` on all ranks where it does not fit, before anything has changed.
+        """
+        if start is None:
+            return
+        if start.weights_only:
+            remarks = self._load_weights(start.path)
+            self.ranks.say(" ".join([f"starts from the weights of {start.path}", *(f"({remark})" for remark in remarks)]))
+        else:
+            self._resume(start.path)
+            self.ranks.say(f"resumed {start.path} at step {self.step}")
+
+    def _resume(self, path: Path) -> None:
+        """Go on from a verified checkpoint of this run."""
+        with self.ranks.together(f"Opening {path}"):
+            saved = files.read_metadata(path)
+        fits.check_fits(saved, self.config, self.fingerprint, self.runtime, self.tokenizer.get("tokenizer_sha256", ""))
+        self._count_bad_steps_on(saved)
+        store.load(path, self.tensors(), self.ranks, lenient=OPTIONAL, verified=True)
+        self.optimizer.after_load()
+        self.step, self.consumed_samples = saved["step"], saved["consumed_samples"]
+
+    def _load_weights(self, path: Path) -> list[str]:
+        """Take the weights of a verified checkpoint of the same model, whose vocabulary may be smaller; returns a sentence for
+        each thing that the run must learn anew. Rows of the embedding and the head that it does not have keep their values.
+        """
+        with self.ranks.together(f"Opening {path}"):
+            trained = fits.config_of(files.read_metadata(path))
+        if found := other_model(trained, self.config):
+            raise UserError(" ".join(found))
+        rows, kept = trained.model.padded_vocab_size, kept_rows(trained, self.config)
+        grows = kept < self.config.model.padded_vocab_size
+        weights = {
+            name: first_rows(value, kept, rows) if grows and name in VOCABULARY else value
+            for name, value in self.tensors().items()
+            if name.startswith(PREFIX)
+        }
+        store.load(path, weights, self.ranks, only=PREFIX, verified=True)
+        self.optimizer.after_load()
+        return adaptations(trained, self.config)
+
+    def _count_bad_steps_on(self, saved: dict[str, Any]) -> None:
+        """Count bad steps on from a checkpoint's metadata, unless a setting of the training has changed since.
+
+        Raises `UserError` where they had ended the run: on the same settings it would only end again.
+        """
+        before, count = fits.config_of(saved), saved.get(BAD_STEPS)
+        changed = any(getattr(before, name) != getattr(self.config, name) for name in SHAPE_THE_TRAINING)
+        if isinstance(count, int) and not changed:
+            self.bad_steps.go_on_from(count)
+            if found := self.verdict(saved["step"]):
+                raise found
+
+    def verdict(self, step: int) -> UserError | None:
+        """What ends the run after `step`, or None; it names the newest checkpoint from before the bad steps."""
+        if not self.bad_steps.verdict():
+            return None
+        first = step - self.bad_steps.longest
+        older = [path for path in files.finished(self.directory) if (files.step_of(path) or 0) <= first]
+        return self.bad_steps.verdict(str(older[0]) if older else "")
 
 
 def seed_dropout(config: Config, mesh: Mesh, step: int) -> None:
     """Seed this rank's random stream, which only dropout draws from, for one step.
 
-    The masks of a step depend on the seed, the step and the rank's place, not on the steps before: a resume has no random
-    state to restore, and ranks that drop alike still do so in another layout. Ranks of one tp group hold the same residual
-    stream, so they must drop the same elements; with sequence parallelism they hold different tokens, so they must not.
+    The masks of a step depend on the seed, the step and the rank's place, not on the steps before. So a resume has no random
+    state to restore, and ranks that drop alike still do so in another layout. Ranks of one tensor-parallel group hold the
+    same residual stream and must drop the same elements; with sequence parallelism they hold different tokens and must not.
     """
     tp = mesh.tensor.rank if config.parallel.sequence_parallel else 0
     torch.manual_seed(seed_of(config.run.seed, f"dropout.{step}.{mesh.pipeline.rank}.{mesh.rows.rank}.{tp}"))
-
-
-OPTIONAL = ("loss_scale.", "spike_guard.", "rng.")
-"""Names that other settings may lack; they then keep their first values. Random states are left by earlier versions."""
-
-
-def run_state(
-    optimizer: ShardedOptimizer, loss_scale: LossScale | None, spike_guard: SpikeGuard | None
-) -> dict[str, Tensor]:
-    """Everything that changes while a run trains, under global names: weights, optimizer state, loss scale, the spike
-    guard's window."""
-    state = dict(optimizer.state_dict())
-    if loss_scale:
-        state |= {f"loss_scale.{name}": value for name, value in loss_scale.state_dict().items()}
-    if spike_guard:
-        state[f"spike_guard.{spike_guard.window}"] = spike_guard.state
-    return state
 
 
 def copies(
@@ -99,109 +183,3 @@ def copies(
         for group in spec.sum_over:
             if group.group_name != tp_group.group_name:
                 yield mesh.pipeline.name, group, [(spec.name, masters[spec.name])]
-
-
-def runtime_of(device: torch.device, ranks: Ranks) -> dict[str, str]:
-    """What decides how numbers are rounded, besides the settings: torch, and the kinds of device of all ranks. A CPU's
-    instructions and threads cut its sums."""
-    name = device_name(device)
-    if device.type == "cpu":
-        name = f"cpu ({torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()})"
-    return {"torch": str(torch.__version__), "device": " + ".join(sorted(set(ranks.gather(name))))}
-
-
-def metadata(
-    config: Config, step: int, consumed_samples: int, fingerprint: dict[str, Any], runtime: dict[str, str]
-) -> dict[str, Any]:
-    """What a checkpoint says about itself; `runtime` is `runtime_of` its ranks."""
-    return {
-        "step": step,
-        "consumed_samples": consumed_samples,
-        "data": fingerprint,
-        "model": asdict(config.model),
-        "config": asdict(config),
-        "layout": {name: getattr(config.parallel, name) for name in LAYOUT},
-        **runtime,
-    }
-
-
-def load_weights(path: Path, state: store.State, config: Config, ranks: Ranks) -> list[str]:
-    """Fill the weights of `state` from a verified checkpoint of the same model, whose vocabulary may be smaller; returns a
-    sentence for each thing that the run must learn anew. A collective.
-
-    Rows of the embedding and the head that the checkpoint does not have keep their values.
-    Raises `UserError` on all ranks where the checkpoint is of another model.
-    """
-    with ranks.together(f"Opening {path}"):
-        trained = config_of(files.read_metadata(path))
-    if found := other_model(trained, config):
-        raise UserError(" ".join(found))
-    rows, kept = trained.model.padded_vocab_size, kept_rows(trained, config)
-    grows = kept < config.model.padded_vocab_size
-    weights = {
-        name: first_rows(value, kept, rows) if grows and name in VOCABULARY else value
-        for name, value in state.items()
-        if name.startswith(PREFIX)
-    }
-    store.load(path, weights, ranks, only=PREFIX, verified=True)
-    return adaptations(trained, config)
-
-
-def check_fits(
-    saved: dict[str, Any], config: Config, fingerprint: dict[str, Any], runtime: dict[str, str], tokenizer_sha256: str = ""
-) -> None:
-    """Raise `UserError` where resuming from a checkpoint would not continue its run, in bitwise mode also where it would
-    continue it but for rounding or for the elements that dropout drops."""
-    kinds = {"step": int, "consumed_samples": int, "data": dict, "layout": dict}
-    lacking = [name for name, kind in kinds.items() if type(saved.get(name)) is not kind or (kind is int and saved[name] < 0)]
-    if lacking:
-        raise UserError(
-            f"The checkpoint's metadata.json does not tell {', '.join(lacking)}, which a run needs to go on; take its weights "
-            "alone with checkpoint.initialize_from."
-        )
-    trained = config_of(saved)
-    if tokenizer_sha256 and saved.get("tokenizer_sha256") == tokenizer_sha256:  # the same one under another name
-        trained = replace(trained, data=replace(trained.data, tokenizer=config.data.tokenizer))
-    if found := incompatible(trained, config):
-        raise UserError(" ".join(found))
-    check_fingerprint(saved["data"], fingerprint, "training")
-    if config.run.determinism == "bitwise" and (found := _rounded_otherwise(saved, config, runtime)):
-        raise UserError(
-            f'run.determinism = "bitwise", but the run was changed since the checkpoint of step {saved["step"]}: {", ".join(found)}; '
-            'numbers would agree to rounding only. Go on as it was, or set run.determinism = "fast".'
-        )
-
-
-LAYOUT = ("pp", "dp", "tp", "zero_stage")
-"""Of [parallel], what a checkpoint tells beside its config, which the oldest ones do not have."""
-ROUNDING = ("training.micro_batch_size", "training.precision", "compile.enabled")
-"""With all of [parallel], the settings that cut sums or draw masks in another way and are not meant to change what is
-trained. Recomputation is none of them: it repeats the same operations."""
-
-
-def _rounded_otherwise(saved: dict[str, Any], config: Config, runtime: dict[str, str]) -> list[str]:
-    """What of a checkpoint's layout, other `ROUNDING` settings and runtime is not this run's, as far as it tells."""
-    layout = {name: value for name, value in saved["layout"].items() if name in LAYOUT and isinstance(value, int)}
-    trained = config_of(saved)
-    # Earlier versions wrote settings that a mesh ignores as the user gave them.
-    trained = replace(trained, parallel=in_use(replace(trained.parallel, **layout)))
-    told = [
-        setting
-        for dotted, setting in SETTINGS.items()
-        if setting.section == "parallel" or dotted in ROUNDING
-        if "config" in saved or setting.name in layout
-    ]
-    changed = {setting.dotted: (setting.of(trained), setting.of(config)) for setting in told}
-    changed |= {name: (saved.get(name, here), here) for name, here in runtime.items()}
-    return [f"{name} was {was} and is now {now}" for name, (was, now) in changed.items() if was != now]
-
-
-def config_of(saved: dict[str, Any]) -> Config:
-    """The settings that a checkpoint was trained with, as far as it tells; settings that it does not know have their defaults.
-
-    Raises `UserError` where it tells none.
-    """
-    told = saved.get("config", {"model": saved.get("model")})
-    if not isinstance(told, dict) or not isinstance(told.get("model"), dict):
-        raise UserError("The checkpoint's metadata.json does not describe its model; it is not a checkpoint of this program.")
-    return described_config(told, "The checkpoint's metadata.json")

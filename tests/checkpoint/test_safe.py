@@ -21,7 +21,7 @@ from neox_native.checkpoint import files, safe, store
 from neox_native.config.schema import Config
 from neox_native.errors import UserError
 from neox_native.launch import Ranks
-from neox_native.train import state
+from neox_native.train import fits
 
 
 class Hostile:
@@ -138,19 +138,19 @@ def test_metadata_that_is_no_json_object_is_refused(path: Path, content: bytes) 
 
 def test_metadata_without_what_a_run_needs_is_refused_by_name() -> None:
     config = Config()
-    whole = state.metadata(config, 3, 24, {"order": "epoch"}, {})
-    state.check_fits(whole, config, {"order": "epoch"}, {})
+    whole = fits.metadata(config, 3, 24, {"order": "epoch"}, {})
+    fits.check_fits(whole, config, {"order": "epoch"}, {})
     for missing in "step", "consumed_samples", "data", "layout":
         with pytest.raises(UserError, match=f"does not tell {missing}, which a run needs"):
-            state.check_fits({name: value for name, value in whole.items() if name != missing}, config, {"order": "epoch"}, {})
+            fits.check_fits({name: value for name, value in whole.items() if name != missing}, config, {"order": "epoch"}, {})
     for told in {}, {"config": 3}, {"config": {}}, {"model": None}:
         with pytest.raises(UserError, match="does not describe its model"):
-            state.config_of(told)
+            fits.config_of(told)
 
 
 def test_metadata_of_other_types_or_out_of_range_is_refused_by_name() -> None:
     config = Config()
-    whole = state.metadata(config, 3, 24, {}, {})
+    whole = fits.metadata(config, 3, 24, {}, {})
     for section, changes, sentence in (
         ("model", {"num_layers": 10**7}, "model.num_layers = 10000000 must be 10,000 or less"),
         ("model", {"num_layers": "6"}, "model.num_layers = '6' must be a whole number"),
@@ -160,12 +160,12 @@ def test_metadata_of_other_types_or_out_of_range_is_refused_by_name() -> None:
     ):
         told = whole["config"][section] | changes if isinstance(changes, dict) else changes
         with pytest.raises(UserError, match=sentence):
-            state.config_of(whole | {"config": whole["config"] | {section: told}})
+            fits.config_of(whole | {"config": whole["config"] | {section: told}})
     newer = whole | {"config": whole["config"] | {"model": whole["config"]["model"] | {"unheard_of": 1}}}
-    assert state.config_of(newer) == state.config_of(whole) == config
+    assert fits.config_of(newer) == fits.config_of(whole) == config
     for name, value in ("step", True), ("consumed_samples", -1), ("step", 3.0):
         with pytest.raises(UserError, match=f"does not tell {name}"):
-            state.check_fits(whole | {name: value}, config, {}, {})
+            fits.check_fits(whole | {name: value}, config, {}, {})
 
 
 def test_tensor_with_a_missing_part_is_refused(path: Path) -> None:

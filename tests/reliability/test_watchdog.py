@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from neox_native.config.schema import Run
 from neox_native.reliability import watchdog as module
-from neox_native.reliability.watchdog import Position, Watchdog, job_store, report_hang, slowest_ranks
+from neox_native.reliability.stragglers import slowest_ranks
+from neox_native.reliability.watchdog import Position, Watchdog, job_store, report_hang
 from tests.ranks import RankError, run_ranks
 
 QUICK = Run(watchdog_factor=2.0, watchdog_min_seconds=0.3, watchdog_startup_seconds=60.0)
@@ -39,7 +40,8 @@ def hang(tmp_path: Path, culprit_does) -> str:
         dog = watchdog(tmp_path)
         dog.measured(0.01)
         for step in range(1, 10):
-            dog.at(step, "train", microbatch=step % 2)
+            dog.at(step, "train")
+            dog.microbatch(step % 2)
             if step == 8 and dist.get_rank() == 1:
                 culprit_does()
             dist.all_reduce(torch.ones(1))

@@ -24,8 +24,8 @@ from neox_native.interop.checkpoints import CheckpointReader
 from neox_native.launch import Ranks
 from neox_native.model import initialize
 from neox_native.model.transformer import cards
-from neox_native.train import state as run_states
 from neox_native.train.folder import RunFolder
+from neox_native.train.state import RunState
 from tests.ranks import RankError, run_ranks
 from tools import show_batch
 
@@ -147,8 +147,8 @@ def test_replicas_drop_alike_after_each_change_of_layout(corpus, tmp_path, monke
         common = ["--run.check_replicas_every=1", "--run.determinism=fast", f"--training.steps={number}"]
         with monkeypatch.context() as patched:
             if number == 1:  # a checkpoint with a random state, as earlier versions wrote them
-                state = run_states.run_state
-                patched.setattr(run_states, "run_state", lambda *a: state(*a) | {"rng.cpu.pp0.dp0.tp0": torch.get_rng_state()})
+                tensors = RunState.tensors
+                patched.setattr(RunState, "tensors", lambda self: tensors(self) | {"rng.cpu.pp0.dp0.tp0": torch.get_rng_state()})
             metrics = run(settings(corpus, tmp_path, *layout, *common, *DROPOUT))
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5]
 

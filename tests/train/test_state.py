@@ -14,7 +14,7 @@ from neox_native.config.schema import Config
 from neox_native.config.settings import SETTINGS
 from neox_native.errors import UserError
 from neox_native.launch import Ranks
-from neox_native.train.state import check_fits, metadata, runtime_of
+from neox_native.train.fits import check_fits, metadata, runtime_of
 
 BASE = [
     "--run.determinism=bitwise", "--model.num_layers=8", "--parallel.pp=2", "--parallel.dp=2", "--parallel.tp=2",

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import train as entry
+from neox_native.checkpoint import store
 from neox_native.config.check import require
 from neox_native.config.load import dump, load
 from neox_native.config.schema import Config
@@ -170,16 +171,16 @@ def test_a_run_goes_on_with_a_smaller_batch_and_with_more_steps(corpus, tmp_path
     assert {line["step"]: line["batch_hash"] for line in shown} == {step: logged[step] for step in range(8, 31)}
 
 
-def test_bitwise_refuses_to_resume_in_another_layout(corpus, tmp_path):
+def test_a_run_that_a_checkpoint_does_not_fit_is_refused_before_a_tensor_is_read(corpus, tmp_path, monkeypatch):
     run(settings(corpus, tmp_path, "--parallel.dp=1", "--checkpoint.save_every=5"), stop_after=6)
-    with pytest.raises(RankError, match="agree to rounding only"):
-        run(settings(corpus, tmp_path, "--parallel.dp=2"))
-
-
-def test_other_data_is_refused_by_name(corpus, tmp_path):
-    run(settings(corpus, tmp_path, "--parallel.dp=1", "--checkpoint.save_every=5"), stop_after=6)
-    with pytest.raises(RankError, match="data.split is"):
-        run(settings(corpus, tmp_path, "--parallel.dp=1", "--data.split=50,50,0"))
+    monkeypatch.setattr(store, "load", lambda *_, **__: pytest.fail("a tensor was read"))
+    for changes, sentence in [
+        (["--parallel.dp=2"], "agree to rounding only"),
+        (["--parallel.dp=1", "--data.split=50,50,0"], "data.split is"),
+        (["--parallel.dp=1", "--model.hidden_size=64"], "model.hidden_size is 64, but the checkpoint was trained with"),
+    ]:
+        with pytest.raises(RankError, match=sentence):
+            run(settings(corpus, tmp_path, *changes))
 
 
 MISTAKES = [

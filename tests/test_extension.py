@@ -1,9 +1,10 @@
-"""The house takes what it has never seen: a layer kind that only this file knows trains, saves, resumes and is counted in
-every layout. No line of the package names it."""
+"""The house takes what it has never seen: a layer kind with losses of its own, and an objective, that only this file knows
+train, save, resume and are counted in every layout. No line of the package names them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,11 @@ from torch import Tensor
 import train as entry
 from neox_native.config.check import require
 from neox_native.config.load import load
-from neox_native.config.schema import Config, Model
+from neox_native.config.schema import Config, Model, Objective
 from neox_native.data.indexed import IndexedWriter
+from neox_native.engine.objective import OBJECTIVES, NextToken, objective_of
+from neox_native.errors import UserError
+from neox_native.model.auxiliary import AuxiliaryLoss
 from neox_native.model.kinds import KINDS, Kind
 from neox_native.model.layers import OutputLinear, Vector, input_cards, output_cards
 from neox_native.model.parameters import Card, Cards, constant
@@ -30,13 +34,15 @@ CPU = torch.device("cpu")
 
 
 class MovingAverage(nn.Module):
-    """y_t = sum over k of w_k u_(t-k), where u is a projection of the input: a mixer that looks back alone."""
+    """y_t = sum over k of w_k u_(t-k), where u is a projection of the input: a mixer that looks back alone. It wants u small,
+    and inputs that each channel's share of the tokens sees alike."""
 
     def __init__(self, model: Model):
         super().__init__()
         self.enter = nn.Linear(model.hidden_size, model.hidden_size)
         self.taps = Vector(TAPS)
         self.leave = OutputLinear(model.hidden_size, model.hidden_size)
+        self.small, self.even = AuxiliaryLoss("size"), AuxiliaryLoss("unevenness")
 
     @property
     def output_bias(self) -> nn.Parameter:
@@ -44,6 +50,8 @@ class MovingAverage(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         u_BTD, weights = self.enter(x_BTD), self.taps()
+        u_BTD = self.small(u_BTD, 0.01 * u_BTD.square().sum(), context.step)  # of this holder's channels
+        u_BTD = self.even(u_BTD, 0.1 * (x_BTD.softmax(-1).sum((0, 1)) ** 2).sum(), context.step)  # of all channels
         length, past_BSD = u_BTD.shape[1], F.pad(u_BTD, (0, 0, TAPS - 1, 0))
         return self.leave(sum(weights[k] * past_BSD[:, TAPS - 1 - k :][:, :length] for k in range(TAPS)))
 
@@ -57,12 +65,21 @@ def cards_of(lr_multiplier: float = 1.0):
     return cards
 
 
+class Cautious(NextToken):
+    """Unlikely targets count more, and are counted."""
+
+    metrics = ("unlikely",)
+
+    def __call__(self, values_BT: Tensor, fields: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return (values_BT + 0.1 * values_BT**2).sum(), {"unlikely": (values_BT > 4).sum()}
+
+
 TOY = Kind("toy", MovingAverage, cards_of(), module="toy", norm="toy_norm")
 SETTINGS = [
     '--model.pattern=["attention+feed_forward", "toy"]', "--model.num_layers=4", "--model.hidden_size=32",
     "--model.num_heads=4", "--model.seq_length=16", "--model.vocab_size=60", "--model.vocab_multiple_of=4",
     "--training.steps=4", "--training.global_batch_size=8", "--training.micro_batch_size=1", "--optimizer.lr=1e-2",
-    "--optimizer.eps=1e-6", "--logging.every=1", "--logging.tensorboard=false", "--run.device=cpu",
+    "--objective.kind=cautious", "--optimizer.eps=1e-6", "--logging.every=1", "--logging.tensorboard=false", "--run.device=cpu",
 ]  # fmt: skip
 LAYOUTS = {
     "pp 2, dp 2, tp 2, ZeRO-1": ["--parallel.pp=2", "--parallel.dp=2", "--parallel.tp=2", "--parallel.zero_stage=1"],
@@ -70,12 +87,21 @@ LAYOUTS = {
         "--parallel.dp=4", "--parallel.zero_stage=3", "--training.activation_checkpointing=full", "--compile.enabled=true",
     ],
     "tp 2, sequence cut": ["--parallel.tp=2", "--parallel.sequence_parallel=true"],
+    "pp 2, zero bubble, recomputed": [
+        "--parallel.pp=2", "--parallel.pipeline_schedule=zbv", "--parallel.virtual_stages=2",
+        "--training.activation_checkpointing=full",
+    ],
 }  # fmt: skip
+
+
+def register(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(KINDS, TOY.name, TOY)
+    patch.setitem(OBJECTIVES, "cautious", Cautious)
 
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(KINDS, TOY.name, TOY)
+    register(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +129,14 @@ def run(config: Config) -> list[dict]:
 def alone(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What one process logs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(KINDS, TOY.name, TOY)
+        register(patch)
         return run(settings(corpus, tmp_path_factory.mktemp("alone")))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_unknown_kind_trains_the_same_in_every_layout(layout: str, corpus: str, alone: list[dict], tmp_path: Path) -> None:
     logged = run(settings(corpus, tmp_path, *LAYOUTS[layout]))
-    for name in ("loss", "grad_norm"):
+    for name in ("loss", "grad_norm", "size", "unevenness", "unlikely"):
         assert [line[name] for line in logged] == pytest.approx([line[name] for line in alone], rel=1e-5), name
 
 
@@ -129,3 +155,8 @@ def test_the_dry_run_counts_it(corpus: str, tmp_path: Path) -> None:
     feed_forward = 64 * 32 + 64 + 32 * 64 + 32
     assert other.parameters - counted.parameters == 2 * (feed_forward - toy)
     assert 0 < counted.hardware_flops < other.hardware_flops and counted.peak_bytes < other.peak_bytes
+
+
+def test_an_objective_that_nobody_has_defined_is_refused() -> None:
+    with pytest.raises(UserError, match="objective.kind = 'dpo' is none of cautious, next_token"):
+        objective_of(Objective("dpo"))

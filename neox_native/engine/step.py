@@ -13,6 +13,7 @@ from neox_native.engine.objective import NextToken, Objective
 from neox_native.engine.single_stage import Engine
 from neox_native.engine.spikes import SpikeGuard
 from neox_native.mesh import Mesh
+from neox_native.model.auxiliary import AuxiliaryLoss
 from neox_native.optim.loss_scale import LossScale
 from neox_native.parallel.pipeline import Fields
 from neox_native.zero.optimizer import ShardedOptimizer
@@ -28,7 +29,7 @@ class StepResult(NamedTuple):
     skipped: Tensor
     """Not zero where loss or gradient were not finite, or the loss a spike, so that nothing was updated."""
     metrics: dict[str, Tensor]
-    """This rank's share of each named metric, divided by the step's weight as the loss is."""
+    """This rank's share of named metrics, divided by the step's weight as the loss is: the sum over all ranks is the step's."""
 
 
 class StepLoss:
@@ -104,6 +105,10 @@ class TrainStep:
     ):
         self.engine, self.optimizer, self.losses = engine, optimizer, losses
         self.clip_grad_norm, self.loss_scale, self.spike_guard = clip_grad_norm, loss_scale, spike_guard
+        modules = (module for part in engine.parts.values() for module in part.modules())
+        self.auxiliary = [module for module in modules if isinstance(module, AuxiliaryLoss)]
+        self.metrics = {*losses.objective.metrics, *(each.name for each in self.auxiliary)}
+        """Names of the metrics that this rank has a share of."""
 
     def __call__(self, batch: StepBatch, learning_rate: float | Tensor) -> StepResult:
         """Train on one step's batch. Nothing waits for the device."""
@@ -112,15 +117,31 @@ class TrainStep:
         if self.loss_scale:
             scale = self.loss_scale.of_step(len(fields["tokens_BT"]) * self.losses.mesh.rows.size)
         function = self.losses.function(batch, 1.0 if scale is None else scale)
-        loss = self.engine.forward_backward(fields, function)
+        loss = self.engine.forward_backward(fields | self._for_auxiliary(function, len(fields["tokens_BT"])), function)
         if scale is not None:
             loss = loss / scale
         spike = self.spike_guard.is_spike(self.losses.total(loss)) if self.spike_guard else None
         grad_norm, skipped = self.optimizer.step(learning_rate, self.clip_grad_norm, scale, loss, spike)
         if self.loss_scale:
             self.loss_scale.update(1.0 - grad_norm.isfinite().float())
-        weight = function.weight.clamp(min=1.0)
-        return StepResult(loss, grad_norm, skipped, {name: value / weight for name, value in function.metrics.items()})
+        return StepResult(loss, grad_norm, skipped, self._shares(function))
+
+    def _for_auxiliary(self, function: StepLoss, num_microbatches: int) -> dict[str, Tensor]:
+        """What a model with auxiliary losses needs besides; waits for the step's weight."""
+        device = self.losses.device
+        for each in self.auxiliary:
+            each.sums = torch.zeros(num_microbatches, device=device)
+        if not self.auxiliary:
+            return {}
+        numbers = torch.arange(num_microbatches, device=device)[:, None]
+        return {"loss_weight": function.factor().expand(num_microbatches, 1), "microbatch": numbers}
+
+    def _shares(self, function: StepLoss) -> dict[str, Tensor]:
+        """This rank's shares of the metrics. Ranks of one tensor-parallel group have the same values: the first one counts."""
+        sums = dict(function.metrics) if self.losses.mesh.tensor.rank == 0 else {}
+        for each in self.auxiliary:
+            sums[each.name] = sums.get(each.name, 0.0) + each.sums.sum()
+        return {name: value / function.weight.clamp(min=1.0) for name, value in sums.items()}
 
 
 def to_device(fields: Fields, device: torch.device) -> dict[str, Tensor]:

@@ -187,12 +187,13 @@ class Writers:
                 "goes on at its newest checkpoint."
             ) from None
 
-    def step(self, record: StepRecord, extra: dict[str, Any] | None = None) -> None:
-        """Write one logged step. `extra` (a loss scale, a step's stall) goes to the console and TensorBoard."""
+    def step(self, record: StepRecord, extra: dict[str, Any] | None = None, metrics: dict[str, float] | None = None) -> None:
+        """Write one logged step with its named metrics. `extra` (a loss scale) goes to the console and TensorBoard alone."""
+        metrics, extra = metrics or {}, {**(metrics or {}), **(extra or {})}
         with self._writing():
-            self._metrics.write(strict_json(asdict(record)) + "\n")
+            self._metrics.write(strict_json(asdict(record) | metrics) + "\n")
             self._show(console_line(record, self._scale, self.elapsed_seconds(), extra))
-            self._scalars({**asdict(record), **(extra or {})}, record.step, "train")
+            self._scalars({**asdict(record), **extra}, record.step, "train")
 
     def event(self, kind: str, step: int, message: str, **values: Any) -> None:
         """Write something that is no training step: an evaluation, a skipped update, a checkpoint, a straggler."""

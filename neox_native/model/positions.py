@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from neox_native.model.auxiliary import Auxiliary
+
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Stores a layer's new keys and values [B, T, K, H]; returns those of all positions so far [B, K, S, H]."""
 
 
 class Context(NamedTuple):
-    """What every block of one forward pass needs to know about positions."""
+    """What every block of one forward pass needs to know, of positions above all."""
 
     cos_TR: Tensor | None
     """fp32 cosines [T, 1, R], or [B, T, 1, R] where positions restart inside a row; None without rotary."""
@@ -30,6 +32,8 @@ class Context(NamedTuple):
     S keys: T, or more with a cache."""
     remember: Remember | None = None
     """Set where a cache holds earlier positions of this layer."""
+    step: Auxiliary | None = None
+    """Set in training steps of a model with auxiliary losses."""
 
 
 def rotary_tables(rotary_dim: int, seq_length: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from neox_native.config.schema import Model, Run
 from neox_native.model import initialize, positions
+from neox_native.model.auxiliary import Auxiliary
 from neox_native.model.block import Block, block_cards
 from neox_native.model.cache import Cache
 from neox_native.model.kinds import kinds_of_layers
@@ -149,6 +150,8 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         readout_B: Tensor | None = None,
         targets_BT: Tensor | None = None,
+        loss_weight: Tensor | None = None,
+        microbatch: Tensor | None = None,
     ) -> Tensor:
         """Tokens [B, T] (hidden states [B, T, D] without the embedding) -> what the readout says of them: logits [B, T, V],
         or values per token [B, T] with `targets_BT`; hidden states [B, T, D] without a readout.
@@ -159,6 +162,7 @@ class Transformer(nn.Module):
             cache: what the layers remember of earlier tokens; `x` goes where it was told to place them.
             readout_B: index in T of the one token of each row whose logits are wanted; they come as [B, 1, V].
             targets_BT: token that follows each token, -100 where that does not count.
+            loss_weight, microbatch: see `Auxiliary`; both or none.
         """
         if cache is not None:
             positions_BT = cache.positions_BT
@@ -166,6 +170,8 @@ class Transformer(nn.Module):
         of_length = positions_BT if positions_BT is not None else x if self.embed_in is not None else None
         seq_length = self.config.seq_length if of_length is None else of_length.shape[1]
         context = self.context(seq_length, positions_BT, documents_BT, cache)
+        if loss_weight is not None:
+            context = context._replace(step=Auxiliary(loss_weight, microbatch))
         if self.embed_in is not None:
             x = self.embed(x, positions_BT)
         for number, layer in self.layers.items():

@@ -35,6 +35,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from neox_native.config.schema import Model
+from neox_native.model.auxiliary import AuxiliaryLoss
 from neox_native.model.kinds import kinds_of_layers
 from neox_native.model.parameters import Cards
 from neox_native.model.transformer import Transformer
@@ -98,6 +99,21 @@ class VocabParallelLoss(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module.forward = partial(vocab_parallel_cross_entropy, group=device_mesh.get_group())
+        return module
+
+
+class SharedLoss(ParallelStyle):
+    """An auxiliary loss of which each rank has a share. One that is a DTensor is dealt out in equal shares."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def share(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, loss, step = inputs
+            if isinstance(loss, DTensor):
+                alike = loss.redistribute(placements=[Replicate()])
+                loss = alike.to_local(grad_placements=[Partial()]) / device_mesh.size()
+            return x, loss, step
+
+        module.register_forward_pre_hook(share)
         return module
 
 
@@ -221,8 +237,9 @@ def kind_rules(cards: Cards) -> Iterator[tuple[str, Rule]]:
 
 def apply(model: Transformer, tp_mesh: DeviceMesh, sequence_parallel: bool) -> None:
     """Cut a model, or a part of one, over the tp axis. Works on meta tensors and communicates nothing."""
-    here = {name for name, _ in model.named_modules()}
+    here = dict(model.named_modules())
     styles = {name: rule.style for name, rule in plan(model.config, sequence_parallel).items() if name in here}
+    styles |= {name: SharedLoss() for name, module in here.items() if isinstance(module, AuxiliaryLoss)}
     # Without src_data_rank=None every weight would be broadcast from rank 0.
     parallelize_module(model, tp_mesh, styles, src_data_rank=None)
     model.tie()

@@ -20,13 +20,12 @@ from neox_native.checkpoint.resume import Start
 from neox_native.config.load import dump
 from neox_native.config.schema import Config
 from neox_native.data.loader import StepBatch, format_hash
-from neox_native.engine.step import Losses, StepResult
+from neox_native.engine.step import StepResult, TrainStep
 from neox_native.launch import Ranks
 from neox_native.mesh import Mesh
 from neox_native.metrics.throughput import Throughput, device_name, memory_bytes, peak_flops_per_second, peak_memory_bytes
 from neox_native.metrics.writers import Scale, StepRecord, Writers
 from neox_native.model.flops import model_flops_per_token, total_parameters
-from neox_native.parallel.timing import Timing
 from neox_native.reliability.stragglers import Stragglers
 from neox_native.train import provenance
 from neox_native.units import count, counted, share_of_step
@@ -47,8 +46,7 @@ class Report:
     """Writes a run down. All ranks call it, because numbers are summed over them; rank 0 writes.
 
     Args:
-        losses: sums shares of a loss over the ranks.
-        timing: the engine's.
+        train_step: its losses and its named metrics are summed over the ranks; its engine's timing is read.
         resumed_step: steps already done; what was logged beyond is cut off.
     """
 
@@ -58,11 +56,11 @@ class Report:
         mesh: Mesh,
         device: torch.device,
         ranks: Ranks,
-        losses: Losses,
-        timing: Timing,
+        train_step: TrainStep,
         resumed_step: int,
     ):
-        self.config, self.device, self.ranks, self.losses, self.timing = config, device, ranks, losses, timing
+        self.config, self.device, self.ranks = config, device, ranks
+        self.losses, self.timing = train_step.losses, train_step.engine.timing
         self.stages = mesh.pipeline.size
         self.rows = mesh.rows.group
         self.resumed_step, training = resumed_step, config.training
@@ -78,6 +76,7 @@ class Report:
             devices=ranks.size,
             peak=peak_flops_per_second(device_name(device), training.precision),
         )
+        self.metrics = sorted(set().union(*ranks.gather(train_step.metrics)))
         self.work = Stragglers(ranks, mesh.pipeline.rank)
         self.predicted = predict(config)
         sentence = "not predicted: memory, what ranks send and how long they idle, because a layer kind does not tell its costs"
@@ -107,6 +106,7 @@ class Report:
         loss = self.losses.total(result.loss).item() if num_targets else math.nan  # of no target there is none
         peak = torch.tensor(peak_memory_bytes(self.device), device=self.device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        metrics = self._metrics(result)
         extra = extra | self._beside_predicted()
         speed = self.throughput.speed()
         record = StepRecord(
@@ -123,8 +123,17 @@ class Report:
             batch_hash=format_hash(batch_hash),
         )
         if self.writers:
-            self.writers.step(record, extra)
+            self.writers.step(record, extra, metrics)
         return speed.step_seconds
+
+    def _metrics(self, result: StepResult) -> dict[str, float]:
+        """The step's named metrics, from all ranks' shares."""
+        if not self.metrics:
+            return {}
+        nothing = torch.zeros((), device=self.device)
+        shares = torch.stack([result.metrics.get(name, nothing) for name in self.metrics]).double()
+        dist.all_reduce(shares)
+        return dict(zip(self.metrics, shares.tolist()))
 
     def _beside_predicted(self) -> dict[str, float]:
         """The memory that was predicted, beside which the log has the measured one; and the share of the time since the last

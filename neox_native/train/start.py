@@ -189,7 +189,7 @@ def begin(
     changed = folder.begin(config, state.step)
     if device.type == "cuda":
         make_folder(flight_recorder_folder(config))  # for NCCL, on each machine
-    report = Report(config, mesh, device, state.ranks, step.losses, step.engine.timing, resumed_step=state.step)
+    report = Report(config, mesh, device, state.ranks, step, resumed_step=state.step)
     report.started(start, changed)
     return report
 

@@ -6,7 +6,7 @@ import dataclasses
 
 from neox_native.config import layout_rules, rules
 from neox_native.config.schema import Config
-from neox_native.config.settings import SETTINGS, Setting
+from neox_native.config.settings import SETTINGS, Setting, settings_of
 from neox_native.config.values import to_toml
 from neox_native.errors import UserError
 
@@ -155,8 +155,7 @@ def other_model(trained: Config, new: Config) -> list[str]:
     to live with.
     """
     free = (*FREE_WITHIN, *LEARNED_AGAIN, "model.seq_length", "model.vocab_size", "model.vocab_multiple_of")
-    model = [setting for dotted, setting in SETTINGS.items() if setting.section == "model" and dotted not in free]
-    return _differences(model, trained, new)
+    return _differences([each for each in settings_of("model") if each.dotted not in free], trained, new)
 
 
 def kept_rows(trained: Config, new: Config) -> int:

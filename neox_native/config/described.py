@@ -8,7 +8,7 @@ from typing import Any
 
 from neox_native.config import rules
 from neox_native.config.schema import Config, Model
-from neox_native.config.settings import SECTIONS, SETTINGS
+from neox_native.config.settings import SECTIONS, SETTINGS, settings_of
 from neox_native.config.values import Mismatch, convert, describe
 from neox_native.errors import UserError
 
@@ -34,22 +34,19 @@ def described_model(values: Mapping[str, Any], file: str | Path) -> Model:
 def described_config(sections: Mapping[str, Any], file: str | Path) -> Config:
     """All sections, as far as they are told; settings that this version does not know are left out. Raises `UserError` as
     `described_model` does, but looks at the ranges of the model's settings alone: they decide what is built."""
-    known = {}
     for section in SECTIONS:
-        values = sections.get(section, {})
-        if not isinstance(values, dict):
+        if not isinstance(sections.get(section, {}), dict):
             raise UserError(f"{file}: its section {section} is no table of settings.")
-        names = {setting.name for setting in SETTINGS.values() if setting.section == section}
-        known[section] = {name: value for name, value in values.items() if name in names}
+    known = {name: _converted(name, sections.get(name, {}), file) for name in SECTIONS}
     described_model(known["model"], file)
-    return Config(**{name: kind(**_converted(name, known[name], file)) for name, kind in SECTIONS.items()})
+    return Config(**{name: kind(**known[name]) for name, kind in SECTIONS.items()})
 
 
 def _converted(section: str, values: Mapping[str, Any], file: str | Path) -> dict[str, Any]:
-    """The values of a section's settings, each of its type."""
+    """The values of a section's settings, each of its type; others are left out."""
     found = {}
-    for setting in SETTINGS.values():
-        if setting.section == section and setting.name in values:
+    for setting in settings_of(section):
+        if setting.name in values:
             try:
                 found[setting.name] = convert(values[setting.name], setting.annotation)
             except Mismatch:

@@ -16,7 +16,7 @@ from typing import Any
 
 from neox_native import shipped_folder
 from neox_native.config.schema import Config
-from neox_native.config.settings import SECTIONS, SETTINGS, Setting, help_text, nearest
+from neox_native.config.settings import SECTIONS, SETTINGS, Setting, help_text, nearest, settings_of
 from neox_native.config.values import Mismatch, convert, describe, from_text, to_toml
 from neox_native.errors import UserError
 
@@ -41,9 +41,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     values = {} if path is None else _read(_found(Path(path)))
     values |= _overrides(overrides)
     sections = {
-        section: section_class(
-            **{s.name: values[s.dotted] for s in SETTINGS.values() if s.section == section and s.dotted in values}
-        )
+        section: section_class(**{s.name: values[s.dotted] for s in settings_of(section) if s.dotted in values})
         for section, section_class in SECTIONS.items()
     }
     return Config(**sections)
@@ -88,9 +86,7 @@ def dump(config: Config) -> str:
     ]
     for section in SECTIONS:
         lines += ["", f"[{section}]"]
-        for setting in SETTINGS.values():
-            if setting.section == section:
-                lines.append(f"{setting.dotted.removeprefix(section + '.')} = {to_toml(setting.of(config))}")
+        lines += [f"{s.dotted.removeprefix(section + '.')} = {to_toml(s.of(config))}" for s in settings_of(section)]
     return "\n".join(lines) + "\n"
 
 

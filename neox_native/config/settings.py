@@ -61,6 +61,11 @@ def _index() -> dict[str, Setting]:
 SETTINGS: dict[str, Setting] = _index()
 
 
+def settings_of(section: str) -> list[Setting]:
+    """The settings of one section."""
+    return [setting for setting in SETTINGS.values() if setting.section == section]
+
+
 def nearest(name: str, valid: list[str]) -> str:
     """The valid name that looks most like name."""
     return difflib.get_close_matches(name, valid, n=1, cutoff=0.0)[0]
@@ -99,11 +104,10 @@ def help_text() -> str:
     ]
     for section, section_class in SECTIONS.items():
         lines += ["", f"[{section}]  {_documentation()[section_class.__name__, '']}"]
-        for setting in SETTINGS.values():
-            if setting.section == section:
-                values = describe(setting.annotation)
-                if setting.range.words != Range().words:
-                    values += f", {setting.range.words}"
-                lines.append(f"  --{setting.dotted}  {values}; default {to_toml(setting.default)}")
-                lines += textwrap.wrap(documentation(setting), 116, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        for setting in settings_of(section):
+            values = describe(setting.annotation)
+            if setting.range.words != Range().words:
+                values += f", {setting.range.words}"
+            lines.append(f"  --{setting.dotted}  {values}; default {to_toml(setting.default)}")
+            lines += textwrap.wrap(documentation(setting), 116, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines) + "\n"

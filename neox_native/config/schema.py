@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from neox_native.config.ranges import BelowOne, Count, Positive, Range, Share, at_least_one
+from neox_native.config.ranges import BelowOne, Count, CountOrRest, Positive, Range, Share, at_least_one
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class Parallel:
 
     pp: Count = 1
     """Pipeline-parallel degree [ranks]."""
-    dp: Annotated[int, Range("1 or more, or -1 for the ranks that pp and tp leave", low=1, besides=-1)] = -1
+    dp: CountOrRest = -1
     """Data-parallel degree [ranks]; -1 takes the ranks that pp and tp leave."""
     tp: Count = 1
     """Tensor-parallel degree [ranks]."""
@@ -247,7 +247,7 @@ class Parallel:
     """Stages per pipeline rank; looped schedules take 2 or more."""
     stage_layers: list[Count] = field(default_factory=list)
     """Layers of each stage, first to last; empty lets the code balance them, embedding and head weighed in."""
-    zero_stage: Annotated[int, Range("between 0 and 3", high=3)] = 0
+    zero_stage: Annotated[int, Range("between 0 and 3", lambda number: 0 <= number <= 3)] = 0
     """ZeRO stage: 0 keeps everything, 1 shards optimizer state, 2 also gradients, 3 also parameters, over dp."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +24,27 @@ OURS = "neox_native"
 """Key of config.json under which we keep the settings that Hugging Face has no word for."""
 ONLY_OURS = ("vocab_size", "vocab_multiple_of", "init", "output_init", "init_std")
 
-
-NEEDED = {
-    "num_layers": "num_hidden_layers",
+THEIRS = {
+    "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "ffn_hidden_size": "intermediate_size",
-    "seq_length": "max_position_embeddings",
-    "vocab_size": "vocab_size",
-}
-"""Ours -> theirs, of what has no default."""
-OPTIONAL = {
+    "activation": "hidden_act",
     "rotary_pct": "rotary_pct",
     "rotary_base": "rotary_emb_base",
-    "parallel_residual": "use_parallel_residual",
+    "seq_length": "max_position_embeddings",
     "norm_eps": "layer_norm_eps",
+    "parallel_residual": "use_parallel_residual",
     "attention_bias": "attention_bias",
     "tie_embeddings": "tie_word_embeddings",
     "attention_dropout": "attention_dropout",
     "hidden_dropout": "hidden_dropout",
+    "init_std": "initializer_range",
 }
-"""Ours -> theirs, where both have the same default."""
+"""Ours -> theirs, in the order in which config.json has them."""
+NEEDED = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "seq_length", "vocab_size")
+"""Ours, of which Hugging Face has no default that is ours, too."""
 
 
 def inexpressible(model: Model) -> list[str]:
@@ -72,26 +72,16 @@ def to_config(model: Model, dtype: torch.dtype, eod_id: int | None, tokenizer: s
         raise UserError(
             f"Hugging Face's GPTNeoXForCausalLM cannot express {'; '.join(problems)}; keep this model in our own format."
         )
+    values = asdict(model) | {
+        "vocab_size": model.padded_vocab_size,
+        "ffn_hidden_size": model.ffn_size,
+        "activation": ACTIVATIONS[model.activation],
+    }
     kept = {"tokenizer": tokenizer} if tokenizer == "byte" or tokenizer.startswith("tiktoken:") else {}
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
-        "vocab_size": model.padded_vocab_size,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "intermediate_size": model.ffn_size,
-        "hidden_act": ACTIVATIONS[model.activation],
-        "rotary_pct": model.rotary_pct,
-        "rotary_emb_base": model.rotary_base,
-        "max_position_embeddings": model.seq_length,
-        "layer_norm_eps": model.norm_eps,
-        "use_parallel_residual": model.parallel_residual,
-        "attention_bias": model.attention_bias,
-        "tie_word_embeddings": model.tie_embeddings,
-        "attention_dropout": model.attention_dropout,
-        "hidden_dropout": model.hidden_dropout,
-        "initializer_range": model.init_std,
+        **{theirs: values[ours] for ours, theirs in THEIRS.items()},
         "bos_token_id": eod_id,
         "eos_token_id": eod_id,
         "use_cache": True,
@@ -116,7 +106,7 @@ def from_config(config: Mapping[str, Any], file: Path) -> Model:
             f"{file} is of a model of type {config.get('model_type')!r:.60}; only 'gpt_neox' (GPTNeoXForCausalLM: "
             "GPT-NeoX-20B, Pythia) can be read."
         )
-    missing = [name for name in NEEDED.values() if config.get(name) is None]
+    missing = [THEIRS[name] for name in NEEDED if config.get(THEIRS[name]) is None]
     if missing:
         raise UserError(f"{file} has no {', '.join(missing)}; it is not whole.")
     rope = table(config, "rope_scaling", file) | table(config, "rope_parameters", file)
@@ -127,7 +117,7 @@ def from_config(config: Mapping[str, Any], file: Path) -> Model:
             f"{file} has rotary positions of type {kind!r:.60} and hidden_act = {activation!r:.60}; this model has type "
             f"'default' and {', '.join(sorted(ACTIVATIONS_READ))}."
         )
-    told = {ours: config.get(theirs) for ours, theirs in (NEEDED | OPTIONAL).items()}
+    told = {ours: config.get(theirs) for ours, theirs in THEIRS.items() if ours not in ("activation", "init_std")}
     turned = {"rotary_pct": rope.get("partial_rotary_factor"), "rotary_base": rope.get("rope_theta")}
     told |= {name: value for name, value in turned.items() if value is not None}
     kept = {name: value for name, value in table(config, OURS, file).items() if name in ONLY_OURS}

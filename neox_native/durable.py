@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from neox_native.errors import UserError
 
@@ -47,10 +47,15 @@ def new_file(path: Path) -> BinaryIO:
     return open(temporary_name(path), "xb")
 
 
-def sync_and_rename(file: BinaryIO, final: Path) -> None:
-    """Makes a `new_file` durable and gives it its final name in one atomic step; closes it."""
+def sync_file(file: IO[Any]) -> None:
+    """Flushes what was written to a file to the disk: what waits in its buffer, then what the kernel has."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def sync_and_rename(file: BinaryIO, final: Path) -> None:
+    """Makes a `new_file` durable and gives it its final name in one atomic step; closes it."""
+    sync_file(file)
     file.close()
     os.replace(file.name, final)
     sync_folder(final.parent)
@@ -106,11 +111,26 @@ def make_folder(path: Path) -> None:
     sync_folder(path.parent)
 
 
+def move(path: Path, to: Path) -> None:
+    """Gives a file or folder another name, perhaps in a folder that is missing."""
+    make_folder(to.parent)
+    path.rename(to)
+    sync_folder(to.parent)
+    if path.parent != to.parent:
+        sync_folder(path.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file that may be there."""
+    if path.exists():
+        path.unlink()
+        sync_folder(path.parent)
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder so that it is there as a whole or not at all; `sweep` ends what a kill cut short."""
     removed = temporary_name(path)
-    path.rename(removed)
-    sync_folder(path.parent)  # else the disk may lose the files and keep the name
+    move(path, removed)  # else the disk may lose the files and keep the name
     shutil.rmtree(removed, ignore_errors=True)
 
 
@@ -123,10 +143,8 @@ def put_in_place(finished: Path, path: Path) -> None:
     replaced = path.with_name(path.name + REPLACED)
     if path.exists():
         shutil.rmtree(replaced, ignore_errors=True)
-        path.rename(replaced)
-        sync_folder(path.parent)
-    finished.rename(path)
-    sync_folder(path.parent)
+        move(path, replaced)
+    move(finished, path)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -135,8 +153,7 @@ def put_back(folder: Path, names: str) -> None:
     for replaced in sorted(folder.glob(names + REPLACED)):
         path = replaced.with_name(replaced.name.removesuffix(REPLACED))
         if not path.exists():
-            replaced.rename(path)
-            sync_folder(folder)
+            move(replaced, path)
 
 
 def sweep(folder: Path, names: str) -> None:

@@ -137,6 +137,18 @@ def test_types_are_listed_and_microbatches_counted_in_one_place() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_one_file_makes_what_is_written_durable() -> None:
+    owned = {"os.fsync", "os.replace", "os.rename", "os.link", "fcntl.flock"}
+    wrong = []
+    for path in sources("neox_native", "tools"):
+        calls = [node.func for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]
+        for call in calls if path != PACKAGE / "durable.py" and "benchmarks" not in path.parts else ():
+            name = ast.unparse(call)
+            if name in owned or isinstance(call, ast.Attribute) and call.attr == "rename" and name != "super().rename":
+                wrong.append(f"{path.relative_to(ROOT)} line {call.lineno} calls {name}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_files_are_short() -> None:
     lengths = {
         path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources("neox_native", "tools", "tests")

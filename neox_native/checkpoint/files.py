@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from neox_native.durable import TEMPORARY
+from neox_native.durable import sync_file
 from neox_native.errors import UserError, in_words, naming
 from neox_native.plain_files import is_plain_name, read_json
 
@@ -96,8 +95,7 @@ class ChecksumStream(io.BufferedWriter):
         self._helper.shutdown()
         with naming(self.path):
             try:
-                self.flush()  # fsync writes what the kernel has, not what waits in this buffer
-                os.fsync(self.fileno())
+                sync_file(self)
             finally:
                 super().close()
 

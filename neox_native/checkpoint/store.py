@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import shutil
 import warnings
 import zlib
@@ -28,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from neox_native.checkpoint import files
 from neox_native.checkpoint.safe import INDEX, SafeLoadPlanner, SafeReader, read_index
-from neox_native.durable import make_folder, put_in_place
+from neox_native.durable import make_folder, put_in_place, temporary_name
 from neox_native.errors import UserError, in_words
 from neox_native.launch import Ranks
 from neox_native.zero.state import Boxes
@@ -129,15 +128,7 @@ def write(
     what goes into one file until that is closed.
     """
     assert all(isinstance(value, torch.Tensor) for value in state.values()), "tensors only, see [Note: state]"
-    temporary = final.with_name(final.name + files.TEMPORARY + ranks.from_first(secrets.token_hex(4)))
-    try:
-        with ranks.together(doing):
-            if ranks.is_first:
-                make_folder(temporary.parent)
-                temporary.mkdir()
-        with ranks.together(doing):
-            if not temporary.is_dir():
-                raise UserError(f"{temporary}, made by rank 0, is not seen here; all nodes must share run.dir")
+    with new_folder(final, doing, ranks) as temporary:
         records = _write(temporary, state, ranks, doing, SavePlanner(host_copies), file_per_tensor)
         with ranks.together(doing):
             if ranks.is_first:
@@ -147,12 +138,30 @@ def write(
                     records[name] = stream.record
                 records[files.METADATA] = files.write_json(temporary / files.METADATA, metadata)
                 files.write_json(temporary / files.MANIFEST, {"files": records})
+    return final
+
+
+@contextmanager
+def new_folder(final: Path, doing: str, ranks: Ranks) -> Iterator[Path]:
+    """A folder for all ranks to fill. It takes the place of `final` when the block ends well, and goes when it does not.
+    A collective; `doing` begins the sentence of an error."""
+    temporary = ranks.from_first(temporary_name(final))
+    try:
+        with ranks.together(doing):
+            if ranks.is_first:
+                make_folder(temporary.parent)
+                temporary.mkdir()
+        with ranks.together(doing):
+            if not temporary.is_dir():
+                raise UserError(f"{temporary}, made by rank 0, is not seen here; all nodes must share run.dir")
+        yield temporary
+        with ranks.together(doing):
+            if ranks.is_first:
                 put_in_place(temporary, final)
     except BaseException:
         if ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return final
 
 
 def _write(

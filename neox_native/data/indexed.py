@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from neox_native.durable import discard, disk_errors_named, new_file, sync_and_rename, sync_folder, write_whole, writing
+from neox_native.durable import discard, disk_errors_named, new_file, remove_file, sync_and_rename, sync_file, write_whole, writing
 from neox_native.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -266,12 +266,9 @@ class IndexedWriter:
         idx = new_file(self._idx_path)
         self._stack.callback(discard, idx)
         self._write_index(idx)
-        idx.flush()
-        os.fsync(idx.fileno())
-        for old in self._idx_path, self._about_path:
-            if old.exists():
-                old.unlink()
-                sync_folder(old.parent)
+        sync_file(idx)
+        remove_file(self._idx_path)
+        remove_file(self._about_path)
         if self.about is not None:
             content = self.about | {"documents": len(self._sizes), "tokens": self.num_tokens}
             write_whole(self._about_path, json.dumps(content, indent=1).encode())

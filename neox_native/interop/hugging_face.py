@@ -9,8 +9,6 @@ in some releases).
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +20,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from neox_native.checkpoint import files
+from neox_native.checkpoint.store import new_folder
 from neox_native.checkpoint.tokenizer_files import tokenizer_files
 from neox_native.config.schema import Model
 from neox_native.dtypes import STORED_AS
-from neox_native.durable import make_folder, put_in_place
 from neox_native.errors import UserError
 from neox_native.interop import checkpoints
 from neox_native.interop.hugging_face_config import OURS, from_config, table, to_config
@@ -190,27 +188,18 @@ def write_folder(
     Raises:
         UserError: where the model cannot be expressed, the folder exists, or the disk is full; on all ranks.
     """
-    temporary = folder.with_name(folder.name + files.TEMPORARY + ranks.from_first(secrets.token_hex(4)))
     doing = f"Writing the Hugging Face folder {folder}"
     with ranks.together(doing):
         small_files, remarks = describe(model, dtype, tokenizer)
         if not replace:
             checkpoints.require_new(folder)
-        if ranks.is_first:
-            make_folder(temporary.parent)
-            temporary.mkdir()
-    try:
+    with new_folder(folder, doing, ranks) as temporary:
         _write_weights(temporary, shapes, read, ranks, dtype, shard_bytes, doing)
         with ranks.together(doing):
             if ranks.is_first:
                 for file_name, content in small_files.items():
                     with files.ChecksumStream(temporary / file_name) as stream:
                         stream.write(content)
-                put_in_place(temporary, folder)
-    except BaseException:
-        if ranks.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return remarks
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from neox_native.durable import make_folder, replacing, sync_folder
+from neox_native.durable import make_folder, replacing, sync_file, sync_folder
 from neox_native.errors import UserError
 from neox_native.plain_files import append_to
 from neox_native.units import count, size
@@ -221,7 +221,7 @@ class Writers:
         """Flush the lines to the disk: before a checkpoint is, since a run that goes on from there will not write them again."""
         with self._writing():
             for file in self._metrics, self._events:
-                os.fsync(file.fileno())
+                sync_file(file)
 
     def close(self) -> None:
         """Flush and close all files."""

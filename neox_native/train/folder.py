@@ -16,7 +16,7 @@ from pathlib import Path
 from neox_native.checkpoint import files
 from neox_native.checkpoint.resume import tidy
 from neox_native.config.schema import Config
-from neox_native.durable import Lock, make_folder, sync_folder, write_whole
+from neox_native.durable import Lock, make_folder, move, write_whole
 from neox_native.errors import UserError
 from neox_native.launch import Launch, Ranks
 from neox_native.metrics.writers import check_logs, mend_logs
@@ -155,11 +155,7 @@ class RunFolder:
         numbers = [int(found[1]) for path in self.path.iterdir() if (found := re.fullmatch(r"before-(\d+)", path.name))]
         aside = self.path / f"before-{max(numbers, default=0) + 1}"
         for path in abandoned:
-            moved = aside / path.relative_to(self.path)
-            make_folder(moved.parent)
-            path.rename(moved)
-            sync_folder(moved.parent)
-            sync_folder(path.parent)
+            move(path, aside / path.relative_to(self.path))
         print(f"set aside in {aside}: {', '.join(path.name for path in abandoned)}", flush=True)
         return aside
 

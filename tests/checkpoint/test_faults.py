@@ -15,6 +15,7 @@ import pytest
 
 from neox_native.checkpoint import files, store
 from neox_native.config.load import dump
+from neox_native.durable import TEMPORARY
 from neox_native.launch import Ranks
 from tests.checkpoint.small_runs import curve, run, settings, write_corpus
 
@@ -79,7 +80,7 @@ class Killer:
         reached = last_step(self.folder)
         if phase == "evaluate":  # it follows the line of every fourth step
             return reached >= step and reached % 4 == 0
-        saving = any(self.folder.glob(f"checkpoints/*{files.TEMPORARY}*"))
+        saving = any(self.folder.glob(f"checkpoints/*{TEMPORARY}*"))
         return reached >= step and (phase == "step" or saving)
 
     def strike(self, launcher: int) -> None:

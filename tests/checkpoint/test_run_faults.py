@@ -19,6 +19,7 @@ import train as entry
 from neox_native.checkpoint import files
 from neox_native.config.check import require
 from neox_native.config.schema import Config, Run
+from neox_native.durable import TEMPORARY
 from neox_native.engine.step import TrainStep
 from neox_native.reliability import watchdog as module
 from neox_native.train import loop, start
@@ -194,7 +195,7 @@ def full_disk(*steps: int) -> Callable[[], None]:
         write, call, failing = files.ChecksumStream.write, TrainStep.__call__, {f"step_{step:09d}" for step in steps}
 
         def failing_once(self: files.ChecksumStream, data: bytes) -> int:
-            folder = Path(str(self.raw.name)).parent.name.split(files.TEMPORARY)[0]
+            folder = Path(str(self.raw.name)).parent.name.split(TEMPORARY)[0]
             if dist.get_rank() == 1 and folder in failing:
                 failing.remove(folder)
                 raise OSError(errno.ENOSPC, "No space left on device")

@@ -40,6 +40,8 @@ FREE_OF_DISTRIBUTED = [
     "plan/costs.py",
 ]
 TOP_LEVEL = {"README.md", "LICENSE", "pyproject.toml", "train.py", "neox_native", "configs", "tools", "tests"}
+ANATOMY = {"gated", "kv_heads", "num_kv_heads", "attention_bias", "mlp_bias", "parallel_residual", "ffn_size"}
+"""What is inside a layer kind."""
 MOST_LINES_OF_A_FILE = 350
 MOST_LINES_OF_A_FUNCTION = 60
 LINES_OF_A_SCREEN = 60
@@ -89,6 +91,19 @@ def test_imports_point_down() -> None:
             there = part_of_package(dotted)
             if path != ROOT / "train.py" and there not in (None, here) and not LAYER[there] < LAYER[here]:
                 wrong.append(f"{path.relative_to(ROOT)} ({here}) imports {dotted} ({there})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_the_model_knows_what_is_inside_a_layer() -> None:
+    """Everybody else reads cards and costs."""
+    inside = [PACKAGE / "config", PACKAGE / "model", PACKAGE / "interop"]
+    wrong = [
+        f"{path.relative_to(ROOT)} line {node.lineno} reads {name}"
+        for path in sources("neox_native", "tools")
+        if not any(path.is_relative_to(folder) for folder in inside)
+        for node in ast.walk(parsed(path))
+        if (name := getattr(node, "attr", getattr(node, "value", None))) in ANATOMY
+    ]
     assert not wrong, "\n".join(wrong)
 
 

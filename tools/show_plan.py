@@ -73,9 +73,8 @@ def main(arguments: list[str]) -> None:
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     total = sum(int(row[-1].replace(",", "")) for row in table[1:])
-    residual = (
-        "parallel residual: once" if config.model.parallel_residual else "sequential residual: once for each kind of layer"
-    )
+    steps = max(len(residual_steps(kinds, config.model)) for kinds in kinds_of_layers(config.model))
+    residual = "parallel residual: once" if steps == 1 else "sequential residual: once for each kind of layer"
     print(
         f"\ntp {config.parallel.tp}, sequence parallelism {'on' if config.parallel.sequence_parallel else 'off'}; "
         f"{config.model.num_layers} layers, {residual} per block and direction.\n"

@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
+
 from neox_native.config.schema import Model
+from neox_native.model.block import block_cards
+from neox_native.model.kinds import Kind, kinds_of_layers
+from neox_native.model.parameters import Cards
+from neox_native.model.readout import readout_cards
+from neox_native.model.transformer import cards
 
 
-def lookup_parameters(model: Model) -> int:
-    """Parameters that are only looked up, never multiplied: the untied embedding and learned positions."""
-    tokens = 0 if model.tie_embeddings else model.padded_vocab_size * model.hidden_size
-    positions = model.seq_length * model.hidden_size if model.pos_emb == "learned" else 0
-    return tokens + positions
-
-
-def layer_parameters(model: Model) -> int:
-    """Parameters of one block; 12 h^2 + 13 h for GPT-NeoX's own."""
-    hidden, ffn = model.hidden_size, model.ffn_size
-    qkv_rows = (model.num_heads + 2 * model.kv_heads) * model.head_dim
-    up_projections = 2 if model.gated else 1
-    matrices = qkv_rows * hidden + hidden * hidden + (up_projections + 1) * ffn * hidden
-    attention_biases = qkv_rows + hidden if model.attention_bias else 0
-    mlp_biases = up_projections * ffn + hidden if model.mlp_bias else 0
-    return matrices + attention_biases + mlp_biases + 2 * norm_parameters(model)
-
-
-def norm_parameters(model: Model) -> int:
-    """Parameters of one norm."""
-    return (2 if model.norm == "layernorm" else 1) * model.hidden_size
+def elements(of: Cards) -> int:
+    """Elements of these parameters."""
+    return sum(card.num_elements for card in of.values())
 
 
 def total_parameters(model: Model) -> int:
     """Parameters of the whole model; 2 V h + L (12 h^2 + 13 h) + 2 h for GPT-NeoX's own."""
-    head = model.padded_vocab_size * model.hidden_size
-    return lookup_parameters(model) + model.num_layers * layer_parameters(model) + norm_parameters(model) + head
+    return elements(cards(model))
+
+
+@cache
+def model_flops_of_layer(model: Model, kinds: tuple[Kind, ...]) -> int:
+    """Forward and backward operations per token of a layer: 6 for each parameter, and what its kinds do beside: 12 h s for
+    attention."""
+    beside = sum(kind.costs(model).model_flops for kind in kinds if kind.costs)
+    return 6 * elements(block_cards(model, kinds)) + beside
+
+
+@cache
+def model_flops_of_readout(model: Model) -> int:
+    """The same of the final norm and the head, which multiplies whether it is tied or not."""
+    return 6 * elements(readout_cards(replace(model, tie_embeddings=False)))
 
 
 def model_flops_per_token(model: Model) -> int:
-    """Forward and backward operations per token [FLOP]: 6 (N - N_lookup) + 12 L h s.
+    """Forward and backward operations per token [FLOP]: 6 (N - N_lookup) + 12 L h s. Rows that are only looked up, those of
+    embeddings, are not multiplied.
 
     Attention counts every pair of positions, not the causal half, and recomputation is left out, as in PaLM's
     appendix B (Chowdhery et al. 2022): that keeps MFU comparable with published numbers.
     """
-    attention = 12 * model.num_layers * model.hidden_size * model.seq_length
-    return 6 * (total_parameters(model) - lookup_parameters(model)) + attention
+    return sum(model_flops_of_layer(model, kinds) for kinds in kinds_of_layers(model)) + model_flops_of_readout(model)
+
+
+def flops_of_layer(model: Model, kinds: tuple[Kind, ...]) -> int:
+    """Forward and backward operations per token that a layer runs: three products with every matrix, and three times what
+    its kinds' forward passes do beside. Where a kind does not state its costs, its matrices alone count."""
+    total = 0
+    for kind in kinds:
+        if kind.costs:
+            total += 3 * (2 * kind.costs(model).multiply_adds + kind.costs(model).flops)
+        else:
+            total += 6 * sum(card.num_elements for card in kind.cards(model).values() if card.role == "matrix")
+    return total

@@ -6,7 +6,6 @@ Shapes: B microbatch, T sequence, D hidden, V padded vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -23,14 +22,19 @@ from neox_native.model.parameters import Card, Cards, normal, under
 from neox_native.model.readout import Readout, readout_cards
 
 
+def embedding_cards(model: Model) -> Cards:
+    """Each parameter's card, by its global name."""
+    init = normal(initialize.standard_deviation(model.init, model))
+    found: Cards = {"embed_in.weight": Card((model.padded_vocab_size, model.hidden_size), init, cut=0, role="embedding")}
+    if model.pos_emb == "learned":
+        found["embed_pos.weight"] = Card((model.seq_length, model.hidden_size), init, role="embedding")
+    return found
+
+
 @cache
 def cards(model: Model) -> Cards:
     """Each parameter's card, by its global name, in the order of the forward pass. See [Note: cards]."""
-    rows, columns = model.padded_vocab_size, model.hidden_size
-    matrix = Card((rows, columns), normal(initialize.standard_deviation(model.init, model)), cut=0)
-    found: Cards = {"embed_in.weight": replace(matrix, role="embedding")}
-    if model.pos_emb == "learned":
-        found["embed_pos.weight"] = replace(matrix, shape=(model.seq_length, columns), cut=None, role="embedding")
+    found = embedding_cards(model)
     for number, kinds in enumerate(kinds_of_layers(model)):
         found |= under(f"layers.{number}", block_cards(model, kinds))
     return found | readout_cards(model)

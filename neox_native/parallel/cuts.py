@@ -19,6 +19,11 @@ def share_of_vocabulary(rows: int, tp: int) -> int:
     return -(-rows // tp)
 
 
+def local_shape(card: Card, tp: int) -> tuple[int, ...]:
+    """The shape of a parameter on the ranks that have most of it, where tp cuts it evenly or as [Note: short share]."""
+    return tuple(share_of_vocabulary(size, tp) if dim == card.cut else size for dim, size in enumerate(card.shape))
+
+
 def sharers(card: Card, tp: int) -> int:
     """r of [Note: shared heads]: ranks that hold a copy of the same rows; 1 where the parameter is cut evenly."""
     return max(1, tp // card.groups.count) if card.groups else 1

@@ -6,9 +6,14 @@ in turn, so that rank r runs stages r, r + pp, r + 2 pp, ...; V-shaped ones ther
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
+from functools import cache
 
 from neox_native.config.schema import Model
+from neox_native.model.flops import flops_of_layer
+from neox_native.model.kinds import kinds_of_layers
 
 V_SHAPED = ("zbv",)
 
@@ -27,37 +32,50 @@ def rank_of_stage(stage: int, pp: int, schedule: str) -> int:
     return stage % pp
 
 
-def end_costs(model: Model) -> tuple[float, float]:
-    """Cost of the embedding and of the head, in blocks.
+def stage_costs(model: Model) -> tuple[list[int], int, int]:
+    """Operations per token of training each layer, the embedding and the head.
 
-    A matrix of P elements costs three products of P multiply-adds per token (forward, input gradient, weight
-    gradient). The head pays them all. The embedding multiplies nothing, but writes its gradient and is updated like
-    any weight: one third.
+    The head pays for three products per token (forward, gradient of the input, gradient of the weight). The embedding
+    multiplies nothing, but writes its gradient and is updated like any weight: one third.
     """
-    kv_share = (model.num_heads + 2 * model.kv_heads) / model.num_heads
-    projections = model.hidden_size**2 * (kv_share + 1)
-    feed_forward = model.hidden_size * model.ffn_size * (3 if model.gated else 2)
-    scores = model.hidden_size * model.seq_length  # two products of T / 2 keys on average
-    head = model.hidden_size * model.padded_vocab_size / (projections + feed_forward + scores)
-    return head / 3, head
+    layers = [flops_of_layer(model, kinds) for kinds in kinds_of_layers(model)]
+    product = 2 * model.hidden_size * model.padded_vocab_size
+    return layers, product, 3 * product
 
 
-def layers_per_stage(num_layers: int, num_stages: int, first_cost: float, last_cost: float) -> list[int]:
-    """Layers of each stage such that the dearest stage is as cheap as can be; no stage is empty.
+def layers_per_stage(layers: Sequence[float], num_stages: int, first: float, last: float) -> list[int]:
+    """How many consecutive layers each stage has, such that the dearest stage is as cheap as can be; no stage is empty. Of
+    equally good partitions it is the one with the least sum of squares, then the one whose early stages have more.
 
     Args:
-        first_cost: what the first stage carries beside its layers, in layers.
-        last_cost: what the last stage carries beside its layers, in layers.
+        layers: the cost of each layer.
+        first: what the first stage carries beside its layers.
+        last: what the last stage carries beside its layers.
     """
-    assert num_layers >= num_stages, (num_layers, num_stages)
-    counts, costs = [1] * num_stages, [1.0] * num_stages
-    costs[0] += first_cost
-    costs[-1] += last_cost
-    for _ in range(num_layers - num_stages):
-        cheapest = min(range(num_stages), key=lambda stage: (costs[stage], stage))
-        counts[cheapest] += 1
-        costs[cheapest] += 1.0
-    return counts
+    assert len(layers) >= num_stages, (len(layers), num_stages)
+    upto = [0, *itertools.accumulate(layers)]
+
+    @cache
+    def best(stage: int, start: int) -> tuple[float, float, tuple[int, ...]]:
+        """Of the stages from `stage` on, which have the layers from `start` on: the dearest, the sum of squares and, negative,
+        the numbers of layers."""
+        later = num_stages - 1 - stage
+        found = (math.inf, math.inf, ())
+        for end in range(start + 1, len(layers) - later + 1) if later else [len(layers)]:
+            cost = upto[end] - upto[start] + (first if stage == 0 else 0) + (0 if later else last)
+            if cost > found[0]:
+                break  # and so is every stage of more layers
+            dearest, squares, counts = best(stage + 1, end) if later else (0, 0, ())
+            found = min(found, (max(cost, dearest), cost**2 + squares, (start - end, *counts)))
+        return found
+
+    return [-count for count in best(0, 0)[-1]]
+
+
+@cache
+def _balanced(model: Model, num_stages: int) -> list[int]:
+    layers, first, last = stage_costs(model)
+    return layers_per_stage(layers, num_stages, first, last)
 
 
 def stage_layers(model: Model, num_stages: int, explicit: Sequence[int] = ()) -> list[range]:
@@ -66,7 +84,7 @@ def stage_layers(model: Model, num_stages: int, explicit: Sequence[int] = ()) ->
     Args:
         explicit: layers of each stage as the user wants them; empty balances them.
     """
-    counts = list(explicit) or layers_per_stage(model.num_layers, num_stages, *end_costs(model))
+    counts = list(explicit) or _balanced(model, num_stages)
     assert (len(counts), sum(counts)) == (num_stages, model.num_layers), (counts, num_stages, model.num_layers)
     starts = [sum(counts[:stage]) for stage in range(num_stages + 1)]
     return [range(start, end) for start, end in zip(starts, starts[1:])]

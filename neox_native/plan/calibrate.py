@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from neox_native.config.schema import Config
 from neox_native.dtypes import DTYPES
-from neox_native.model.kinds import dealt as held
+from neox_native.model.kinds import kinds_of_layers
 from neox_native.plan.hardware import Gpu
-from neox_native.plan.shares import rows_of_whole
+from neox_native.plan.shares import layer_costs
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 COLLECTIVE_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}
@@ -37,13 +37,12 @@ def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 
 
 
 def products_flops_per_second(config: Config, device: torch.device) -> float:
-    """Over the four projections of a block, as one tensor-parallel rank multiplies them."""
+    """Over the projections of the model's layer kinds, each shape once, as one tensor-parallel rank multiplies them."""
     model, tp = config.model, config.parallel.tp
     rows, dtype = config.training.micro_batch_size * model.seq_length, DTYPES[config.training.precision]
-    h, ffn = model.hidden_size, model.ffn_size // tp
-    qkv = rows_of_whole(held(model, tp)) // tp
+    costs = [each for kinds in set(kinds_of_layers(model)) for each in layer_costs(model, kinds, tp)]
     flops = seconds = 0.0
-    for inner, columns in ((h, qkv), (h // tp, h), (h, ffn), (ffn, h)):
+    for inner, columns in {product.held(tp) for each in costs for product in each.products}:
         left, right = (torch.randn(shape, device=device, dtype=dtype) for shape in ((rows, inner), (inner, columns)))
         flops += 2.0 * rows * inner * columns
         seconds += seconds_of(partial(torch.matmul, left, right), device)

@@ -8,19 +8,25 @@ holds the two together.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from neox_native.config.schema import Config, Parallel
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
-from neox_native.model.flops import layer_parameters, norm_parameters
+from neox_native.model.flops import model_flops_of_layer, model_flops_of_readout
+from neox_native.model.kinds import residual_steps
+from neox_native.parallel.cuts import sharers
 from neox_native.plan.memory import ZERO_BUBBLE, memory
 from neox_native.plan.shares import (
+    Kinds,
     activation_bytes,
+    layer_kinds,
     num_microbatches,
     rows_of,
     share_of,
+    states_costs,
     stream_bytes,
-    unit_shapes,
+    unit_cards,
     zero_stage_of,
 )
 from neox_native.units import share_of_step, size
@@ -32,58 +38,44 @@ def ring(num_bytes: int, ranks: int, passes: int = 1) -> int:
     return passes * num_bytes * (ranks - 1) // ranks
 
 
-def passes_of_block(config: Config) -> int:
-    """How many times one block sends an activation around the tp ring for one microbatch.
+def passes_of_layer(config: Config, kinds: Kinds) -> int:
+    """How many times one layer sends an activation around the tp ring for one microbatch.
 
-    Per residual step, forward and backward together: 2 all-reduces (Shoeybi et al. 2019 §3), or with sequence
-    parallelism 2 all-gathers and 2 reduce-scatters, the same volume (Korthikanti et al. 2022 §4.2.2); the parallel
-    residual is one step, the sequential two. Recomputation repeats the forward's, but for the reduction that ends the
-    block.
+    Each residual step takes, forward and backward together, 2 all-reduces (Shoeybi et al. 2019 §3), or with sequence
+    parallelism 2 all-gathers and 2 reduce-scatters, the same volume (Korthikanti et al. 2022 §4.2.2). Recomputation
+    repeats the forward's, but for the reduction that ends the layer.
     """
-    steps = 1 if config.model.parallel_residual else 2
+    steps = len(residual_steps(kinds, config.model))
     again = 2 * (steps - 1) + config.parallel.sequence_parallel
     return 4 * steps + (again if config.training.activation_checkpointing == "full" else 0)
 
 
 def tensor_parallel_bytes(config: Config, pp_rank: int) -> int:
-    """Sent over the tp axis in a step: by every block, by each end of the model one all-reduce, by the loss three of
+    """Sent over the tp axis in a step: by every layer, by each end of the model one all-reduce, by the loss three of
     [b, T] in fp32; and once a step the gradients that are partial."""
     model, training, parallel, share = config.model, config.training, config.parallel, share_of(config, pp_rank)
-    passes = share.num_layers * passes_of_block(config) + 2 * share.first + 2 * share.last
+    layers = (kinds for stage in layer_kinds(model, share) for kinds in stage)
+    passes = sum(passes_of_layer(config, kinds) for kinds in layers) + 2 * share.first + 2 * share.last
     if share.first and model.pos_emb in ("learned", "sinusoidal"):
         passes += parallel.sequence_parallel  # reduced whole, cut afterwards
     scores = 3 * ring(training.micro_batch_size * model.seq_length * FP32_BYTES, parallel.tp, 2) * share.last
     per_microbatch = passes * ring(activation_bytes(config), parallel.tp) + scores
-    once = ring(_partial_bytes(config, pp_rank), parallel.tp, 2)
-    once += ring(_copied_bytes(config, pp_rank), max(1, parallel.tp // model.kv_heads), 2)
-    return num_microbatches(config) * per_microbatch + once
+    return num_microbatches(config) * per_microbatch + _partial_gradient_bytes(config, pp_rank)
 
 
-def _partial_bytes(config: Config, pp_rank: int) -> int:
-    """fp32 gradients that are partial sums over tp: norms, and with sequence parallelism the output biases."""
-    names = ("norm.weight", "norm.bias") + (
-        ("dense.bias", "dense_4h_to_h.bias") if config.parallel.sequence_parallel else ()
-    )
-    return FP32_BYTES * sum(
-        math.prod(slot.local_shape(0))
-        for unit, layout in zip(unit_shapes(config, pp_rank), rows_of(config, pp_rank))
-        for name, slot in zip(unit, layout.slots)
-        if name.endswith(names)
-    )
-
-
-def _copied_bytes(config: Config, pp_rank: int) -> int:
-    """fp32 gradients that the first data-parallel rank has of shared key-value heads. See [Note: shared heads]."""
-    model, tp = config.model, config.parallel.tp
-    if tp <= model.kv_heads:
-        return 0
-    queries = model.num_heads // tp * model.head_dim
-    return FP32_BYTES * sum(
-        max(0, slot.span(0)[1] - queries) * slot.inner
-        for unit, layout in zip(unit_shapes(config, pp_rank), rows_of(config, pp_rank))
-        for name, slot in zip(unit, layout.slots)
-        if name.startswith("query_key_value.")
-    )
+def _partial_gradient_bytes(config: Config, pp_rank: int) -> int:
+    """Sent once a step by the first data-parallel rank: its fp32 gradients that are partial sums over tp, and those of rows
+    that several ranks hold alike. See [Note: shared heads]."""
+    tp, sums = config.parallel.tp, Counter[int]()
+    partial = {"partial", "partial_in_sequence"} if config.parallel.sequence_parallel else {"partial"}
+    for unit, layout in zip(unit_cards(config, pp_rank), rows_of(config, pp_rank)):
+        for card, slot in zip(unit, layout.slots):
+            rows = slot.span(0)[1]
+            if card.gradient in partial:
+                sums[tp] += FP32_BYTES * rows * slot.inner
+            if (ranks := sharers(card, tp)) > 1:
+                sums[ranks] += FP32_BYTES * max(0, rows - card.groups.own // ranks) * slot.inner
+    return sum(ring(num_bytes, ranks, 2) for ranks, num_bytes in sums.items())
 
 
 def data_parallel_bytes(config: Config, pp_rank: int) -> int:
@@ -143,22 +135,20 @@ def bubble_fraction(parallel: Parallel, num_microbatches: int) -> float:
 
 
 def model_flops_of_rank(config: Config, pp_rank: int) -> int:
-    """Forward and backward operations of a rank's layers in a step, as MFU counts them: without recomputation,
-    attention to every pair of positions (Chowdhery et al. 2022, appendix B); 6 per parameter and token and 12 h T per
-    layer and token."""
+    """Forward and backward operations of a rank's layers in a step, as MFU counts them. See `model.flops`."""
     model, share = config.model, share_of(config, pp_rank)
-    block = 6 * layer_parameters(model) + 12 * model.hidden_size * model.seq_length
-    head = 6 * (model.padded_vocab_size * model.hidden_size + norm_parameters(model)) if share.last else 0
+    flops = sum(model_flops_of_layer(model, kinds) for stage in layer_kinds(model, share) for kinds in stage)
+    flops += model_flops_of_readout(model) if share.last else 0
     tokens = num_microbatches(config) * config.training.micro_batch_size * model.seq_length
-    return tokens * (share.num_layers * block + head) // config.parallel.tp
+    return tokens * flops // config.parallel.tp
 
 
 @dataclass(frozen=True)
 class Prediction:
     """What training's own log says beside what it measures, of the rank that has most of each."""
 
-    peak_bytes: int
-    """Memory, of eager code."""
+    peak_bytes: int | None
+    """Memory, of eager code; None where a layer kind does not state its costs."""
     bytes_by_axis: dict[str, int]
     """Sent by collectives in a step."""
     point_to_point_bytes: int
@@ -170,11 +160,13 @@ class Prediction:
 
     def sentence(self, with_memory: bool) -> str:
         """For people; memory is a GPU's, which a CPU's process cannot be held against."""
-        memory = f"needs {size(self.peak_bytes)} of memory and " if with_memory else ""
+        known = self.peak_bytes is not None
+        memory = f"needs {size(self.peak_bytes)} of memory and " if known and with_memory else ""
         sent = self.bytes_by_axis | {"stages": self.point_to_point_bytes}
         sends = ", ".join(f"{axis} {size(number)}" for axis, number in sent.items() if number) or "nothing"
         bubble = f"; the pipeline idles {share_of_step(self.bubble_fraction):.1%} of it" if self.bubble_fraction else ""
-        return f"predicted: the busiest rank {memory}sends {sends} in a step{bubble}"
+        silent = "" if known else "; memory is not predicted, for a layer kind of model.pattern does not state its costs"
+        return f"predicted: the busiest rank {memory}sends {sends} in a step{bubble}{silent}"
 
 
 def predict(config: Config) -> Prediction:
@@ -182,7 +174,7 @@ def predict(config: Config) -> Prediction:
     ranks = range(config.parallel.pp)
     sent = [traffic(config, rank) for rank in ranks]
     return Prediction(
-        peak_bytes=max(sum(memory(config, rank).values()) for rank in ranks),
+        peak_bytes=max(sum(memory(config, rank).values()) for rank in ranks) if states_costs(config.model) else None,
         bytes_by_axis={axis: max(each[axis] for each in sent) for axis in sent[0]},
         point_to_point_bytes=max(point_to_point_bytes(config, rank) for rank in ranks),
         bubble_fraction=bubble_fraction(config.parallel, num_microbatches(config)),

@@ -33,7 +33,7 @@ from neox_native.parallel.timeline import timeline
 from neox_native.plan import costs
 from neox_native.plan.ledger import GRADIENTS, OPTIMIZER, PARAMETERS, Ledger, Mark, Peak, Totals, Traffic
 from neox_native.plan.memory import memory
-from neox_native.plan.shares import num_microbatches
+from neox_native.plan.shares import num_microbatches, states_costs
 from neox_native.units import share_of_step, size
 from neox_native.zero.optimizer import ShardedOptimizer
 from neox_native.zero.spec import local
@@ -102,10 +102,10 @@ def dry_run(config: Config, rank: int, world_size: int, exact: bool = False) -> 
 
 def distinct_ranks(config: Config, world_size: int) -> list[int]:
     """One rank of the first pipeline stage, of the second, of the last, and of the one that needs most memory by the
-    closed form."""
+    closed form, where there is one."""
     config = require(config, world_size)
     parallel, stages = config.parallel, range(config.parallel.pp)
-    most = max(stages, key=lambda stage: sum(memory(config, stage).values()))
+    most = max(stages, key=lambda stage: sum(memory(config, stage).values())) if states_costs(config.model) else 0
     return [stage * parallel.dp * parallel.tp for stage in sorted({0, min(1, stages[-1]), most, stages[-1]})]
 
 

@@ -139,10 +139,6 @@ class Ledger(TorchDispatchMode):
         """Name what happens from here on."""
         self.marks.append((len(self.tape), mark))
 
-    def peak(self) -> Peak:
-        """The largest sum of all storages, and what it consisted of."""
-        return max(self.peaks().values(), key=lambda peak: peak.num_bytes)
-
     def peaks(self) -> dict[Hashable, Peak]:
         """The peak of each kind of work: of what has the same name and came as the same time of the microbatch's, which
         it does in each of a pipeline rank's stages."""

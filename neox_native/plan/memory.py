@@ -1,13 +1,14 @@
 """Peak memory of a rank as a closed form. Pure arithmetic, [Note: letters].
 
 What a rank holds between steps is exact. During a step the peak is the largest of a few phases: of every backward pass
-during which a rank may hold most ([Note: turns]) the loss, the head, two blocks and the embedding, and a gather of
-parameters. Each is a sum of what the microbatches in flight keep and of what is in work. Bytes are those of eager
-code; allocators add rounding and fragments.
+during which a rank may hold most ([Note: turns]) the loss, the head, two layers of each sort and the embedding, and a
+gather of parameters. Each phase adds up what the microbatches in flight keep and what is in work. Bytes are those of
+eager code; allocators add rounding and fragments.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,11 +16,12 @@ from neox_native.config.schema import Config
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.parallel.cuts import share_of_vocabulary
 from neox_native.plan.flight import Moment, moments
+from neox_native.plan.kept import Layer, Stage
 from neox_native.plan.shares import (
-    Share,
+    Kinds,
     activation_bytes,
     elements_of,
-    key_share,
+    layer_kinds,
     num_microbatches,
     rows_of,
     share_of,
@@ -29,32 +31,6 @@ from neox_native.plan.shares import (
 
 ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
 MOMENTS = {"adamw": 2, "sgd": 1}
-
-
-def block_bytes(config: Config) -> int:
-    """What the forward pass of one block keeps for its backward pass, eager, with flash attention.
-
-    The count, term by term, is that of Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
-    Models", §4.1, and what tensor and sequence parallelism divide is their §4.2. It differs where this code does: flash
-    attention keeps no scores, so that their 5 a s / h (a heads, s positions) is gone but for one fp32 number for each
-    head and position; masks of dropout are left out; queries and keys are kept also as rotary embedding turned them;
-    and with sequence parallelism what a projection reads stays whole, where theirs keeps a part and gathers it again.
-
-    In activations [b, T, h]: its input; x̂ and the affine parts before each projection, whole even with sequence
-    parallelism; divided by t: queries, keys and values, turned copies of the first two, the attention's output, and the
-    feed-forward layer before and after its activation.
-    """
-    model, training = config.model, config.training
-    whole, stream, e = activation_bytes(config), stream_bytes(config), ELEMENT_BYTES[training.precision]
-    heads, keys = 1.0, key_share(config)
-    turned = heads + keys if model.pos_emb == "rotary" else 0.0
-    wide = (4 if model.gated else 2) * model.ffn_size / model.hidden_size
-    cut = (heads + 2 * keys) + turned + heads + wide
-    steps, norms = (1, 3) if model.parallel_residual else (2, 4)
-    inputs = stream if model.norm == "layernorm" else stream * FP32_BYTES // e  # RMSNorm keeps an fp32 copy
-    scores = FP32_BYTES * training.micro_batch_size * model.num_heads * model.seq_length // config.parallel.tp
-    masks = e * training.micro_batch_size * model.seq_length**2 if config.data.document_attention else 0
-    return steps * inputs + norms * whole + int(cut * whole) // config.parallel.tp + scores + masks
 
 
 def resident(config: Config, pp_rank: int) -> dict[str, int]:
@@ -93,7 +69,7 @@ class _Sizes:
     """What the phases of a rank's step are made of, in bytes; units in elements of their matrices."""
 
     config: Config
-    share: Share
+    stages: list[Stage]
     zero: int
     e: int
     piped: bool
@@ -101,41 +77,37 @@ class _Sizes:
     whole: int
     """An activation [b, T, h]."""
     stream: int
-    block: int
-    """What a block keeps of a microbatch between its passes."""
-    input: int
-    """The part of it that is the block's input as it came; RMSNorm keeps an fp32 copy instead."""
-    recomputed: int
-    """What comes back during a block's backward pass."""
     head: int
     """What the head keeps, logits left out: its input, x̂ and the affine part."""
     logits: int
     """Elements."""
-    units: tuple[int, int, int]
-    """A rank's first unit, which is the embedding where it has it; a block; its last unit, the head where it has it."""
 
     @classmethod
     def of(cls, config: Config, pp_rank: int) -> _Sizes:
         """The sizes of a rank."""
         model, training, parallel = config.model, config.training, config.parallel
-        share, layouts = share_of(config, pp_rank), rows_of(config, pp_rank)
-        places = (0, 1 if share.first else 0, -1)
-        whole, stream, kept = activation_bytes(config), stream_bytes(config), block_bytes(config)
-        full = training.activation_checkpointing == "full"
+        share = share_of(config, pp_rank)
+        units = [layout.world * layout.size for layout in rows_of(config, pp_rank)]
+        embedding, readout = units.pop(0) if share.first else 0, units.pop() if share.last else 0
+        sorts: dict[Kinds, Layer] = {}
+        stages = []
+        for number, kinds in zip(share.stages, layer_kinds(model, share)):
+            for each in kinds:
+                unit = units.pop(0)
+                sorts[each] = sorts.get(each) or Layer.of(config, each, unit)
+            ends = embedding * (number == 0), readout * (share.last and number == max(share.stages))
+            stages.append(Stage(number, [sorts[each] for each in kinds], *ends))
+        whole, stream = activation_bytes(config), stream_bytes(config)
         return cls(
             config=config,
-            share=share,
+            stages=stages,
             zero=zero_stage_of(parallel),
             e=ELEMENT_BYTES[training.precision],
             piped=parallel.pp > 1,
             whole=whole,
             stream=stream,
-            block=stream if full else kept,
-            input=stream if full or model.norm == "layernorm" else 0,
-            recomputed=kept - (stream if model.norm == "layernorm" else 0) if full else 0,
             head=stream + 2 * whole,
             logits=training.micro_batch_size * model.seq_length * share_of_vocabulary(model.padded_vocab_size, parallel.tp),
-            units=tuple(layouts[place].world * layouts[place].size for place in places),
         )
 
     @property
@@ -143,45 +115,38 @@ class _Sizes:
         """Whether backward passes are split in two."""
         return self.piped and self.config.parallel.pipeline_schedule in ZERO_BUBBLE
 
-    def is_last(self, turn: int) -> bool:
-        """Whether a stage has the head and the loss."""
-        return self.share.last and self.share.stages[turn] == max(self.share.stages)
-
-    def is_first(self, turn: int) -> bool:
-        """Whether a stage has the embedding."""
-        return self.share.stages[turn] == 0
-
-    def kept(self, turn: int) -> int:
-        """What a stage keeps of a microbatch between its passes: its blocks, whose first input is a receive buffer
-        where no embedding made it, and its output; with the head instead what that keeps, the fp32 log-probabilities
-        included."""
-        size = self.share.layers[turn] * self.block - (0 if self.is_first(turn) else self.input)
-        if not self.is_last(turn):
-            return size + self.stream
-        return size + self.head + self.log_probabilities
-
     @property
     def log_probabilities(self) -> int:
         """What the loss keeps of a microbatch."""
         return FP32_BYTES * self.logits
 
+    def kept(self, stage: Stage) -> int:
+        """What a stage keeps of a microbatch between its passes: what its layers keep, but for the first one's input where
+        that is a receive buffer; and its output, or, with the head, what that keeps, the fp32 log-probabilities included."""
+        size = stage.kept - (0 if stage.embedding else stage.layers[0].input)
+        if not stage.readout:
+            return size + self.stream
+        return size + self.head + self.log_probabilities
+
     def held(self, moment: Moment) -> int:
-        """Activations of all microbatches in flight. The input half of a backward pass frees the loss alone, recomputes what
-        blocks had forgotten ([Note: recomputing once] in `parallel/recompute.py`), and leaves gradients for the weight half, and that of its input at the receive buffer, where it stays until the step is
-        over."""
-        size = sum(number * self.kept(turn) for turn, number in enumerate(moment.held))
-        for turn, stage in enumerate(self.share.stages):
-            if self.splits and stage > 0:
-                loss = self.log_probabilities if self.is_last(turn) else 0
-                again = self.share.layers[turn] * self.recomputed
-                size += moment.waiting[turn] * (again + _operands(self, turn) - loss)
-                received = stage - 1 not in self.share.stages
-                size += self.stream * (moment.halved[turn] if received else moment.waiting[turn])
+        """Activations of all microbatches in flight. The input half of a backward pass frees the loss alone, recomputes
+        what layers had forgotten ([Note: recomputing once] in `parallel/recompute.py`), leaves gradients for the weight
+        half, and leaves that of its input at the receive buffer, where it stays until the step is over."""
+        size = sum(number * self.kept(stage) for number, stage in zip(moment.held, self.stages))
+        if not self.splits:
+            return size
+        for stage, waiting, halved in zip(self.stages, moment.waiting, moment.halved):
+            if stage.number > 0:
+                loss = self.log_probabilities if stage.readout else 0
+                size += waiting * (stage.recomputed + self.waiting(stage) - loss)
+                received = all(other.number != stage.number - 1 for other in self.stages)
+                size += self.stream * (halved if received else waiting)
         return size
 
-    def lingering(self, turn: int) -> int:
-        """The unit whose gradients a stage reduces last: its matrix stays until the stage's next reduction."""
-        return self.units[0] if self.is_first(turn) else self.units[1]
+    def waiting(self, stage: Stage) -> int:
+        """Gradients that the weight half of a backward pass needs: those of the outputs of every projection and of every
+        norm's learned half, and of the logits."""
+        return stage.waiting + (self.e * self.logits + self.whole if stage.readout else 0)
 
 
 def _phase(
@@ -197,41 +162,36 @@ def _phase(
     """
     phase = {"activations": sizes.held(moment) + work}
     if sizes.zero >= 2:
-        others = [turn for turn in range(len(moment.held)) if turn != moment.turn and moment.reduced[turn]]
-        matrices += sum(sizes.lingering(turn) for turn in others)
-        reduced = sum(_stage_elements(sizes, turn) for turn in others)
-        reduced += _stage_elements(sizes, moment.turn) if moment.reduced[moment.turn] else rows
+        now = sizes.stages[moment.turn]
+        others = [stage for stage, reduced in zip(sizes.stages, moment.reduced) if reduced and stage is not now]
+        matrices += sum(stage.lingering for stage in others)
+        reduced = sum(stage.elements for stage in others) + (now.elements if moment.reduced[moment.turn] else rows)
         phase["gradients"] = FP32_BYTES * (matrices + reduced // sizes.config.parallel.dp)
     if sizes.zero == 3:
         phase |= {"parameters": sizes.e * present, "communication": sizes.e * gathered}
     return phase
 
 
-def _stage_elements(sizes: _Sizes, turn: int) -> int:
-    """Elements of the matrices of a stage."""
-    first, block, last = sizes.units
-    return sizes.share.layers[turn] * block + sizes.is_first(turn) * first + sizes.is_last(turn) * last
-
-
 def _backward(sizes: _Sizes, moment: Moment) -> Iterator[dict[str, int]]:
     """The phases of a backward pass that may be the largest."""
-    lingering = sizes.lingering(moment.turn) if moment.reduced[moment.turn] else 0
+    stage = sizes.stages[moment.turn]
+    lingering = stage.lingering if moment.reduced[moment.turn] else 0
     before, freed, rows = lingering, 0, 0
-    if sizes.is_last(moment.turn):
+    if stage.readout:
         yield _phase(sizes, moment, _loss(sizes), lingering)
         yield from _head(sizes, moment, lingering)
-        before = rows = sizes.units[2]
+        before = rows = stage.readout
         freed = sizes.head - sizes.stream + sizes.log_probabilities
-    layers = sizes.share.layers[moment.turn]
-    if sizes.splits and not sizes.is_first(moment.turn):
-        yield _phase(sizes, moment, _input_half(sizes, moment.turn))
+    if sizes.splits and not stage.embedding:
+        yield _phase(sizes, moment, _input_half(sizes, stage))
         return
-    for number in range(min(layers, 2)):
-        follows = sizes.units[1] if number + 1 < layers else sizes.units[0] if sizes.is_first(moment.turn) else 0
-        alone = layers == 1 and not sizes.is_first(moment.turn) and not sizes.is_last(moment.turn)
-        yield from _block(sizes, moment, freed, before, rows, follows, alone)
-        before, freed, rows = sizes.units[1], freed + sizes.block, rows + sizes.units[1]
-    if sizes.is_first(moment.turn):
+    seen = Counter[Layer]()
+    for layer, follows in zip(reversed(stage.layers), [*(layer.unit for layer in stage.layers[-2::-1]), stage.embedding]):
+        seen[layer] += 1
+        if seen[layer] <= 2:  # a third of a sort is as the second
+            yield from _layer(sizes, moment, layer, freed, before, rows, follows)
+        before, freed, rows = layer.unit, freed + layer.kept, rows + layer.unit
+    if stage.embedding:
         yield _embedding(sizes, moment, before)
 
 
@@ -248,73 +208,58 @@ def _loss(sizes: _Sizes) -> int:
 def _head(sizes: _Sizes, moment: Moment, lingering: int) -> Iterator[dict[str, int]]:
     """The head's matrix product: gradients of logits, of its weight and of its input; then the gradient of the logits
     is gone and the unit's matrix begins."""
-    model, (_, block, head) = sizes.config.model, sizes.units
+    model, stage = sizes.config.model, sizes.stages[moment.turn]
     weight_gradient = sizes.e * share_of_vocabulary(model.padded_vocab_size, sizes.config.parallel.tp) * model.hidden_size
-    work = weight_gradient + sizes.whole - sizes.log_probabilities
-    yield _phase(sizes, moment, work + sizes.e * sizes.logits, lingering, present=head, gathered=block)
-    yield _phase(sizes, moment, work, lingering + head, gathered=block)
+    work, follows = weight_gradient + sizes.whole - sizes.log_probabilities, stage.layers[-1].unit
+    yield _phase(sizes, moment, work + sizes.e * sizes.logits, lingering, present=stage.readout, gathered=follows)
+    yield _phase(sizes, moment, work, lingering + stage.readout, gathered=follows)
 
 
-def _block(
-    sizes: _Sizes, moment: Moment, freed: int, before: int, rows: int, follows: int, alone: bool
+def _layer(
+    sizes: _Sizes, moment: Moment, layer: Layer, freed: int, before: int, rows: int, follows: int
 ) -> Iterator[dict[str, int]]:
-    """The end of a block's feed-forward layer, where its activations are whole and the gradients of the widest begin;
-    then its weight's gradient lies in the unit's matrix, while the matrix before it is on its way, and a gated layer
-    has one more.
+    """The end of a layer's last kind, where its activations are whole and the widest gradients begin; then the gradient of
+    its output projection lies in the unit's matrix, while the matrix before it is on its way, and gradients may have
+    become wider.
 
     Args:
         freed: bytes that the pass has freed since it began.
-        before: elements of the matrix that was reduced before.
+        before: elements of the matrix that was reduced before; where that is the layer's own, it waits for it.
         rows: see `_phase`.
         follows: elements of the unit whose backward pass is next.
-        alone: whether the stage is this block, so that the matrix before it was its own, which it waits for.
     """
-    model, t = sizes.config.model, sizes.config.parallel.tp
-    wide = sizes.whole * model.ffn_size // model.hidden_size // t
-    weight_gradient = sizes.e * model.hidden_size * model.ffn_size // t
-    work = sizes.recomputed + sizes.whole + wide - freed
-    block = sizes.units[1]
-    yield _phase(sizes, moment, work + weight_gradient, before, rows, present=block, gathered=follows)
-    matrices = block if alone else before + block
-    yield _phase(sizes, moment, work + wide * model.gated, matrices, rows, present=block, gathered=follows)
+    work = layer.recomputed + sizes.whole + layer.widest - freed
+    yield _phase(sizes, moment, work + layer.weight_gradient, before, rows, present=layer.unit, gathered=follows)
+    stage = sizes.stages[moment.turn]
+    alone = len(stage.layers) == 1 and not stage.embedding and not stage.readout
+    matrices = layer.unit + (0 if alone else before)
+    yield _phase(sizes, moment, work + layer.wider, matrices, rows, present=layer.unit, gathered=follows)
 
 
-def _operands(sizes: _Sizes, turn: int) -> int:
-    """Split backward passes: gradients that the weight half needs, of the output of every projection and of every
-    norm's affine part in a stage's blocks, and of the logits."""
-    model, layers = sizes.config.model, sizes.share.layers[turn]
-    steps = 1 if model.parallel_residual else 2
-    projected = 1 + 2 * key_share(sizes.config)
-    wide = (2 if model.gated else 1) * model.ffn_size / model.hidden_size
-    block = int((projected + wide) * sizes.whole) // sizes.config.parallel.tp + (steps + 2) * sizes.whole
-    return layers * block + (sizes.e * sizes.logits + sizes.whole if sizes.is_last(turn) else 0)
-
-
-def _input_half(sizes: _Sizes, turn: int) -> int:
-    """The end of the input half of a split backward pass, which has freed nothing: what the weight half needs, and the
-    last block's attention, whose queries, keys and values each come back as wide as all three. With tensor parallelism
-    the gradient of fp32 logits takes the place of their probabilities."""
-    tp = sizes.config.parallel.tp
-    in_place = sizes.log_probabilities if sizes.is_last(turn) and tp > 1 and sizes.e == FP32_BYTES else 0
-    attention = 2 * (1 + 2 * key_share(sizes.config)) * sizes.whole
-    again = sizes.share.layers[turn] * sizes.recomputed
-    return again + _operands(sizes, turn) + int(attention) // tp + sizes.whole - in_place
+def _input_half(sizes: _Sizes, stage: Stage) -> int:
+    """The end of the input half of a split backward pass, which has freed nothing: what the weight half needs, and what is
+    in work in the stage's first layer. With tensor parallelism the gradient of fp32 logits takes the place of their
+    probabilities."""
+    in_place = stage.readout and sizes.config.parallel.tp > 1 and sizes.e == FP32_BYTES
+    work = stage.layers[0].returning - (sizes.log_probabilities if in_place else 0)
+    return stage.recomputed + sizes.waiting(stage) + work
 
 
 def _embedding(sizes: _Sizes, moment: Moment, before: int) -> dict[str, int]:
-    """The embedding's gradient, dense and of the whole vocabulary, when the microbatch has left the blocks."""
-    model, first = sizes.config.model, sizes.units[0]
-    work = sizes.e * model.padded_vocab_size * model.hidden_size + sizes.whole - sizes.kept(moment.turn)
-    rows = _stage_elements(sizes, moment.turn) - first
-    return _phase(sizes, moment, work, before + first, rows, present=first)
+    """The embedding's gradient, dense and of the whole vocabulary, when the microbatch has left the layers."""
+    model, stage = sizes.config.model, sizes.stages[moment.turn]
+    work = sizes.e * model.padded_vocab_size * model.hidden_size + sizes.whole - sizes.kept(stage)
+    rows = stage.elements - stage.embedding
+    return _phase(sizes, moment, work, before + stage.embedding, rows, present=stage.embedding)
 
 
 def _gather(sizes: _Sizes) -> dict[str, int]:
-    """Two units' parameters on their way, before the first microbatch has left activations."""
+    """The parameters of two units on their way, before the first microbatch has left activations."""
     if not sizes.zero:
         return {}
-    largest = max(sizes.units)
+    layer = max(layer.unit for stage in sizes.stages for layer in stage.layers)
+    largest = max(layer, *(end for stage in sizes.stages for end in (stage.embedding, stage.readout)))
     return {
-        "communication": sizes.e * (largest + sizes.units[1]),
+        "communication": sizes.e * (largest + layer),
         "parameters": sizes.e * largest if sizes.zero == 3 else 0,
     }

@@ -8,22 +8,25 @@ element of the training precision. A config must be resolved: `parallel.dp` is a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from neox_native.config.schema import Config, Model, Parallel
 from neox_native.dtypes import ELEMENT_BYTES
-from neox_native.model.kinds import dealt as held
-from neox_native.parallel.cuts import share_of_vocabulary
+from neox_native.errors import UserError
+from neox_native.model.block import block_cards
+from neox_native.model.costs import Costs
+from neox_native.model.kinds import dealt, kinds_of_layers
+from neox_native.model.kinds.kind import Kind
+from neox_native.model.parameters import Card
+from neox_native.model.readout import readout_cards
+from neox_native.model.transformer import embedding_cards
+from neox_native.parallel.cuts import local_shape
 from neox_native.parallel.stages import stage_layers, stages_of_rank
 from neox_native.zero.layout import Layout, lay_out
 
-Shapes = dict[str, tuple[int, ...]]
-
-
-def rows_of_whole(model: Model) -> int:
-    """Rows of the whole fused projection."""
-    return (model.num_heads + 2 * model.kv_heads) * model.head_dim
+Kinds = tuple[Kind, ...]
+"""Those of one layer."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,12 @@ class Share:
     """What one pipeline rank has of the model."""
 
     stages: tuple[int, ...]
-    layers: tuple[int, ...]
-    """Number of layers of each of its stages."""
+    layers: tuple[range, ...]
+    """Global numbers of the layers of each of its stages."""
     first: bool
     """Whether it has the embedding."""
     last: bool
     """Whether it has the head and the loss."""
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        return sum(self.layers)
 
 
 def share_of(config: Config, pp_rank: int) -> Share:
@@ -55,8 +53,36 @@ def share_of(config: Config, pp_rank: int) -> Share:
 def _share(model: Model, pp: int, virtual_stages: int, schedule: str, explicit: tuple[int, ...], pp_rank: int) -> Share:
     num_stages = pp * virtual_stages
     stages = tuple(stages_of_rank(pp_rank, pp, virtual_stages, schedule))
-    counts = [len(layers) for layers in stage_layers(model, num_stages, explicit)]
-    return Share(stages, tuple(counts[stage] for stage in stages), 0 in stages, num_stages - 1 in stages)
+    layers = stage_layers(model, num_stages, explicit)
+    return Share(stages, tuple(layers[stage] for stage in stages), 0 in stages, num_stages - 1 in stages)
+
+
+@cache
+def layer_kinds(model: Model, share: Share) -> list[list[Kinds]]:
+    """The kinds of each layer of each of a rank's stages."""
+    kinds = kinds_of_layers(model)
+    return [[kinds[number] for number in layers] for layers in share.layers]
+
+
+def states_costs(model: Model) -> bool:
+    """Whether every layer kind does, so that memory and speed can be predicted."""
+    return all(kind.costs for layer in kinds_of_layers(model) for kind in layer)
+
+
+@cache
+def layer_costs(model: Model, kinds: Kinds, tp: int) -> list[Costs]:
+    """What the kinds of a layer cost, in the model whose even parts tp ranks hold.
+
+    Raises:
+        UserError: one of them does not say.
+    """
+    for kind in kinds:
+        if not kind.costs:
+            raise UserError(
+                f"model.pattern has the layer kind {kind.name!r}, which does not state its costs, so that memory and speed cannot "
+                "be predicted; `tools/plan.py dry-run` counts what a layout needs."
+            )
+    return [kind.costs(dealt(model, tp)) for kind in kinds]
 
 
 def num_microbatches(config: Config) -> int:
@@ -80,49 +106,21 @@ def stream_bytes(config: Config) -> int:
     return activation_bytes(config) // shard_of_sequence(config.parallel)
 
 
-def key_share(config: Config) -> float:
-    """Key-value heads over query heads, as a rank holds them."""
-    return held(config.model, config.parallel.tp).kv_heads / config.model.num_heads
-
-
-def block_shapes(model: Model, tp: int) -> Shapes:
-    """Parameters of one block by name, as one tensor-parallel rank holds them. See [Note: tensor parallelism]."""
-    h, ffn = model.hidden_size, model.ffn_size // tp
-    rows = rows_of_whole(held(model, tp)) // tp
-    norms = ("input_layernorm", "post_attention_layernorm")
-    shapes: Shapes = {f"{norm}.weight": (h,) for norm in norms}
-    if model.norm == "layernorm":
-        shapes |= {f"{norm}.bias": (h,) for norm in norms}
-    shapes |= {"query_key_value.weight": (rows, h), "dense.weight": (h, h // tp)}
-    shapes |= {"dense_h_to_4h.weight": (ffn, h), "dense_4h_to_h.weight": (h, ffn)}
-    if model.gated:
-        shapes["gate_h_to_4h.weight"] = (ffn, h)
-    if model.attention_bias:
-        shapes |= {"query_key_value.bias": (rows,), "dense.bias": (h,)}
-    if model.mlp_bias:
-        shapes |= {"dense_h_to_4h.bias": (ffn,), "dense_4h_to_h.bias": (h,)}
-        if model.gated:
-            shapes["gate_h_to_4h.bias"] = (ffn,)
-    return shapes
-
-
-def unit_shapes(config: Config, pp_rank: int) -> list[Shapes]:
-    """Parameters of each of a rank's units: embedding, blocks, head with its norm."""
-    return _unit_shapes(config.model, config.parallel.tp, share_of(config, pp_rank))
+def unit_cards(config: Config, pp_rank: int) -> list[list[Card]]:
+    """The cards of each of a rank's units: embedding, layers, head with its norm."""
+    return _unit_cards(config.model, share_of(config, pp_rank))
 
 
 @cache
-def _unit_shapes(model: Model, tp: int, share: Share) -> list[Shapes]:
-    matrix = (share_of_vocabulary(model.padded_vocab_size, tp), model.hidden_size)
-    units: list[Shapes] = [block_shapes(model, tp)] * share.num_layers
+def _unit_cards(model: Model, share: Share) -> list[list[Card]]:
+    layers = [kinds for stage in layer_kinds(model, share) for kinds in stage]
+    cards = {kinds: list(block_cards(model, kinds).values()) for kinds in set(layers)}
+    units = [cards[kinds] for kinds in layers]
     if share.first:
-        positions = {"embed_pos.weight": (model.seq_length, model.hidden_size)} if model.pos_emb == "learned" else {}
-        units.insert(0, {"embed_in.weight": matrix} | positions)
+        units.insert(0, list(embedding_cards(model).values()))
     if share.last:
-        names = ("weight", "bias") if model.norm == "layernorm" else ("weight",)
-        head: Shapes = {f"final_layer_norm.{name}": (model.hidden_size,) for name in names}
         tied_here = model.tie_embeddings and share.first
-        units.append(head if tied_here else head | {"embed_out.weight": matrix})
+        units.append(list(readout_cards(replace(model, tie_embeddings=tied_here)).values()))
     return units
 
 
@@ -139,7 +137,11 @@ def rows_of(config: Config, pp_rank: int) -> list[Layout]:
 
 @cache
 def _rows(model: Model, tp: int, share: Share, world: int) -> list[Layout]:
-    return [lay_out(list(unit.values()), world) for unit in _unit_shapes(model, tp, share)]
+    units = _unit_cards(dealt(model, tp), share)
+    return [_laid_out(tuple(local_shape(card, tp) for card in unit), world) for unit in units]
+
+
+_laid_out = cache(lay_out)  # layers of the same kinds have one layout
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,25 @@ the optimizer's state once. A block is never faster than its kernels can be laun
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 from neox_native.config.schema import Config
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.model.flops import model_flops_per_token
-from neox_native.model.kinds import dealt as held
-from neox_native.plan import costs
+from neox_native.model.costs import Costs
+from neox_native.model.kinds import residual_steps
+from neox_native.plan.costs import bubble_fraction, passes_of_layer, point_to_point_bytes, ring
 from neox_native.plan.hardware import Gpu
 from neox_native.plan.shares import (
+    Kinds,
     activation_bytes,
     elements_of,
+    layer_costs,
+    layer_kinds,
     num_microbatches,
     rows_of,
-    rows_of_whole,
     share_of,
     stream_bytes,
     zero_stage_of,
@@ -39,8 +44,8 @@ class Software:
     """Tensor-parallel collectives run beside matrix products."""
     overlaps_gathers: bool = True
     """In ZeRO's stages 1 and 2 parameters are gathered beside the next forward pass; DeepSpeed waits for them."""
-    launch_seconds: float = 0.25e-3
-    """Host time to launch one block's forward pass."""
+    launch_seconds: float = 0.125e-3
+    """Host time to launch the forward pass of one layer kind."""
     slowdown: float = 1.0
     """Compute time over the roofline's: what synchronises, copies and waits, from a calibration row of
     `published.toml`."""
@@ -52,14 +57,14 @@ class Software:
 
 
 EAGER = Software(fused=False)
-COMPILED = Software(fused=True, launch_seconds=0.1e-3)
+COMPILED = Software(fused=True, launch_seconds=0.05e-3)
 NEOX = Software(fused=False, overlaps_gathers=False, slowdown=1.17)
-OVERLAPPED = Software(fused=True, overlaps_tensor_parallel=True, launch_seconds=0.1e-3)
+OVERLAPPED = Software(fused=True, overlaps_tensor_parallel=True, launch_seconds=0.05e-3)
 EXPOSED_WITH_OVERLAP = 0.3
 """Share of tensor-parallel collectives that stays exposed where they run beside pieces of the matrix products."""
-DTENSOR_SECONDS = 0.5e-3
-"""More host time per block's forward pass with tensor parallelism: some 50 DTensor operations of 10 microseconds
-each."""
+DTENSOR_SECONDS = 0.25e-3
+"""More host time for the forward pass of one layer kind with tensor parallelism: some 25 DTensor operations of 10
+microseconds each."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ def step_time(config: Config, machine: Machine) -> StepTime:
     forward, backward = [passes.forward for passes in ranks], [passes.backward for passes in ranks]
     sends = [_sends(config, machine, rank) for rank in range(parallel.pp)]
     slowest = max(range(parallel.pp), key=lambda rank: forward[rank] + backward[rank] + sends[rank])
-    bubble = costs.bubble_fraction(parallel, m)
+    bubble = bubble_fraction(parallel, m)
     mean = sum(forward + backward) / parallel.pp
     compute = m * (forward[slowest] + backward[slowest] + sends[slowest]) + bubble * m * mean
     exposed = max(
@@ -172,29 +177,37 @@ class Passes:
 
 def stage_passes(config: Config, machine: Machine) -> list[Passes]:
     """Of each stage of the pipeline, first to last."""
-    parallel, block = config.parallel, _block(config, machine)
-    stages: dict[int, Passes] = {}
+    parallel, stages = config.parallel, dict[int, Passes]()
+    layer = cache(lambda kinds: _layer(config, kinds, machine))
     for rank in range(parallel.pp):
         share = share_of(config, rank)
-        for stage, layers in zip(share.stages, share.layers):
-            stages[stage] = block * layers
+        for stage, layers in zip(share.stages, layer_kinds(config.model, share)):
+            counts = Counter(layers).items()
+            stages[stage] = sum((layer(kinds) * times for kinds, times in counts), Passes(0.0, 0.0, 0.0))
     last = parallel.pp * parallel.virtual_stages - 1
     head = machine.software.slowdown * _head(config, machine)
     stages[last] += Passes(head / 3, 2 * head / 3, 0.0)
     return [stages[stage] for stage in range(last + 1)]
 
 
-def _block(config: Config, machine: Machine) -> Passes:
-    """One block."""
+def _layer(config: Config, kinds: Kinds, machine: Machine) -> Passes:
+    """One layer: its kinds' projections as a tensor-parallel rank multiplies them, their other operations at the speed of
+    attention, and its kernels."""
     full, t, software = config.training.activation_checkpointing == "full", config.parallel.tp, machine.software
-    products, attention, kernels = _products(config, machine), _attention(config, machine), _kernels(config, machine)
-    launch = software.launch_seconds + (DTENSOR_SECONDS if t > 1 and not software.fused else 0.0)
-    forward = software.slowdown * max(products + attention + kernels, launch)
-    backward = software.slowdown * max(2 * products + 2.5 * attention + 2 * kernels, 1.5 * launch)
+    tokens, e = _tokens(config), ELEMENT_BYTES[config.training.precision]
+    costs = layer_costs(config.model, kinds, t)
+    shapes = [product.held(t) for each in costs for product in each.products]
+    products = sum(machine.seconds_of_matmul(tokens, inner, columns, e) for inner, columns in shapes)
+    flops = tokens * sum(each.flops for each in costs) / t
+    others = flops / (machine.gpu.peak_flops_per_second * machine.gpu.attention_efficiency)
+    kernels = machine.seconds_of_memory(_kernel_bytes(config, kinds, costs, software.fused))
+    launch = len(kinds) * (software.launch_seconds + (DTENSOR_SECONDS if t > 1 and not software.fused else 0.0))
+    forward = software.slowdown * max(products + others + kernels, launch)
+    backward = software.slowdown * max(2 * products + 2.5 * others + 2 * kernels, 1.5 * launch)
     collectives = 0.0
     if t > 1:
-        sent = costs.passes_of_block(config) * costs.ring(activation_bytes(config), t)
-        calls = costs.passes_of_block(config) / (1 if config.parallel.sequence_parallel else 2)
+        passes = passes_of_layer(config, kinds)
+        sent, calls = passes * ring(activation_bytes(config), t), passes / (1 if config.parallel.sequence_parallel else 2)
         collectives = sent / machine.ring_bytes_per_second(t, 1) + calls * machine.gpu.collective_seconds
         collectives *= EXPOSED_WITH_OVERLAP if software.overlaps_tensor_parallel else 1.0
     early = collectives / (3 if full else 2)
@@ -205,31 +218,15 @@ def _tokens(config: Config) -> int:
     return config.training.micro_batch_size * config.model.seq_length
 
 
-def _products(config: Config, machine: Machine) -> float:
-    """A block's projections, forward."""
-    model, t, e, rows = config.model, config.parallel.tp, ELEMENT_BYTES[config.training.precision], _tokens(config)
-    h, ffn = model.hidden_size, model.ffn_size / t
-    qkv = rows_of_whole(held(model, t)) / t
-    shapes = [(h, qkv), (h / t, h), (ffn, h)] + [(h, ffn)] * (2 if model.gated else 1)
-    return sum(machine.seconds_of_matmul(rows, inner, columns, e) for inner, columns in shapes)
-
-
-def _attention(config: Config, machine: Machine) -> float:
-    """Two products of T / 2 keys on average per query, forward."""
-    model = config.model
-    flops = 2 * _tokens(config) * model.seq_length * model.hidden_size / config.parallel.tp
-    return flops / (machine.gpu.peak_flops_per_second * machine.gpu.attention_efficiency)
-
-
-def _kernels(config: Config, machine: Machine) -> float:
-    """Elementwise kernels of a block's forward pass, in reads and writes of an activation: norm, affine parts, sums and
-    biases of the residual stream; and, divided by t, turning queries and keys, and the activation function."""
-    model, gate = config.model, 1.5 if config.model.gated else 1.0
-    wide = 2 * gate * model.ffn_size / model.hidden_size
-    residual, cut = (7.0, 4.0 + wide) if machine.software.fused else (16.0, 14.0 + wide)
-    steps = 1.0 if model.parallel_residual else 1.3
-    passes = steps * residual * (stream_bytes(config) + activation_bytes(config)) / 2
-    return machine.seconds_of_memory(passes + cut * activation_bytes(config) / config.parallel.tp)
+def _kernel_bytes(config: Config, kinds: Kinds, costs: list[Costs], fused: bool) -> float:
+    """Read and written by the elementwise kernels of a layer's forward pass: of whole activations, by those of every
+    residual step and of every kind in it (norm, affine part, sum and bias), half on a stream that sequence parallelism may
+    cut; and what the kinds state, divided by t."""
+    steps = len(residual_steps(kinds, config.model))
+    residual = (7.0 if fused else 16.0) * (0.3 * steps + 0.35 * len(kinds))
+    touched = sum(each.touched if fused else each.touched_eager for each in costs)
+    inside = _tokens(config) * touched * ELEMENT_BYTES[config.training.precision] / config.parallel.tp
+    return residual * (stream_bytes(config) + activation_bytes(config)) / 2 + inside
 
 
 def _head(config: Config, machine: Machine) -> float:
@@ -249,7 +246,7 @@ def _sends(config: Config, machine: Machine, pp_rank: int) -> float:
     stride = parallel.dp * parallel.tp
     inside = stride * parallel.pp <= machine.gpus_per_node
     link = machine.gpu.node_bytes_per_second if inside else machine.gpu.network_bytes_per_second
-    sent = costs.point_to_point_bytes(config, pp_rank) / num_microbatches(config)
+    sent = point_to_point_bytes(config, pp_rank) / num_microbatches(config)
     return sent / (link * machine.gpu.link_efficiency) + 2 * parallel.virtual_stages * machine.gpu.collective_seconds
 
 

@@ -34,9 +34,8 @@ if TYPE_CHECKING:
     from neox_native.plan.costs import Prediction
 
 
-def predict(config: Config) -> Prediction | None:
-    """What the planner expects of this run, which is all that training takes from it. None where a layer kind does not tell
-    its costs."""
+def predict(config: Config) -> Prediction:
+    """What the planner expects of this run, which is all that training takes from it."""
     from neox_native.plan import costs
 
     return costs.predict(config)
@@ -79,11 +78,8 @@ class Report:
         self.metrics = sorted(set().union(*ranks.gather(train_step.metrics)))
         self.work = Stragglers(ranks, mesh.pipeline.rank)
         self.predicted = predict(config)
-        sentence = "not predicted: memory, what ranks send and how long they idle, because a layer kind does not tell its costs"
-        if self.predicted is not None:
-            sentence = self.predicted.sentence(with_memory=device.type == "cuda")
-        numbers = dataclasses.asdict(self.predicted) if self.predicted else {}
-        self.event("prediction", resumed_step, f"step {resumed_step}: {sentence}", **numbers)
+        sentence = self.predicted.sentence(with_memory=device.type == "cuda")
+        self.event("prediction", resumed_step, f"step {resumed_step}: {sentence}", **dataclasses.asdict(self.predicted))
 
     def started(self, start: Start | None, changed: list[str]) -> None:
         """Write down with what, where and from what this start goes on, and which settings it changes. A collective."""
@@ -141,13 +137,12 @@ class Report:
         compute, whole = self.timing.compute.read(), self.timing.whole.read()
         self.work.computed(compute)
         found: dict[str, float] = {}
-        if self.predicted and self.device.type == "cuda":
+        if self.predicted.peak_bytes is not None and self.device.type == "cuda":
             found["predicted GiB"] = self.predicted.peak_bytes / 2**30
         if self.stages > 1:
             seconds = self.losses.total(torch.tensor([compute, whole], device=self.device)).tolist()
             found["bubble"] = 1 - seconds[0] / seconds[1]
-            if self.predicted:
-                found["predicted bubble"] = share_of_step(self.predicted.bubble_fraction)
+            found["predicted bubble"] = share_of_step(self.predicted.bubble_fraction)
         return found
 
     def step_done(self) -> None:

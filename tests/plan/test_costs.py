@@ -19,10 +19,12 @@ from neox_native.plan.shares import elements_of
 Case = tuple[str, int, int, int, int, str]
 NO_RECOMPUTATION = "activation_checkpointing=none"
 LOOPED = "virtual_stages=2 pipeline_schedule"
+SORTS = 'pattern=["attention","attention+feed_forward","feed_forward"]'
 FEW: list[Case] = [
     ("70m", 4, 0, 4, 3, "zero_stage=3"),
     ("70m", 4, 0, 4, 3, "tp=4 sequence_parallel=true num_kv_heads=2 vocab_multiple_of=1"),
     ("70m", 4, 2, 4, 4, "pp=2 tie_embeddings=true"),
+    ("70m", 4, 2, 4, 4, f"pp=2 tp=2 {SORTS}"),
 ]
 MANY: list[Case] = [
     ("70m", 4, 0, 4, 3, "tp=2 sequence_parallel=true"),
@@ -37,6 +39,8 @@ MANY: list[Case] = [
     ("160m", 4, 0, 8, 3, "tp=2 sequence_parallel=true parallel_residual=false"),
     ("1b", 8, 0, 1, 4, "zero_stage=3 precision=fp32"),
     ("1b", 8, 0, 4, 2, f"tp=8 sequence_parallel=true norm=rmsnorm activation=swiglu {NO_RECOMPUTATION}"),
+    ("70m", 4, 0, 4, 4, f"zero_stage=3 {SORTS}"),
+    ("70m", 1, 0, 4, 3, f"parallel_residual=false {SORTS} {NO_RECOMPUTATION}"),
     # One stage per rank: the first, a middle and the last, where a schedule without warmup keeps the logits of all
     # microbatches.
     ("160m", 4, 1, 8, 8, f"pp=4 pipeline_schedule=gpipe {NO_RECOMPUTATION}"),

@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 
 from neox_native.config.check import require
+from neox_native.errors import UserError
+from neox_native.model.kinds import KINDS
 from neox_native.parallel.timeline import timeline
 from neox_native.plan import costs
+from neox_native.plan.dry_run import distinct_ranks
+from neox_native.plan.hardware import find_gpu
+from neox_native.plan.search import search
+from neox_native.plan.speed import Machine
 from neox_native.units import share_of_step
 from tests.checkpoint.small_runs import events, run, settings, write_corpus
 
@@ -33,3 +39,17 @@ def test_a_prediction_is_of_the_busiest_rank() -> None:
         axis: max(costs.traffic(config, rank)[axis] for rank in range(2)) for axis in ("pp", "dp", "tp", "world")
     }
     assert "iB of memory and sends dp " in str(predicted) and "tp" not in str(predicted)
+
+
+def test_a_kind_without_costs_trains_unpredicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = dataclasses.replace(KINDS["feed_forward"], name="silent", module="silent", norm="silent_norm", costs=None)
+    monkeypatch.setitem(KINDS, silent.name, silent)
+    changes = ['--model.pattern=["attention+feed_forward", "silent"]', "--training.steps=2", "--parallel.pp=1"]
+    config = require(settings(write_corpus(tmp_path), tmp_path / "run", *changes, "--parallel.dp=2", "--parallel.tp=1"), 2)
+    run(config)
+    (event,) = events(tmp_path / "run", "prediction")
+    assert event["peak_bytes"] is None and event["bytes_by_axis"] == costs.predict(config).bytes_by_axis
+    assert event["message"].endswith("; memory is not predicted, for a layer kind of model.pattern does not state its costs")
+    assert distinct_ranks(config, 2) == [0] and costs.model_flops_of_rank(config, 0) > 0
+    with pytest.raises(UserError, match="layer kind 'silent', which does not state its costs"):
+        search(config, 2, Machine(find_gpu("H100")))

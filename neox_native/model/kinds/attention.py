@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from neox_native.config.schema import Model
+from neox_native.model.costs import Costs, Kept, Product
 from neox_native.model.kinds.kind import Kind
 from neox_native.model.layers import OutputLinear, input_cards, output_cards
 from neox_native.model.parameters import Cards, RowGroups
@@ -87,9 +88,31 @@ def cards(model: Model) -> Cards:
     )
 
 
+def costs(model: Model) -> Costs:
+    """Two products of queries with keys and of weights with values: every pair of positions as MFU counts, T / 2 keys on
+    average as run. Flash attention keeps one fp32 number for each head and position instead of the scores."""
+    hidden, rows = model.hidden_size, cards(model)["query_key_value.weight"].shape[0]
+    turned = hidden + model.kv_heads * model.head_dim if model.pos_emb == "rotary" else 0
+    return Costs(
+        products=(Product(hidden, rows, cut="columns"), Product(hidden, hidden, cut="inner")),
+        kept=(
+            Kept("queries, keys and values", rows),
+            Kept("queries and keys, turned", turned),
+            Kept("attended", hidden),
+            Kept("logarithms of the sums of exponentials", model.num_heads, fp32=True),
+            Kept("mask", model.seq_length, cut=False, only_with_documents=True),
+        ),
+        flops=2 * hidden * model.seq_length,
+        model_flops=12 * hidden * model.seq_length,
+        touched=4 * hidden,
+        touched_eager=14 * hidden,
+        returning=2 * rows,  # queries, keys and values each come back as wide as all three
+    )
+
+
 def dealt(model: Model, holders: int) -> Model:
     """With fewer key-value heads than holders, neighbours share one, and it counts once for each of them."""
     return replace(model, num_kv_heads=holders) if holders > model.kv_heads else model
 
 
-ATTENTION = Kind("attention", Attention, cards, module="attention", norm="input_layernorm", dealt=dealt)
+ATTENTION = Kind("attention", Attention, cards, module="attention", norm="input_layernorm", costs=costs, dealt=dealt)

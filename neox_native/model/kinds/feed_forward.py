@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neox_native.config.schema import Model
+from neox_native.model.costs import Costs, Kept, Product
 from neox_native.model.kinds.kind import Kind
 from neox_native.model.layers import OutputLinear, input_cards, output_cards
 from neox_native.model.parameters import Cards
@@ -57,4 +58,16 @@ def cards(model: Model) -> Cards:
     return found | output_cards("dense_4h_to_h", model, model.ffn_size, model.mlp_bias)
 
 
-FEED_FORWARD = Kind("feed_forward", FeedForward, cards, module="mlp", norm="post_attention_layernorm")
+def costs(model: Model) -> Costs:
+    """It keeps what each projection of x̂ gives, its activation and, with a gate, the product of the two."""
+    hidden, ffn, inputs = model.hidden_size, model.ffn_size, 2 if model.gated else 1
+    names = ("up", "gate", "activated", "gated") if model.gated else ("up", "activated")
+    return Costs(
+        products=(Product(hidden, ffn, cut="columns"),) * inputs + (Product(ffn, hidden, cut="inner"),),
+        kept=tuple(Kept(name, ffn) for name in names),
+        touched=(inputs + 1) * ffn,
+        touched_eager=(inputs + 1) * ffn,
+    )
+
+
+FEED_FORWARD = Kind("feed_forward", FeedForward, cards, module="mlp", norm="post_attention_layernorm", costs=costs)

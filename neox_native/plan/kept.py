@@ -1,0 +1,111 @@
+"""What layers keep for their backward pass, and what is in work there, in bytes. Pure arithmetic, [Note: letters].
+
+[Note: kept] The forward pass of a layer keeps for its backward pass: the input of each residual step, which sequence
+parallelism divides; whole, in each step x̂, and what the norm's learned half makes of it for each kind; and what the kinds
+state ([Note: costs]), divided by t where they are cut. The count, term by term, is that of Korthikanti et al. 2022,
+"Reducing Activation Recomputation in Large Transformer Models", §4.1; what tensor and sequence parallelism divide is their
+§4.2. It differs where this code does: flash attention keeps no scores, so that their 5 a s / h (a heads, s positions) is
+gone but for one fp32 number for each head and position; masks of dropout are left out; queries and keys are kept also as
+rotary embedding turned them; and with sequence parallelism what a projection reads stays whole, where theirs keeps a part
+and gathers it again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from neox_native.config.schema import Config
+from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
+from neox_native.model.kinds import residual_steps
+from neox_native.plan.shares import Kinds, activation_bytes, layer_costs, stream_bytes
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer and one microbatch, in bytes; its unit in elements of the matrix."""
+
+    kept: int
+    """Between its passes."""
+    input: int
+    """The part of it that is the layer's input as it came; RMSNorm keeps an fp32 copy instead."""
+    recomputed: int
+    """What comes back during its backward pass."""
+    waiting: int
+    """Gradients that the weight half of a split backward pass needs."""
+    returning: int
+    """What is in work at the end of the input half, where the layer is its stage's first."""
+    widest: int
+    """The gradient with which its backward pass begins: of what the last kind's output projection reads."""
+    wider: int
+    """By how much the gradients of what the projections of x̂ gave are wider than that."""
+    weight_gradient: int
+    """Of that output projection."""
+    unit: int
+
+    @classmethod
+    def of(cls, config: Config, kinds: Kinds, unit: int) -> Layer:
+        """See [Note: kept]."""
+        model, training, t = config.model, config.training, config.parallel.tp
+        whole, stream, e = activation_bytes(config), stream_bytes(config), ELEMENT_BYTES[training.precision]
+        wide = e * training.micro_batch_size * model.seq_length  # of one element per token
+        costs = layer_costs(model, kinds, t)
+        steps, full = len(residual_steps(kinds, model)), training.activation_checkpointing == "full"
+        input_as_it_came = model.norm == "layernorm"
+        inside = sum(
+            wide * kept.elements * (FP32_BYTES if kept.fp32 else e) // e // (t if kept.cut else 1)
+            for each in costs
+            for kept in each.kept
+            if config.data.document_attention or not kept.only_with_documents
+        )
+        inputs = steps * (stream if input_as_it_came else stream * FP32_BYTES // e)
+        kept = inputs + (steps + len(kinds)) * whole + inside
+        last, output = costs[-1], costs[-1].products[-1]
+        return cls(
+            kept=stream if full else kept,
+            input=stream if full or input_as_it_came else 0,
+            recomputed=kept - (stream if input_as_it_came else 0) if full else 0,
+            waiting=sum(wide * each.opened for each in costs) // t + (steps + len(kinds)) * whole,
+            returning=wide * costs[0].returning // t + whole,
+            widest=wide * output.inner // t,
+            wider=wide * max(0, last.opened - output.inner) // t,
+            weight_gradient=e * output.inner * output.columns // t,
+            unit=unit,
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of a rank's stages."""
+
+    number: int
+    layers: list[Layer]
+    embedding: int
+    """Elements of the unit's matrix; 0 where the stage does not have it."""
+    readout: int
+    """The same."""
+
+    @cached_property
+    def kept(self) -> int:
+        """By the layers for one microbatch."""
+        return sum(layer.kept for layer in self.layers)
+
+    @cached_property
+    def recomputed(self) -> int:
+        """By the input half of a split backward pass."""
+        return sum(layer.recomputed for layer in self.layers)
+
+    @cached_property
+    def waiting(self) -> int:
+        """Gradients for the weight half, those of the readout left out."""
+        return sum(layer.waiting for layer in self.layers)
+
+    @cached_property
+    def elements(self) -> int:
+        """Of the matrices of all units."""
+        return sum(layer.unit for layer in self.layers) + self.embedding + self.readout
+
+    @property
+    def lingering(self) -> int:
+        """The unit whose gradients the stage reduces last: its matrix stays until the stage's next reduction."""
+        return self.embedding or self.layers[0].unit

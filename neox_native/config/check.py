@@ -93,7 +93,7 @@ def require(config: Config, world_size: int) -> Config:
 
 
 def require_on(device_type: str, config: Config) -> None:
-    """Refuse what the device cannot do; known only where training runs.
+    """Refuse what the device cannot do, which is known only where training runs.
 
     Raises:
         UserError: compilation in low precision on a CPU.
@@ -151,16 +151,15 @@ def incompatible(trained: Config, new: Config) -> list[str]:
 def other_model(trained: Config, new: Config) -> list[str]:
     """A sentence for each setting that makes weights trained with `trained` mean something else in `new`.
 
-    Names and shapes are the checkpoint's to compare; the context and the vocabulary may differ, and what weights can learn
-    to live with.
+    Names and shapes are the checkpoint's to compare; the context, the vocabulary and what is `LEARNED_AGAIN` may differ.
     """
     free = (*FREE_WITHIN, *LEARNED_AGAIN, "model.seq_length", "model.vocab_size", "model.vocab_multiple_of")
     return _differences([each for each in settings_of("model") if each.dotted not in free], trained, new)
 
 
 def kept_rows(trained: Config, new: Config) -> int:
-    """Rows of the trained embedding and head that a model with a vocabulary as large or larger takes over: where there are
-    more ids, the padding above the old ones is not kept, which training has made improbable."""
+    """Rows of the trained embedding and head that a model with a vocabulary at least as large takes over. Where it has more
+    ids, the padding above the old ones is left behind: training has made it improbable."""
     old = trained.model
     return old.vocab_size if new.model.vocab_size > old.vocab_size else old.padded_vocab_size
 

@@ -1,4 +1,4 @@
-"""Settings that a file tells (a checkpoint, another program's config) pass what the settings of a run pass."""
+"""Settings from a checkpoint or another program's config, checked as those of a run are."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def batch(config: Config, world_size: int) -> Iterator[str]:
 
 def tensor_parallel(config: Config, world_size: int) -> Iterator[str]:
     """Heads, feed-forward layer and sequence can be cut into tp equal parts; key-value heads are cut or shared as a whole;
-    of the vocabulary the last part may be short, but not empty."""
+    the last part of the vocabulary may be short, but not empty."""
     model, tp = config.model, config.parallel.tp
     cut = [("model.num_heads", model.num_heads, ""), ("model.ffn_hidden_size", model.ffn_size, "")]
     if config.parallel.sequence_parallel:

@@ -23,7 +23,7 @@ from neox_native.errors import UserError
 CONFIGS_FOLDER = shipped_folder("configs")
 COMMAND_LINE = "the command line"
 GPUS_OF_A_NODE = 8
-"""As most machines for training have; only an example on a command line rests on it."""
+"""Most machines for training have so many; only the example command in `dump` uses it."""
 RETIRED = {
     "data.test": 'nothing read test data. Take it out, and the third share out of data.split ("969,30" for "969,30,1"), '
     "which keeps the training data as it was",
@@ -104,7 +104,7 @@ def _launch(config: Config) -> str:
 
 
 def _found(path: Path) -> Path:
-    """The file, or the one that is shipped under this name: away from the clone, configs/20b.toml means that one."""
+    """The file or, where it is missing, the shipped one of this name: configs/20b.toml is found from anywhere."""
     shipped = CONFIGS_FOLDER.parent / path
     return shipped if not path.exists() and path.parts[:1] == ("configs",) and shipped.is_file() else path
 
@@ -167,7 +167,7 @@ def _checked(document: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _unknown_at_the_top(name: str, value: Any, path: Path) -> UserError:
-    """What is wrong with a name outside of all sections that is none of theirs."""
+    """The error for a name outside of all sections that is no section itself."""
     if isinstance(value, dict):
         return UserError(f"{path}: there is no section [{name}]; the nearest is [{nearest(name, list(SECTIONS))}].")
     sections_of: dict[str, list[str]] = {}

@@ -32,7 +32,7 @@ class Position(NamedTuple):
 
     @classmethod
     def of(cls, metadata: dict[str, object]) -> Position:
-        """As a checkpoint tells it; one that does not tells of a start."""
+        """The position that a checkpoint's metadata tells; the start where they tell none."""
         step, consumed, begun = (metadata.get(name) for name in ("step", "consumed_samples", "data"))
         told = isinstance(step, int) and isinstance(consumed, int) and min(step, consumed) >= 0 and isinstance(begun, dict)
         return cls(step, consumed, begun) if told else cls()  # type: ignore[arg-type]
@@ -194,8 +194,8 @@ def _tokenizer_of(
     open_files: Callable[[str], IndexedDataset],
     notice: Callable[[str], None],
 ) -> Tokenizer | None:
-    """The one that `data.tokenizer` names, which the files agree with as far as they tell; None where that is empty, or
-    where it is tiktoken's and out of reach, which training does without. Raises `UserError` where they do not."""
+    """The tokenizer that `data.tokenizer` names; None where the setting is empty, and where the tokenizer is tiktoken's and
+    out of reach: training does without. Raises `UserError` where the files tell of another one."""
     tokenizer = None
     try:
         tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None

@@ -92,9 +92,9 @@ class Dataset(Protocol):
 class TokenDataset(Dataset):
     """Some documents of one token file in an order, with labels if a parallel file of the same sizes holds them.
 
-    `num_samples` is what the run needs; the order "stored" offers its rows, be they fewer. `begun` is the fingerprint of
-    what the run has been reading, whose order goes on. Raises `UserError` where the documents do not make one sample, where
-    stored rows have another length, and where labels and tokens do not fit together.
+    `num_samples` is what the run needs; the order "stored" offers the rows that there are, perhaps fewer. `begun` is
+    the fingerprint of the order that the run has been reading, which goes on. Raises `UserError` where the documents do not
+    make one sample, where stored rows have another length, and where labels and tokens do not fit together.
     """
 
     def __init__(

@@ -106,8 +106,8 @@ class IndexedDataset:
             )
 
     def _check_documents(self) -> None:
-        """The first starts at sequence 0, none before the one in front of it, and the last ends with the sequences. A
-        single 0 tells nothing: some programs know sequences alone."""
+        """The first document starts at sequence 0, none before the one in front of it, and the last ends with the
+        sequences. Programs that know sequences alone write a single 0."""
         starts, before = self.document_starts, 0
         for first in range(0, len(starts), PIECE):
             piece = starts[first : first + PIECE]

@@ -39,13 +39,13 @@ from neox_native.errors import UserError
 ENDLESS = 2**62
 """Number of samples of an order that never ends."""
 LONG = 10**7
-"""Documents of all epochs, or samples, from which on an order is kept [count]: to shuffle as many takes a second."""
+"""Documents over all epochs, or samples, from which on an order is kept on disk [count]: shuffling them takes a second."""
 
 Facts = dict[str, object]
 Arrays = dict[str, np.ndarray]
 Draw = Callable[[], Arrays]
 Keep = Callable[[Facts, Draw], Arrays]
-"""(what the arrays follow from, how to compute them) -> the arrays, from where they were kept if they were."""
+"""Returns the arrays that a draw computes and the facts decide, from the disk where an earlier run has kept them."""
 
 
 @dataclass(frozen=True)

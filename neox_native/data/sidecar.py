@@ -96,7 +96,7 @@ def one_vocabulary(made: Mapping[str, Vocabulary]) -> Vocabulary | None:
 
 
 def merged(prefixes: Sequence[str | Path]) -> dict[str, Any] | None:
-    """What is said of files joined from these; None where one does not say what made it.
+    """What the sidecar of files joined from these says; None where one of them has none.
 
     Raises `UserError` where two were made with different tokenizers.
     """
@@ -114,10 +114,10 @@ def check_tokenizer(
     vocab_size: int,
     notice: Callable[[str], None],
 ) -> None:
-    """Raises `UserError` where data, tokenizer and model do not belong together; what may be meant is told.
+    """Raises `UserError` where data, tokenizer and model do not belong together; gives a notice where they hardly do.
 
     Args:
-        made: the tokenizers that made the files, by prefix, of those that tell.
+        made: by prefix, the tokenizers of the files that tell theirs.
         tokenizer: the one that a setting or option names; None where it names none.
         given: that setting and its value, for sentences.
         vocab_size: of the model.

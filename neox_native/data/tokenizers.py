@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
     sha256: str
     """Hash of what decides the ids, hexadecimal: equal hashes mean equal ids, however a tokenizer.json is spelt."""
     file: bytes | None
-    """The content of its tokenizer.json; None of one that is built in or tiktoken's."""
+    """The content of its tokenizer.json; None where it is built in or tiktoken's."""
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         """Ids of a text, u32 [n]. A text that spells a special token yields its id only if `allow_special`."""
@@ -49,8 +49,7 @@ class Tokenizer(Protocol):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """A tiktoken encoding behind the `Tokenizer` interface. What it is called fixes its ids for ever, so its hash is that of
-    the name."""
+    """A tiktoken encoding behind the `Tokenizer` interface. Its name fixes its ids for ever, so its hash is the name's."""
 
     file = None
 

@@ -35,7 +35,6 @@ BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 """Constants that old releases stored among the weights."""
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 10**9
-"""The names that a .safetensors file has for them."""
 
 
 def _safetensors() -> ModuleType:

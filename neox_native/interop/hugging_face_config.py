@@ -44,7 +44,7 @@ THEIRS = {
 }
 """Ours -> theirs, in the order in which config.json has them."""
 NEEDED = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "seq_length", "vocab_size")
-"""Ours, of which Hugging Face has no default that is ours, too."""
+"""Settings of ours that config.json must tell: Hugging Face has other defaults for them."""
 
 
 def inexpressible(model: Model) -> list[str]:

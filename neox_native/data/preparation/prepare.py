@@ -67,7 +67,7 @@ def parts_folder(prefix: Path, plan: dict[str, object], num_parts: int) -> Itera
 
 
 def already_there(prefix: Path) -> UserError:
-    """The refusal to overwrite token files, beside which nothing of a killed writer stays."""
+    """The error that refuses to overwrite token files; removes what a killed writer left beside them."""
     _clear_away(prefix)
     return UserError(f"{prefix}.idx exists already; remove it or choose another --output.")
 

@@ -15,7 +15,7 @@ except ImportError:  # optional
     zstandard = None
 
 PACKED_BYTES = 1024
-"""Unpacked at once. A block of a few bytes may hold 128 KiB, so that they bound the memory, at 32 MiB."""
+"""Packed bytes that are unpacked at once. A block of a few bytes may hold 128 KiB, so this bounds memory at 32 MiB."""
 
 
 def can_unpack() -> bool:

@@ -162,9 +162,9 @@ def copies(
     shards: dict[str, tuple[dist.ProcessGroup, list[tuple[str, Tensor]]]] = {}
     for unit in optimizer.units:
         _, alike = shards.setdefault(unit.group.group_name, (unit.group, []))
-        if unit.stage == ZeroStage.NONE:
+        if unit.zero_stage == ZeroStage.NONE:
             alike += [(spec.name, shard) for spec, shard in zip(unit.specs, unit.shards)]
-        elif unit.stage != ZeroStage.PARAMETERS:
+        elif unit.zero_stage != ZeroStage.PARAMETERS:
             alike += [(spec.name, local(spec.parameter)) for spec in unit.specs if not spec.parameter.requires_grad]
     for group, alike in shards.values():
         yield mesh.shards().name, group, alike

@@ -1,1 +1,1 @@
-"""ZeRO: optimizer state, gradients and parameters sharded over the data-parallel axis."""
+"""ZeRO: optimizer state, gradients and parameters, sharded over the ranks that would hold copies of them."""

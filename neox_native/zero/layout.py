@@ -1,7 +1,7 @@
 """Who keeps what: the stages of ZeRO and the rows of a unit's matrix. Pure arithmetic.
 
 [Note: rows and units] A *unit* is what is sharded together: one transformer block, the embedding, or the head with its
-norm. A unit is a matrix `[W, S]` with one *row* for each of the W data-parallel ranks. Row r holds, parameter after
+norm. A unit is a matrix `[W, S]` with one *row* for each of the W ranks of its group. Row r holds, parameter after
 parameter, the *chunk* r of each: its dim-0 rows `r * c` to `(r + 1) * c`, where `c = ceil(rows / W)` as in
 `torch.chunk`. The place of a parameter in the row is its *slot*; slots start at multiples of 16 elements. The last
 chunks of a parameter may be short or empty; their slots are padded. A rank's piece of a parameter (its *shard*) is
@@ -25,7 +25,7 @@ ALIGNMENT = 16
 
 
 class ZeroStage(IntEnum):
-    """What is sharded over the d ranks of the dp axis (Rajbhandari et al. 2020 §5), and what a rank then holds between
+    """What is sharded over the d ranks of a unit's group (Rajbhandari et al. 2020 §5), and what a rank then holds between
     steps, in bytes per parameter, under AdamW: weights + fp32 gradients + fp32 master weights and two moments.
 
     Here fp32 weights are their own master in stages 0 to 2: that copy (4 or 4/d bytes) does not exist.
@@ -87,10 +87,6 @@ class Layout:
     slots: tuple[Slot, ...]
     size: int
     """S, elements of a row, padding included."""
-
-    def local_elements(self, rank: int) -> int:
-        """Elements that `rank` owns, without padding."""
-        return sum(math.prod(slot.local_shape(rank)) for slot in self.slots)
 
 
 def lay_out(shapes: Sequence[tuple[int, ...]], world: int) -> Layout:

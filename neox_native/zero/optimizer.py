@@ -83,7 +83,7 @@ class ShardedOptimizer:
         param_dtype: torch.dtype,
         device: torch.device,
     ):
-        self.device, self.zero_stage, self.make_optimizer = device, zero_stage, make_optimizer
+        self.device, self.make_optimizer = device, make_optimizer
         self.units_of_stage = {
             number: UnitsOfStage([ShardedUnit(unit, zero_stage, param_dtype, device) for unit in units])
             for number, units in units_by_stage.items()

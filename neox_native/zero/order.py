@@ -47,7 +47,7 @@ class UnitsOfStage:
             for position in range(len(unit.gradients)):
                 parameter = unit.specs[position].parameter
                 parameter.register_post_accumulate_grad_hook(lambda _p, u=unit, j=position: self._on_gradient(u, j))
-            modules = unit.modules if unit.stage else ()
+            modules = unit.modules if unit.zero_stage else ()
             for module in modules:
                 module.register_forward_pre_hook(lambda _module, _inputs, i=index: self._before_forward(i))
             if unit.releases:

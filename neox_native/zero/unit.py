@@ -71,27 +71,27 @@ class ShardedUnit:
 
     Args:
         unit: trainable parameters are put first, so that frozen ones stay out of the traffic.
-        stage: what to shard over the unit's group. A group of one rank has nothing to shard: every stage is stage 0.
+        zero_stage: what to shard over the unit's group. A group of one rank has nothing to shard: every stage is stage 0.
         dtype: type of the parameters.
         device: where everything lives.
     """
 
-    def __init__(self, unit: Unit, stage: ZeroStage, dtype: torch.dtype, device: torch.device):
+    def __init__(self, unit: Unit, zero_stage: ZeroStage, dtype: torch.dtype, device: torch.device):
         self.modules, self.group, self.state_mesh = unit.modules, unit.group, unit.state_mesh
         self.dtype, self.device = dtype, device
         size = dist.get_world_size(unit.group)
-        self.stage = ZeroStage(stage) if size > 1 else ZeroStage.NONE
-        self.rank, world = (dist.get_rank(unit.group), size) if self.stage else (0, 1)
-        self.num_replicas = 1 if self.stage else size
+        self.zero_stage = zero_stage if size > 1 else ZeroStage.NONE
+        self.rank, world = (dist.get_rank(unit.group), size) if self.zero_stage else (0, 1)
+        self.num_replicas = 1 if self.zero_stage else size
         """Ranks of the group that hold the same shards."""
         trained = [spec for spec in unit.specs if spec.parameter.requires_grad]
         self.specs = trained + [spec for spec in unit.specs if not spec.parameter.requires_grad]
         self.layout = lay_out([spec.local_shape for spec in self.specs], world)
         self.trained_layout = lay_out([spec.local_shape for spec in trained], world)
         self.has_frozen = len(trained) < len(self.specs)
-        self.releases = self.stage == ZeroStage.PARAMETERS
+        self.releases = self.zero_stage == ZeroStage.PARAMETERS
         """Whether full parameters exist only while they are in use."""
-        self.keeps_matrix = self.stage <= ZeroStage.OPTIMIZER
+        self.keeps_matrix = self.zero_stage <= ZeroStage.OPTIMIZER
         """Whether gradients of a whole step are collected before they are reduced; else those of each backward pass."""
         self.state = State.RESTING if self.releases else State.PRESENT
         self.waiting: collectives.Waiting = nullcontext
@@ -157,13 +157,13 @@ class ShardedUnit:
     def expire(self, frozen_too: bool = False) -> None:
         """The shards have changed: bring up to date what follows from this rank's alone; what follows from the others' must
         be gathered before it is read. An update changes those of trained parameters, a load those of frozen ones, too."""
-        if self.stage:
+        if self.zero_stage:
             self.drop()
             self.state &= ~State.PRESENT
             self.frozen_stale |= frozen_too
         if self.master is not None and self.row is not None:
             self.row[: len(self.master)].copy_(self.master)
-        elif self.master is not None and not self.stage:
+        elif self.master is not None and not self.zero_stage:
             parameters = [local(spec.parameter).data for spec in self.specs[: len(self.gradients)]]
             torch._foreach_copy_(parameters, self.shards[: len(parameters)])
 
@@ -273,7 +273,7 @@ class ShardedUnit:
         if not self.keeps_matrix:
             output.untyped_storage().resize_(output.numel() * output.element_size())
             output = output if self.num_reductions == 0 else self.matrix[self.rank]
-        if self.stage:
+        if self.zero_stage:
             self.reduction = collectives.reduce_scatter(output, self.matrix.view(-1), self.group)
         elif self.num_replicas > 1:
             self.reduction = collectives.all_reduce(output, self.group)

@@ -222,7 +222,7 @@ def gather(optimizer: ShardedOptimizer, what: str) -> dict[str, Tensor]:
     for trained in optimizer.trained:
         pieces: list = [None] * dist.get_world_size(trained.unit.group)
         dist.all_gather_object(pieces, getattr(trained, what), group=trained.unit.group)
-        full[trained.spec.name] = torch.cat(pieces) if trained.unit.stage else pieces[0].clone()
+        full[trained.spec.name] = torch.cat(pieces) if trained.unit.zero_stage else pieces[0].clone()
     return full
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neox_native.inference.runner import Runner
+from neox_native.parallel.loss import softmax
 
 
 class Window(NamedTuple):
@@ -56,23 +57,10 @@ def windows(tokens: np.ndarray | list[int], context: int, stride: int) -> Iterat
 def token_logprobs(logits_BTV: Tensor, targets_BT: Tensor, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Log-probability of each target (fp32) and whether it is a most probable one, [B, T] each.
 
-    Needs four all-reduces of [B, T] where the vocabulary is cut; the logits are never gathered.
+    Where the vocabulary is cut, the logits are never gathered.
     """
-    rank = 0 if tp_group is None else dist.get_rank(tp_group)
-
-    def over_ranks(value: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        if tp_group is not None:
-            dist.all_reduce(value, op=operation, group=tp_group)
-        return value
-
-    logits_BTV = logits_BTV.float()
-    maximum_BT = over_ranks(logits_BTV.amax(dim=-1), dist.ReduceOp.MAX)
-    total_BT = over_ranks((logits_BTV - maximum_BT[..., None]).exp().sum(dim=-1))
-    local_BT = targets_BT - rank * logits_BTV.shape[-1]
-    elsewhere_BT = (local_BT < 0) | (local_BT >= logits_BTV.shape[-1])
-    target_BT = logits_BTV.gather(-1, local_BT.masked_fill(elsewhere_BT, 0)[..., None]).squeeze(-1)
-    target_BT = over_ranks(target_BT.masked_fill(elsewhere_BT, 0.0))
-    return target_BT - maximum_BT - total_BT.log(), target_BT >= maximum_BT
+    found = softmax(logits_BTV, targets_BT, tp_group)
+    return found.target_BT - found.total_BT.log(), found.target_BT >= 0
 
 
 class Scorer:

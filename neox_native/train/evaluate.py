@@ -12,25 +12,21 @@ from torch import Tensor
 from neox_native.data.loader import StepBatch
 from neox_native.engine.single_stage import Engine
 from neox_native.engine.step import Losses, to_device
-from neox_native.model.transformer import Transformer
 
 
-def evaluate(
-    engine: Engine, parts: Iterable[Transformer], losses: Losses, batches: Iterable[StepBatch]
-) -> tuple[Tensor, int]:
+def evaluate(engine: Engine, losses: Losses, batches: Iterable[StepBatch]) -> tuple[Tensor, int]:
     """This rank's share of the mean loss over `batches` [nats], and their weight on all ranks: their number of targets.
 
     All targets weigh the same, whichever batch holds them. The share is a tensor on the device; its sum over dp and pp is
     the loss, which is 0 and means nothing where there is no target. Dropout is off meanwhile.
     """
-    parts = list(parts)
-    for part in parts:
+    for part in engine.parts.values():
         part.eval()
     total, count = torch.zeros((), dtype=torch.float64, device=losses.device), 0
     for batch in batches:
         total += engine.forward(to_device(batch.model_fields, losses.device), losses.sums(batch))
         count += losses.objective.weight(batch)
-    for part in parts:
+    for part in engine.parts.values():
         part.train()
     num_targets = torch.tensor(count, device=losses.device)
     dist.all_reduce(num_targets, group=losses.mesh.rows.group)

@@ -15,7 +15,6 @@ from neox_native.engine.step import StepResult, TrainStep
 from neox_native.errors import UserError
 from neox_native.launch import Ranks
 from neox_native.mesh import Mesh
-from neox_native.model.transformer import Transformer
 from neox_native.optim.schedule import Rates
 from neox_native.reliability.bad_steps import EmptySteps
 from neox_native.reliability.preemption import LeaveRequest, Requests
@@ -33,8 +32,7 @@ class Trainer:
 
     Args:
         config: checked and resolved.
-        parts: this rank's parts of the model.
-        train_step: takes them through a step.
+        train_step: takes the model through a step.
         data: what an evaluation reads.
         state: what changes.
         report: takes what is to be known of the run.
@@ -48,7 +46,6 @@ class Trainer:
         config: Config,
         mesh: Mesh,
         ranks: Ranks,
-        parts: dict[int, Transformer],
         train_step: TrainStep,
         data: Datasets,
         state: RunState,
@@ -58,7 +55,7 @@ class Trainer:
         requests: Requests,
     ) -> None:
         self.config, self.mesh, self.ranks, self.data = config, mesh, ranks, data
-        self.parts, self.train_step, self.state = parts, train_step, state
+        self.train_step, self.state = train_step, state
         self.report, self.keeper, self.watchdog, self.requests = report, keeper, watchdog, requests
         self.empty_steps = EmptySteps(mesh.rows.group, train_step.losses.device)
         self.leave = LeaveRequest(requests)
@@ -168,7 +165,7 @@ class Trainer:
         losses = self.train_step.losses
         with self.report.throughput.paused():
             batches = self.while_listening(batches_of(self.data.valid, self.config, self.mesh, losses.device, first, settings.batches))
-            share, num_targets = evaluate(self.train_step.engine, self.parts.values(), losses, batches)
+            share, num_targets = evaluate(self.train_step.engine, losses, batches)
             loss = losses.total(share).item() if num_targets else None
         found = f"no validation loss: none of the tokens in its {settings.batches} batches is to be predicted"
         if loss is not None:

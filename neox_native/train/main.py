@@ -55,4 +55,4 @@ def train(config: Config, device: torch.device, requests: Requests | None = None
         batches = batches_left(config, mesh, device, data, state)
         report = begin(config, mesh, folder, start, state, step)
         keeper = Keeper(config.checkpoint, state, exports, report, watchdog)
-        Trainer(config, mesh, ranks, parts, step, data, state, report, keeper, watchdog, requests).run(batches)
+        Trainer(config, mesh, ranks, step, data, state, report, keeper, watchdog, requests).run(batches)

@@ -61,6 +61,11 @@ def draw(name: str, model: Model) -> torch.Tensor:
     return full
 
 
+def of_microbatch(values: torch.Tensor, number: int) -> torch.Tensor:
+    """A loss that depends on the microbatch's number, too."""
+    return (1 + number) * values.sum()
+
+
 def serial(model: Model, microbatches: int, size: int) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one process."""
     with torch.device("meta"):
@@ -68,8 +73,8 @@ def serial(model: Model, microbatches: int, size: int) -> tuple[float, dict[str,
     fill(whole)
     inputs, targets = batch(model, microbatches, size)
     total = 0.0
-    for x, y in zip(inputs, targets):
-        loss = whole(x, targets_BT=y).sum() / targets.numel()
+    for number, (x, y) in enumerate(zip(inputs, targets)):
+        loss = of_microbatch(whole(x, targets_BT=y), number) / targets.numel()
         loss.backward()
         total += loss.item()
     return total, {whole.global_name(name): parameter.grad for name, parameter in whole.named_parameters()}
@@ -91,12 +96,12 @@ def on_mesh(
         parts[num_stages - 1].readout.embed_out.weight = parts[0].embed_in.weight
     inputs, targets = batch(model, microbatches, size)
 
-    def loss_function(values, _microbatch):
-        return values.sum() / targets.numel()
+    def loss_function(values, microbatch):
+        return of_microbatch(values, microbatch) / targets.numel()
 
     if parallel.pp == 1:
         (part,) = parts.values()
-        losses = [loss_function(part(x, targets_BT=y), 0) for x, y in zip(inputs, targets)]
+        losses = [loss_function(part(x, targets_BT=y), number) for number, (x, y) in enumerate(zip(inputs, targets))]
         evaluated = torch.stack(losses).sum().detach()
         for loss in losses:
             loss.backward()

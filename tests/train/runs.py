@@ -119,7 +119,7 @@ def train(config: Config, masked: bool = False) -> Outcome:
         result = step(batch(config, number, place[1], masked), config.optimizer.lr)
         found.append(total(result.loss, mesh))
         norms.append(result.grad_norm.item())
-    evaluation, _ = evaluate(engine, parts.values(), losses, [batch(config, 50, place[1], masked)])
+    evaluation, _ = evaluate(engine, losses, [batch(config, 50, place[1], masked)])
     return Outcome(found, norms, total(evaluation, mesh), gradients[0], shards(optimizer, place, "shard"))
 
 

@@ -36,7 +36,7 @@ def evaluations(config: Config) -> list[tuple[float, int]]:
     empty = masked(batch(config, 2, dp_rank, masked=False))
     found = []
     for batches in [ragged], [full], [empty], [ragged, empty, full]:
-        share, num_targets = evaluate(engine, parts.values(), losses, batches)
+        share, num_targets = evaluate(engine, losses, batches)
         found.append((total(share, mesh), num_targets))
     return found
 

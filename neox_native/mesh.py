@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,12 +118,6 @@ class Mesh:
     def first_of_last_stage(self) -> int:
         """The first of the ranks that have a model's output."""
         return int(self.whole.mesh[-1].flatten()[0])
-
-    def __getattr__(self, name: str) -> Any:  # until nobody asks for an axis by its name
-        return getattr(self.__dict__["whole"], name)
-
-    def __getitem__(self, name: str) -> DeviceMesh:
-        return self.whole[name]
 
 
 def build_mesh(parallel: Parallel, device: torch.device) -> Mesh:

@@ -152,6 +152,18 @@ def test_types_are_listed_and_microbatches_counted_in_one_place() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_axes_are_asked_for_by_purpose() -> None:
+    wrong = []
+    for path in sources("neox_native", "tools"):
+        for node in ast.walk(parsed(path)) if path != PACKAGE / "mesh.py" else ():
+            asked = node.slice if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("mesh") else None
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("get_group", "get_local_rank")) and node.args:
+                asked = node.args[0]
+            if isinstance(asked, ast.Constant) and asked.value in ("pp", "dp", "tp"):
+                wrong.append(f"{path.relative_to(ROOT)} line {node.lineno}: {ast.unparse(node)}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_one_file_makes_what_is_written_durable() -> None:
     owned = {"os.fsync", "os.replace", "os.rename", "os.link", "fcntl.flock"}
     wrong = []

@@ -6,8 +6,10 @@ import zlib
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from neox_native.config.schema import Parallel
+from neox_native.mesh import build_mesh
 
 NAMES = {
     "model.layers.0.query_key_value.weight": ((24, 8), Shard(0)),
@@ -33,10 +35,8 @@ def _chunk(tensor: torch.Tensor, dim: int, count: int, number: int) -> torch.Ten
 def state(pp: int = 1, dp: int = 1, tp: int = 1, filled: bool = True) -> dict[str, torch.Tensor]:
     """This rank's state, with the names' numbers or with NaN."""
     assert dist.get_world_size() == pp * dp * tp
-    mesh = init_device_mesh("cpu", (pp, dp, tp), mesh_dim_names=("pp", "dp", "tp"))
-    groups, ranks_of = [mesh.get_group("tp"), mesh.get_group("dp")], mesh["dp", "tp"].mesh.t().contiguous()
-    tp_dp = DeviceMesh.from_group(groups, "cpu", mesh=ranks_of, mesh_dim_names=("tp", "dp"))
-    coordinates = {axis: mesh.get_local_rank(axis) for axis in ("pp", "dp", "tp")}
+    mesh = build_mesh(Parallel(pp=pp, dp=dp, tp=tp), torch.device("cpu"))
+    tp_dp, coordinates = mesh.state_mesh(), mesh.place
     found: dict[str, torch.Tensor] = {}
     for name, (shape, placement) in NAMES.items():
         if int(name.split("layers.")[1].split(".")[0]) * pp // 4 != coordinates["pp"]:

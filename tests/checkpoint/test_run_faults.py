@@ -132,8 +132,9 @@ def nan_loss(step: TrainStep) -> None:
 
     def poisoned(*arguments):
         step.losses.function = function
-        inner = function(*arguments)
-        return lambda logits, targets: inner(logits, targets) * float("nan")
+        poisonous = function(*arguments)
+        poisonous.scale = poisonous.scale * float("nan")
+        return poisonous
 
     step.losses.function = poisoned
 

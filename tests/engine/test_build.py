@@ -1,0 +1,49 @@
+"""What cards say becomes units."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from neox_native.config.schema import Compile, Model, Parallel, Training
+from neox_native.engine import build
+from neox_native.mesh import build_mesh
+from neox_native.model.transformer import cards
+from neox_native.parallel.assemble import assemble
+from neox_native.zero.spec import Rule
+from tests.parallel.layouts import CPU
+from tests.ranks import run_ranks
+
+MODEL = Model(num_layers=2, hidden_size=16, num_heads=2, seq_length=8, vocab_size=32)
+EXPERTS = "layers.0.mlp."
+
+
+def described(model: Model) -> dict:
+    """Cards by which one feed-forward layer is an expert that learns twice as fast."""
+    found = dict(cards(model))
+    for name in found:
+        if name.startswith(EXPERTS):
+            found[name] = replace(found[name], family="expert", lr_multiplier=2.0)
+    return found
+
+
+def units() -> dict[str, dict[str, Rule]]:
+    """The rule of each parameter, by its unit."""
+    parallel = Parallel(dp=1)
+    mesh = build_mesh(parallel, CPU)
+    parts = assemble(MODEL, parallel, Training(), Compile(), mesh)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(build, "cards", described)
+        return {
+            unit.name: {spec.name: spec.rule for spec in unit.specs}
+            for unit in build.units_of(parts, MODEL, parallel, mesh)[0]
+        }
+
+
+def test_a_unit_is_a_place_in_the_model_and_a_family_of_parameters():
+    found = run_ranks(1, units)[0]
+    assert list(found) == ["embedding", "layers.0", "layers.0.experts", "layers.1", "head"]
+    assert all(name.startswith(EXPERTS) for name in found["layers.0.experts"]) and len(found["layers.0.experts"]) == 4
+    assert set(found["layers.0.experts"].values()) == {Rule(True, 2.0), Rule(False, 2.0)}
+    assert found["layers.1"]["layers.1.mlp.dense_h_to_4h.weight"] == Rule(True) and len(found["layers.1"]) == 12

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torchdata.nodes import BaseNode, ParallelMapper, Prefetcher
+from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, Prefetcher
 
 from neox_native.data.dataset import Dataset, Row
 from neox_native.data.indexed import IGNORED
@@ -58,32 +58,6 @@ def as_signed(value: int) -> int:
 def format_hash(signed: int) -> str:
     """16 hexadecimal digits of a (summed) `row_hash`."""
     return f"{signed & (2**64 - 1):016x}"
-
-
-class StepIndex(BaseNode[int]):
-    """The first sample of each coming step. Its whole state is `consumed_samples`."""
-
-    def __init__(self, consumed_samples: int, global_batch_size: int, num_steps: int) -> None:
-        super().__init__()
-        self.first, self.global_batch_size = consumed_samples, global_batch_size
-        self.stop = consumed_samples + num_steps * global_batch_size
-        self.consumed_samples = consumed_samples
-
-    def reset(self, initial_state: dict[str, int] | None = None) -> None:
-        """Starts at the given state, or at the first sample."""
-        super().reset(initial_state)
-        self.consumed_samples = initial_state["consumed_samples"] if initial_state else self.first
-
-    def next(self) -> int:
-        """First sample of the next step."""
-        if self.consumed_samples >= self.stop:
-            raise StopIteration
-        self.consumed_samples += self.global_batch_size
-        return self.consumed_samples - self.global_batch_size
-
-    def get_state(self) -> dict[str, int]:
-        """The one integer."""
-        return {"consumed_samples": self.consumed_samples}
 
 
 def segment_numbers(lengths: list[int], seq_length: int) -> np.ndarray:
@@ -199,8 +173,8 @@ def build_loader(
         )
     rows = rows_of_rank(global_batch_size, micro_batch_size, dp_rank, dp_size)
     reader = StepReader(dataset, rows, global_batch_size, pin_memory)
-    index = StepIndex(consumed_samples, global_batch_size, stop_after_steps)
-    return _steps(Prefetcher(ParallelMapper(index, reader, num_workers=1, method="thread"), prefetch_factor=2))
+    first_samples = IterableWrapper(range(consumed_samples, end, global_batch_size))
+    return _steps(Prefetcher(ParallelMapper(first_samples, reader, num_workers=1, method="thread"), prefetch_factor=2))
 
 
 def _steps(node: BaseNode[StepBatch | Exception]) -> Iterator[StepBatch]:

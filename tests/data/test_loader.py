@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from neox_native.data.loader import StepIndex, as_signed, format_hash
+from neox_native.data.loader import as_signed, format_hash
 from neox_native.errors import UserError
 from tests.data.corpora import neox_samples, random_documents, write_files
 from tests.data.loading import SEED, SEQ_LENGTH, datasets, steps_of
@@ -79,14 +79,6 @@ def test_reading_starts_at_the_position_and_skips_nothing(prefix: str, monkeypat
     monkeypatch.setattr(data.train, "read", lambda index: read.append(index) or original(index))
     steps_of(data, consumed=60, steps=1)
     assert sorted(read) == list(range(60, 72))
-
-
-def test_the_state_of_the_index_node_is_one_integer_and_round_trips() -> None:
-    node = StepIndex(consumed_samples=24, global_batch_size=12, num_steps=3)
-    assert [next(node), node.state_dict()] == [24, {"consumed_samples": 36}]
-    other = StepIndex(consumed_samples=0, global_batch_size=12, num_steps=5)
-    other.reset(node.state_dict())
-    assert list(other) == list(node) == [36, 48]
 
 
 def test_a_run_longer_than_the_data_is_refused(prefix: str) -> None:

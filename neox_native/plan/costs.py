@@ -16,17 +16,15 @@ from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.model.flops import model_flops_of_layer, model_flops_of_readout
 from neox_native.model.kinds import residual_steps
 from neox_native.parallel.cuts import sharers
-from neox_native.plan.memory import ZERO_BUBBLE, memory
+from neox_native.plan.memory import ZERO_BUBBLE, peak_bytes
 from neox_native.plan.shares import (
     Kinds,
+    Share,
     activation_bytes,
-    layer_kinds,
     num_microbatches,
-    rows_of,
     share_of,
     states_costs,
     stream_bytes,
-    unit_cards,
     zero_stage_of,
 )
 from neox_native.units import share_of_step, size
@@ -54,27 +52,27 @@ def tensor_parallel_bytes(config: Config, pp_rank: int) -> int:
     """Sent over the tp axis in a step: by every layer, by each end of the model one all-reduce, by the loss three of
     [b, T] in fp32; and once a step the gradients that are partial."""
     model, training, parallel, share = config.model, config.training, config.parallel, share_of(config, pp_rank)
-    layers = (kinds for stage in layer_kinds(model, share) for kinds in stage)
-    passes = sum(passes_of_layer(config, kinds) for kinds in layers) + 2 * share.first + 2 * share.last
+    layers = sum(passes_of_layer(config, kinds) for stage in share.kinds for kinds in stage)
+    passes = layers + 2 * share.first + 2 * share.last
     if share.first and model.pos_emb in ("learned", "sinusoidal"):
         passes += parallel.sequence_parallel  # reduced whole, cut afterwards
     scores = 3 * ring(training.micro_batch_size * model.seq_length * FP32_BYTES, parallel.tp, 2) * share.last
     per_microbatch = passes * ring(activation_bytes(config), parallel.tp) + scores
-    return num_microbatches(config) * per_microbatch + _partial_gradient_bytes(config, pp_rank)
+    return num_microbatches(config) * per_microbatch + _partial_gradient_bytes(config, share)
 
 
-def _partial_gradient_bytes(config: Config, pp_rank: int) -> int:
+def _partial_gradient_bytes(config: Config, share: Share) -> int:
     """Sent once a step by the first data-parallel rank: its fp32 gradients that are partial sums over tp, and those of rows
     that several ranks hold alike. See [Note: shared heads]."""
     tp, sums = config.parallel.tp, Counter[int]()
     partial = {"partial", "partial_in_sequence"} if config.parallel.sequence_parallel else {"partial"}
-    for unit, layout in zip(unit_cards(config, pp_rank), rows_of(config, pp_rank)):
-        for card, slot in zip(unit, layout.slots):
-            rows = slot.span(0)[1]
-            if card.gradient in partial:
-                sums[tp] += FP32_BYTES * rows * slot.inner
-            if (ranks := sharers(card, tp)) > 1:
-                sums[ranks] += FP32_BYTES * max(0, rows - card.groups.own // ranks) * slot.inner
+    cards = (card for unit in share.cards(config.model) for card in unit)
+    for card, slot in zip(cards, share.slots):
+        rows = slot.span(0)[1]
+        if card.gradient in partial:
+            sums[tp] += FP32_BYTES * rows * slot.inner
+        if (ranks := sharers(card, tp)) > 1:
+            sums[ranks] += FP32_BYTES * max(0, rows - card.groups.own // ranks) * slot.inner
     return sum(ring(num_bytes, ranks, 2) for ranks, num_bytes in sums.items())
 
 
@@ -84,7 +82,7 @@ def data_parallel_bytes(config: Config, pp_rank: int) -> int:
     in each (Rajbhandari et al. 2020 §7). Rows are padded, see [Note: rows and units]. One number more
     counts tokens."""
     d, e, m = config.parallel.dp, ELEMENT_BYTES[config.training.precision], num_microbatches(config)
-    elements = [layout.world * layout.size for layout in rows_of(config, pp_rank)]
+    elements = [layout.world * layout.size for layout in share_of(config, pp_rank).units]
     stage = zero_stage_of(config.parallel)
     reductions = {0: 2, 1: 1, 2: m, 3: m}[stage]
     gathers = {0: 0, 1: 1, 2: 1, 3: 2 * m}[stage]
@@ -106,8 +104,7 @@ def tied_bytes(config: Config, pp_rank: int) -> int:
     share = share_of(config, pp_rank)
     if not config.model.tie_embeddings or share.first == share.last:
         return 0
-    unit, slot = (0, 0) if share.first else (-1, -1)
-    return ring(FP32_BYTES * math.prod(rows_of(config, pp_rank)[unit].slots[slot].local_shape(0)), 2, 2)
+    return ring(FP32_BYTES * math.prod(share.slots[0 if share.first else -1].local_shape(0)), 2, 2)
 
 
 def traffic(config: Config, pp_rank: int) -> dict[str, int]:
@@ -137,7 +134,7 @@ def bubble_fraction(parallel: Parallel, num_microbatches: int) -> float:
 def model_flops_of_rank(config: Config, pp_rank: int) -> int:
     """Forward and backward operations of a rank's layers in a step, as MFU counts them. See `model.flops`."""
     model, share = config.model, share_of(config, pp_rank)
-    flops = sum(model_flops_of_layer(model, kinds) for stage in layer_kinds(model, share) for kinds in stage)
+    flops = sum(model_flops_of_layer(model, kinds) for stage in share.kinds for kinds in stage)
     flops += model_flops_of_readout(model) if share.last else 0
     tokens = num_microbatches(config) * config.training.micro_batch_size * model.seq_length
     return tokens * flops // config.parallel.tp
@@ -174,7 +171,7 @@ def predict(config: Config) -> Prediction:
     ranks = range(config.parallel.pp)
     sent = [traffic(config, rank) for rank in ranks]
     return Prediction(
-        peak_bytes=max(sum(memory(config, rank).values()) for rank in ranks) if states_costs(config.model) else None,
+        peak_bytes=peak_bytes(config) if states_costs(config.model) else None,
         bytes_by_axis={axis: max(each[axis] for each in sent) for axis in sent[0]},
         point_to_point_bytes=max(point_to_point_bytes(config, rank) for rank in ranks),
         bubble_fraction=bubble_fraction(config.parallel, num_microbatches(config)),

@@ -18,60 +18,41 @@ from functools import cached_property
 from neox_native.config.schema import Config
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.model.kinds import residual_steps
-from neox_native.plan.shares import Kinds, activation_bytes, layer_costs, stream_bytes
+from neox_native.plan.shares import Kinds, Share, activation_bytes, layer_costs, stream_bytes
 
 
-@dataclass(frozen=True)
 class Layer:
-    """One layer and one microbatch, in bytes; its unit in elements of the matrix."""
+    """One layer and one microbatch, in bytes; its unit in elements of the matrix. See [Note: kept]."""
 
-    kept: int
-    """Between its passes."""
-    input: int
-    """The part of it that is the layer's input as it came; RMSNorm keeps an fp32 copy instead."""
-    recomputed: int
-    """What comes back during its backward pass."""
-    waiting: int
-    """Gradients that the weight half of a split backward pass needs."""
-    returning: int
-    """What is in work at the end of the input half, where the layer is its stage's first."""
-    widest: int
-    """The gradient with which its backward pass begins: of what the last kind's output projection reads."""
-    wider: int
-    """By how much the gradients of what the projections of x̂ gave are wider than that."""
-    weight_gradient: int
-    """Of that output projection."""
-    unit: int
-
-    @classmethod
-    def of(cls, config: Config, kinds: Kinds, unit: int) -> Layer:
-        """See [Note: kept]."""
+    def __init__(self, config: Config, kinds: Kinds, unit: int):
         model, training, t = config.model, config.training, config.parallel.tp
         whole, stream, e = activation_bytes(config), stream_bytes(config), ELEMENT_BYTES[training.precision]
-        wide = e * training.micro_batch_size * model.seq_length  # of one element per token
+        wide = e * training.micro_batch_size * model.seq_length  # one element per token
         costs = layer_costs(model, kinds, t)
         steps, full = len(residual_steps(kinds, model)), training.activation_checkpointing == "full"
-        input_as_it_came = model.norm == "layernorm"
+        comes_as_it_is = model.norm == "layernorm"  # RMSNorm keeps an fp32 copy of its input
         inside = sum(
             wide * kept.elements * (FP32_BYTES if kept.fp32 else e) // e // (t if kept.cut else 1)
             for each in costs
             for kept in each.kept
             if config.data.document_attention or not kept.only_with_documents
         )
-        inputs = steps * (stream if input_as_it_came else stream * FP32_BYTES // e)
-        kept = inputs + (steps + len(kinds)) * whole + inside
+        inputs = steps * (stream if comes_as_it_is else stream * FP32_BYTES // e)
+        made = inputs + (steps + len(kinds)) * whole + inside
         last, output = costs[-1], costs[-1].products[-1]
-        return cls(
-            kept=stream if full else kept,
-            input=stream if full or input_as_it_came else 0,
-            recomputed=kept - (stream if input_as_it_came else 0) if full else 0,
-            waiting=sum(wide * each.opened for each in costs) // t + (steps + len(kinds)) * whole,
-            returning=wide * costs[0].returning // t + whole,
-            widest=wide * output.inner // t,
-            wider=wide * max(0, last.opened - output.inner) // t,
-            weight_gradient=e * output.inner * output.columns // t,
-            unit=unit,
-        )
+        self.unit = unit
+        self.kept = stream if full else made  # between its passes
+        self.input = stream if full or comes_as_it_is else 0  # the part of it that is the layer's input as it came
+        self.recomputed = made - stream * comes_as_it_is if full else 0  # comes back during its backward pass
+        # Gradients that the weight half of a split backward pass needs.
+        self.waiting = sum(wide * each.opened for each in costs) // t + (steps + len(kinds)) * whole
+        # In work at the end of the input half, where the layer is its stage's first.
+        self.returning = wide * costs[0].returning // t + whole
+        # The gradient with which its backward pass begins, of what the last kind's output projection reads; by how much those
+        # of what that kind's projections of x̂ gave are wider; and the gradient of the output projection's weight.
+        self.widest = wide * output.inner // t
+        self.wider = wide * max(0, last.opened - output.inner) // t
+        self.weight_gradient = e * output.inner * output.columns // t
 
 
 @dataclass(frozen=True)
@@ -109,3 +90,16 @@ class Stage:
     def lingering(self) -> int:
         """The unit whose gradients the stage reduces last: its matrix stays until the stage's next reduction."""
         return self.embedding or self.layers[0].unit
+
+
+def stages_of(config: Config, share: Share) -> list[Stage]:
+    """A rank's stages. Layers of the same kinds are one object."""
+    units = [unit.world * unit.size for unit in share.units]
+    embedding, readout = units.pop(0) if share.first else 0, units.pop() if share.last else 0
+    layers = [kinds for stage in share.kinds for kinds in stage]
+    sorts = {kinds: Layer(config, kinds, unit) for kinds, unit in dict(zip(layers, units)).items()}
+    last = max(share.stages)
+    return [
+        Stage(number, [sorts[each] for each in kinds], embedding * (number == 0), readout * (number == last))
+        for number, kinds in zip(share.stages, share.kinds)
+    ]

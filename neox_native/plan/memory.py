@@ -10,24 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from neox_native.config.schema import Config
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.parallel.cuts import share_of_vocabulary
 from neox_native.plan.flight import Moment, moments
-from neox_native.plan.kept import Layer, Stage
-from neox_native.plan.shares import (
-    Kinds,
-    activation_bytes,
-    elements_of,
-    layer_kinds,
-    num_microbatches,
-    rows_of,
-    share_of,
-    stream_bytes,
-    zero_stage_of,
-)
+from neox_native.plan.kept import Layer, Stage, stages_of
+from neox_native.plan.shares import activation_bytes, num_microbatches, share_of, stream_bytes, zero_stage_of
 
 ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
 MOMENTS = {"adamw": 2, "sgd": 1}
@@ -35,28 +24,25 @@ MOMENTS = {"adamw": 2, "sgd": 1}
 
 def resident(config: Config, pp_rank: int) -> dict[str, int]:
     """What a rank holds between steps. See `zero.layout.ZeroStage`."""
-    stage, e = zero_stage_of(config.parallel), ELEMENT_BYTES[config.training.precision]
-    elements = elements_of(config, pp_rank)
-    has_master = e < FP32_BYTES or stage == 3
-    masters = FP32_BYTES * elements.rows if has_master else 0
-    parallel = config.parallel
-    stages, waiting = share_of(config, pp_rank).stages, num_microbatches(config) * stream_bytes(config)
-    others = set(range(parallel.pp * parallel.virtual_stages)) - set(stages)
-    receives = sum((number - 1 in others) + (number + 1 in others) for number in stages) if parallel.pp > 1 else 0
+    parallel, e = config.parallel, ELEMENT_BYTES[config.training.precision]
+    stage, share = zero_stage_of(parallel), share_of(config, pp_rank)
+    masters = FP32_BYTES * share.row if e < FP32_BYTES or stage == 3 else 0
+    others = set(range(parallel.pp * parallel.virtual_stages)) - set(share.stages)
+    receives = sum((number - 1 in others) + (number + 1 in others) for number in share.stages)
     return {
-        "parameters": e * elements.padded if stage < 3 else (e * elements.rows if e < FP32_BYTES else 0),
+        "parameters": e * share.padded if stage < 3 else (e * share.row if e < FP32_BYTES else 0),
         # Stages 2 and 3 give the last step's rows back when the first forward pass begins.
-        "gradients": FP32_BYTES * elements.matrices if stage < 2 else 0,
-        "optimizer_state": masters + MOMENTS[config.optimizer.name] * FP32_BYTES * elements.owned,
+        "gradients": FP32_BYTES * share.world * share.row if stage < 2 else 0,
+        "optimizer_state": masters + MOMENTS[config.optimizer.name] * FP32_BYTES * share.owned,
         "activations": 0,
         # torch's stages have a buffer for each microbatch that they will receive from another rank.
-        "communication": receives * waiting,
+        "communication": receives * num_microbatches(config) * stream_bytes(config),
     }
 
 
 def memory(config: Config, pp_rank: int) -> dict[str, int]:
     """Bytes by kind at the peak of a step, as the dry run counts them."""
-    sizes, rest = _Sizes.of(config, pp_rank), resident(config, pp_rank)
+    sizes, rest = _Sizes(config, pp_rank), resident(config, pp_rank)
     phases = [_gather(sizes)]
     for moment in moments(config.parallel, num_microbatches(config), pp_rank):
         phases += _backward(sizes, moment)
@@ -64,56 +50,24 @@ def memory(config: Config, pp_rank: int) -> dict[str, int]:
     return {kind: rest[kind] + peak.get(kind, 0) for kind in rest}
 
 
-@dataclass(frozen=True)
+def peak_bytes(config: Config) -> int:
+    """Most memory on any rank. All are looked at: the first has most microbatches in flight and the last the logits,
+    but with uneven stages or split backward passes one in the middle may need more."""
+    return max(sum(memory(config, rank).values()) for rank in range(config.parallel.pp))
+
+
 class _Sizes:
     """What the phases of a rank's step are made of, in bytes; units in elements of their matrices."""
 
-    config: Config
-    stages: list[Stage]
-    zero: int
-    e: int
-    piped: bool
-    """Whether torch's stages run it, which keep their outputs until a microbatch is through."""
-    whole: int
-    """An activation [b, T, h]."""
-    stream: int
-    head: int
-    """What the head keeps, logits left out: its input, x̂ and the affine part."""
-    logits: int
-    """Elements."""
-
-    @classmethod
-    def of(cls, config: Config, pp_rank: int) -> _Sizes:
-        """The sizes of a rank."""
+    def __init__(self, config: Config, pp_rank: int):
         model, training, parallel = config.model, config.training, config.parallel
-        share = share_of(config, pp_rank)
-        units = [layout.world * layout.size for layout in rows_of(config, pp_rank)]
-        embedding, readout = units.pop(0) if share.first else 0, units.pop() if share.last else 0
-        sorts: dict[Kinds, Layer] = {}
-        stages = []
-        for number, kinds in zip(share.stages, layer_kinds(model, share)):
-            for each in kinds:
-                unit = units.pop(0)
-                sorts[each] = sorts.get(each) or Layer.of(config, each, unit)
-            ends = embedding * (number == 0), readout * (share.last and number == max(share.stages))
-            stages.append(Stage(number, [sorts[each] for each in kinds], *ends))
-        whole, stream = activation_bytes(config), stream_bytes(config)
-        return cls(
-            config=config,
-            stages=stages,
-            zero=zero_stage_of(parallel),
-            e=ELEMENT_BYTES[training.precision],
-            piped=parallel.pp > 1,
-            whole=whole,
-            stream=stream,
-            head=stream + 2 * whole,
-            logits=training.micro_batch_size * model.seq_length * share_of_vocabulary(model.padded_vocab_size, parallel.tp),
-        )
-
-    @property
-    def splits(self) -> bool:
-        """Whether backward passes are split in two."""
-        return self.piped and self.config.parallel.pipeline_schedule in ZERO_BUBBLE
+        tokens = training.micro_batch_size * model.seq_length
+        self.config, self.zero, self.e = config, zero_stage_of(parallel), ELEMENT_BYTES[training.precision]
+        self.splits = parallel.pp > 1 and parallel.pipeline_schedule in ZERO_BUBBLE  # backward passes in two halves
+        self.whole, self.stream = activation_bytes(config), stream_bytes(config)
+        self.head = self.stream + 2 * self.whole  # what it keeps, logits left out: its input, x̂ and the affine part
+        self.logits = tokens * share_of_vocabulary(model.padded_vocab_size, parallel.tp)  # elements
+        self.stages = stages_of(config, share_of(config, pp_rank))
 
     @property
     def log_probabilities(self) -> int:

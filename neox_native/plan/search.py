@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from neox_native.config.check import problems, require_some_layout
 from neox_native.config.schema import Config
 from neox_native.errors import UserError
-from neox_native.plan.memory import memory
+from neox_native.plan.memory import peak_bytes
 from neox_native.plan.speed import Machine, StepTime, step_time
 from neox_native.units import share_of_step, size
 
@@ -64,51 +64,25 @@ def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
     tps = [degree for degree in degrees if gpus_per_node % degree == 0]
     for pp, tp in itertools.product(degrees, tps):
         if gpus % (pp * tp) == 0 and pp <= config.model.num_layers:
-            for choice in _choices(pp, gpus // (pp * tp), tp):
-                changed = _changed(config, pp, gpus // (pp * tp), tp, *choice)
+            for parallel, training in _choices(pp, gpus // (pp * tp), tp):
+                changed = replace(
+                    config,
+                    parallel=replace(config.parallel, pp=pp, dp=gpus // (pp * tp), tp=tp, stage_layers=[], **parallel),
+                    training=replace(config.training, **training),
+                )
                 if not problems(changed, gpus):
                     yield changed
 
 
-def _choices(pp: int, dp: int, tp: int) -> Iterator[tuple[bool, int, int, tuple[str, int], str]]:
-    """Sequence parallelism, ZeRO stage, microbatch, schedule and recomputation that make a difference on a mesh."""
+def _choices(pp: int, dp: int, tp: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Settings of [parallel] and [training] that make a difference on a mesh."""
     sequence = (False, True) if tp > 1 else (False,)
     stages = (0, 1, 2, 3) if dp > 1 else (0,)
     schedules = SCHEDULES if pp > 1 else SCHEDULES[:1]
-    return itertools.product(sequence, stages, MICRO_BATCH_SIZES, schedules, ("none", "full"))
-
-
-def _changed(
-    config: Config,
-    pp: int,
-    dp: int,
-    tp: int,
-    sequence: bool,
-    zero: int,
-    micro: int,
-    schedule: tuple[str, int],
-    recompute: str,
-) -> Config:
-    name, virtual = schedule
-    parallel = dataclasses.replace(
-        config.parallel,
-        pp=pp,
-        dp=dp,
-        tp=tp,
-        sequence_parallel=sequence,
-        zero_stage=zero,
-        pipeline_schedule=name,
-        virtual_stages=virtual,
-        stage_layers=[],
-    )
-    training = dataclasses.replace(config.training, micro_batch_size=micro, activation_checkpointing=recompute)
-    return dataclasses.replace(config, parallel=parallel, training=training)
-
-
-def peak_bytes(config: Config) -> int:
-    """Most memory on any rank. All are looked at: the first has most microbatches in flight and the last the logits,
-    but with uneven stages or split backward passes one in the middle may need more."""
-    return max(sum(memory(config, rank).values()) for rank in range(config.parallel.pp))
+    choices = itertools.product(sequence, stages, MICRO_BATCH_SIZES, schedules, ("none", "full"))
+    for cut, zero, micro, (schedule, virtual), recompute in choices:
+        layout = {"sequence_parallel": cut, "zero_stage": zero, "pipeline_schedule": schedule, "virtual_stages": virtual}
+        yield layout, {"micro_batch_size": micro, "activation_checkpointing": recompute}
 
 
 def search(config: Config, gpus: int, machine: Machine) -> list[Candidate]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 from neox_native.config.schema import Config, Model, Parallel
 from neox_native.dtypes import ELEMENT_BYTES
@@ -23,7 +23,7 @@ from neox_native.model.readout import readout_cards
 from neox_native.model.transformer import embedding_cards
 from neox_native.parallel.cuts import local_shape
 from neox_native.parallel.stages import stage_layers, stages_of_rank
-from neox_native.zero.layout import Layout, lay_out
+from neox_native.zero.layout import Layout, Slot, lay_out
 
 Kinds = tuple[Kind, ...]
 """Those of one layer."""
@@ -31,8 +31,12 @@ Kinds = tuple[Kind, ...]
 
 @dataclass(frozen=True)
 class Share:
-    """What one pipeline rank has of the model."""
+    """What one pipeline rank has of the model, with the first tensor- and data-parallel ranks' part of it."""
 
+    model: Model
+    tp: int
+    world: int
+    """Ranks among which ZeRO shards a unit."""
     stages: tuple[int, ...]
     layers: tuple[range, ...]
     """Global numbers of the layers of each of its stages."""
@@ -41,27 +45,70 @@ class Share:
     last: bool
     """Whether it has the head and the loss."""
 
+    @cached_property
+    def kinds(self) -> list[list[Kinds]]:
+        """The kinds of each layer of each of its stages."""
+        kinds = kinds_of_layers(self.model)
+        return [[kinds[number] for number in layers] for layers in self.layers]
+
+    def cards(self, model: Model) -> list[list[Card]]:
+        """The cards of its units in a model of as many layers: embedding, layers, readout."""
+        layers = [kinds for stage in self.kinds for kinds in stage]
+        blocks = {kinds: list(block_cards(model, kinds).values()) for kinds in set(layers)}
+        untied = replace(model, tie_embeddings=model.tie_embeddings and self.first)  # a tied matrix lies at both ends
+        embedding, readout = embedding_cards(model).values(), readout_cards(untied).values()
+        return [list(embedding)] * self.first + [blocks[kinds] for kinds in layers] + [list(readout)] * self.last
+
+    @cached_property
+    def units(self) -> list[Layout]:
+        """The matrix of each of its units. See [Note: rows and units]."""
+        cards = self.cards(dealt(self.model, self.tp))
+        return [_laid_out(tuple(local_shape(card, self.tp) for card in unit), self.world) for unit in cards]
+
+    @cached_property
+    def slots(self) -> list[Slot]:
+        """Those of all units."""
+        return [slot for unit in self.units for slot in unit.slots]
+
+    @cached_property
+    def parameters(self) -> int:
+        """Elements as the code reads them, ZeRO left out of account."""
+        return sum(slot.num_elements for slot in self.slots)
+
+    @cached_property
+    def padded(self) -> int:
+        """Elements of whole parameters with chunks filled up."""
+        return sum(self.world * slot.width for slot in self.slots)
+
+    @cached_property
+    def owned(self) -> int:
+        """Elements of the first data-parallel rank, without padding."""
+        return sum(math.prod(slot.local_shape(0)) for slot in self.slots)
+
+    @cached_property
+    def row(self) -> int:
+        """Elements of one rank's rows, padding between slots included."""
+        return sum(unit.size for unit in self.units)
+
+
+_laid_out = cache(lay_out)  # layers of the same kinds have one layout
+
 
 def share_of(config: Config, pp_rank: int) -> Share:
     """The share of pipeline rank `pp_rank`. See [Note: stages]."""
-    parallel = config.parallel
-    cut = parallel.pp, parallel.virtual_stages, parallel.pipeline_schedule
-    return _share(config.model, *cut, tuple(parallel.stage_layers), pp_rank)
+    parallel, world = config.parallel, config.parallel.dp if zero_stage_of(config.parallel) else 1
+    cut = parallel.pp, parallel.virtual_stages, parallel.pipeline_schedule, tuple(parallel.stage_layers)
+    return _share(config.model, parallel.tp, world, pp_rank, *cut)
 
 
 @cache  # a search asks for few shares very often
-def _share(model: Model, pp: int, virtual_stages: int, schedule: str, explicit: tuple[int, ...], pp_rank: int) -> Share:
+def _share(
+    model: Model, tp: int, world: int, pp_rank: int, pp: int, virtual_stages: int, schedule: str, explicit: tuple[int, ...]
+) -> Share:
     num_stages = pp * virtual_stages
     stages = tuple(stages_of_rank(pp_rank, pp, virtual_stages, schedule))
     layers = stage_layers(model, num_stages, explicit)
-    return Share(stages, tuple(layers[stage] for stage in stages), 0 in stages, num_stages - 1 in stages)
-
-
-@cache
-def layer_kinds(model: Model, share: Share) -> list[list[Kinds]]:
-    """The kinds of each layer of each of a rank's stages."""
-    kinds = kinds_of_layers(model)
-    return [[kinds[number] for number in layers] for layers in share.layers]
+    return Share(model, tp, world, stages, tuple(layers[stage] for stage in stages), 0 in stages, num_stages - 1 in stages)
 
 
 def states_costs(model: Model) -> bool:
@@ -90,11 +137,6 @@ def num_microbatches(config: Config) -> int:
     return config.training.num_microbatches(config.parallel.dp)
 
 
-def shard_of_sequence(parallel: Parallel) -> int:
-    """Parts into which the residual stream is cut: t with sequence parallelism, else 1."""
-    return parallel.tp if parallel.sequence_parallel else 1
-
-
 def activation_bytes(config: Config) -> int:
     """One activation [b, T, h]: the unit of tensor-parallel traffic and of the memory of activations."""
     training, model = config.training, config.model
@@ -102,78 +144,11 @@ def activation_bytes(config: Config) -> int:
 
 
 def stream_bytes(config: Config) -> int:
-    """The residual stream of one microbatch, as it lies on a rank and travels between stages."""
-    return activation_bytes(config) // shard_of_sequence(config.parallel)
-
-
-def unit_cards(config: Config, pp_rank: int) -> list[list[Card]]:
-    """The cards of each of a rank's units: embedding, layers, head with its norm."""
-    return _unit_cards(config.model, share_of(config, pp_rank))
-
-
-@cache
-def _unit_cards(model: Model, share: Share) -> list[list[Card]]:
-    layers = [kinds for stage in layer_kinds(model, share) for kinds in stage]
-    cards = {kinds: list(block_cards(model, kinds).values()) for kinds in set(layers)}
-    units = [cards[kinds] for kinds in layers]
-    if share.first:
-        units.insert(0, list(embedding_cards(model).values()))
-    if share.last:
-        tied_here = model.tie_embeddings and share.first
-        units.append(list(readout_cards(replace(model, tie_embeddings=tied_here)).values()))
-    return units
+    """The residual stream of one microbatch, as it lies on a rank and travels between stages: cut with sequence
+    parallelism."""
+    return activation_bytes(config) // (config.parallel.tp if config.parallel.sequence_parallel else 1)
 
 
 def zero_stage_of(parallel: Parallel) -> int:
     """The ZeRO stage, 0 where there is one data-parallel rank."""
     return parallel.zero_stage if parallel.dp > 1 else 0
-
-
-def rows_of(config: Config, pp_rank: int) -> list[Layout]:
-    """The matrix of each of a rank's units. See [Note: rows and units]."""
-    world = config.parallel.dp if zero_stage_of(config.parallel) else 1
-    return _rows(config.model, config.parallel.tp, share_of(config, pp_rank), world)
-
-
-@cache
-def _rows(model: Model, tp: int, share: Share, world: int) -> list[Layout]:
-    units = _unit_cards(dealt(model, tp), share)
-    return [_laid_out(tuple(local_shape(card, tp) for card in unit), world) for unit in units]
-
-
-_laid_out = cache(lay_out)  # layers of the same kinds have one layout
-
-
-@dataclass(frozen=True)
-class Elements:
-    """Sums over a rank's units, in elements."""
-
-    parameters: int
-    """As the code reads them, ZeRO left out of account."""
-    padded: int
-    """Whole parameters with chunks filled up."""
-    rows: int
-    """This rank's rows, padding between slots included."""
-    matrices: int
-    """All rows."""
-    owned: int
-    """Of the first data-parallel rank, without padding."""
-
-
-def elements_of(config: Config, pp_rank: int) -> Elements:
-    """The sums of a rank."""
-    world = config.parallel.dp if zero_stage_of(config.parallel) else 1
-    return _elements(config.model, config.parallel.tp, share_of(config, pp_rank), world)
-
-
-@cache
-def _elements(model: Model, tp: int, share: Share, world: int) -> Elements:
-    layouts = _rows(model, tp, share, world)
-    slots = [slot for layout in layouts for slot in layout.slots]
-    return Elements(
-        parameters=sum(slot.num_elements for slot in slots),
-        padded=sum(world * slot.width for slot in slots),
-        rows=sum(layout.size for layout in layouts),
-        matrices=sum(world * layout.size for layout in layouts),
-        owned=sum(math.prod(slot.local_shape(0)) for slot in slots),
-    )

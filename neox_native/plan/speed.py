@@ -23,11 +23,8 @@ from neox_native.plan.hardware import Gpu
 from neox_native.plan.shares import (
     Kinds,
     activation_bytes,
-    elements_of,
     layer_costs,
-    layer_kinds,
     num_microbatches,
-    rows_of,
     share_of,
     stream_bytes,
     zero_stage_of,
@@ -181,7 +178,7 @@ def stage_passes(config: Config, machine: Machine) -> list[Passes]:
     layer = cache(lambda kinds: _layer(config, kinds, machine))
     for rank in range(parallel.pp):
         share = share_of(config, rank)
-        for stage, layers in zip(share.stages, layer_kinds(config.model, share)):
+        for stage, layers in zip(share.stages, share.kinds):
             counts = Counter(layers).items()
             stages[stage] = sum((layer(kinds) * times for kinds, times in counts), Passes(0.0, 0.0, 0.0))
     last = parallel.pp * parallel.virtual_stages - 1
@@ -257,13 +254,14 @@ def _exposed_data_parallel(config: Config, machine: Machine, pp_rank: int, forwa
     if parallel.dp == 1:
         return 0.0
     stage, e = zero_stage_of(parallel), ELEMENT_BYTES[config.training.precision]
-    layouts, matrices = rows_of(config, pp_rank), elements_of(config, pp_rank).matrices
+    share = share_of(config, pp_rank)
+    units, matrices = share.units, share.world * share.row
     speed = machine.ring_bytes_per_second(parallel.dp, parallel.tp)
-    start, ring = len(layouts) * machine.gpu.collective_seconds, (parallel.dp - 1) / parallel.dp
+    start, ring = len(units) * machine.gpu.collective_seconds, (parallel.dp - 1) / parallel.dp
     reduce = (2 if stage == 0 else 1) * FP32_BYTES * matrices * ring / speed + start
     gather = e * matrices * ring / speed + start
     beside = forward if machine.software.overlaps_gathers else 0.0
-    tail = FP32_BYTES * layouts[0].world * layouts[0].size * ring / speed
+    tail = FP32_BYTES * units[0].world * units[0].size * ring / speed
     if stage == 0:
         return max(reduce - backward, tail)
     if stage == 1:
@@ -277,6 +275,6 @@ def _update(config: Config, machine: Machine, pp_rank: int) -> float:
     """The optimizer reads and writes master and two moments in fp32 and reads the gradient; and in every microbatch
     gradients are added up in fp32."""
     e = ELEMENT_BYTES[config.training.precision]
-    elements = elements_of(config, pp_rank)
-    added = num_microbatches(config) * (2 * FP32_BYTES + 2 * e) * elements.parameters
-    return machine.seconds_of_memory(7 * FP32_BYTES * elements.rows + 2 * e * elements.parameters + added)
+    share = share_of(config, pp_rank)
+    added = num_microbatches(config) * (2 * FP32_BYTES + 2 * e) * share.parameters
+    return machine.seconds_of_memory(7 * FP32_BYTES * share.row + 2 * e * share.parameters + added)

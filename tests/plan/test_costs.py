@@ -13,7 +13,7 @@ from neox_native.plan import costs
 from neox_native.plan.dry_run import dry_run
 from neox_native.plan.flight import in_flight
 from neox_native.plan.memory import memory
-from neox_native.plan.shares import elements_of
+from neox_native.plan.shares import share_of
 
 # Config, ranks, rank, microbatch, microbatches per step, settings of [parallel], [training] and [model].
 Case = tuple[str, int, int, int, int, str]
@@ -86,7 +86,7 @@ def hold(name: str, ranks: int, rank: int, micro: int, microbatches: int, settin
     config = resolved(name, ranks, micro, microbatches, settings)
     report = dry_run(config, rank, ranks)
     stage = report.coordinates["pp"]
-    assert elements_of(config, stage).parameters == report.parameters
+    assert share_of(config, stage).parameters == report.parameters
     assert costs.traffic(config, stage) == {axis: sent["bytes"] for axis, sent in report.communication.items()}
     assert costs.point_to_point_bytes(config, stage) == report.point_to_point_bytes
     predicted = memory(config, stage)

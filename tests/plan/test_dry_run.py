@@ -18,8 +18,7 @@ from neox_native.config.schema import Config, Model, Parallel, Training
 from neox_native.errors import UserError
 from neox_native.plan import costs
 from neox_native.plan.dry_run import distinct_ranks, dry_run, report_of, text
-from neox_native.plan.memory import memory
-from neox_native.plan.search import peak_bytes
+from neox_native.plan.memory import memory, peak_bytes
 
 KEYS = {
     "rank",

@@ -17,7 +17,8 @@ from neox_native.plan.calibrate import calibrate, to_toml
 from neox_native.plan.dry_run import distinct_ranks, dry_run
 from neox_native.plan.hardware import Gpu, find_gpu, load_gpus
 from neox_native.plan.published import comparisons, table
-from neox_native.plan.search import MEMORY_SHARE, Candidate, peak_bytes, reasons, search
+from neox_native.plan.memory import peak_bytes
+from neox_native.plan.search import MEMORY_SHARE, Candidate, reasons, search
 from neox_native.plan.speed import COMPILED, EAGER, Machine, stage_passes, step_time
 from tools import plan as tool, show_schedule
 

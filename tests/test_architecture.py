@@ -37,7 +37,13 @@ FREE_OF_DISTRIBUTED = [
     "data/indexed.py",
     "zero/layout.py",
     "optim/schedule.py",
+    "parallel/cuts.py",
+    "parallel/stages.py",
+    "plan/shares.py",
+    "plan/kept.py",
+    "plan/memory.py",
     "plan/costs.py",
+    "plan/speed.py",
 ]
 TOP_LEVEL = {"README.md", "LICENSE", "pyproject.toml", "train.py", "neox_native", "configs", "tools", "tests"}
 ANATOMY = {"gated", "kv_heads", "num_kv_heads", "attention_bias", "mlp_bias", "parallel_residual", "ffn_size"}

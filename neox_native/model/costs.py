@@ -47,8 +47,9 @@ class Costs:
     """What one kind costs. See [Note: costs]."""
 
     products: tuple[Product, ...]
-    """Of its projections; the output projection comes last."""
+    """Its projections; the output projection comes last."""
     kept: tuple[Kept, ...]
+    """The tensors that it keeps; what the norm before it makes is not among them."""
     flops: int = 0
     """Operations that run beside the projections."""
     model_flops: int = 0
@@ -63,7 +64,7 @@ class Costs:
 
     @property
     def multiply_adds(self) -> int:
-        """Of the projections."""
+        """What the projections multiply and add."""
         return sum(product.inner * product.columns for product in self.products)
 
     @property

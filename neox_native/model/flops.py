@@ -33,7 +33,7 @@ def model_flops_of_layer(model: Model, kinds: tuple[Kind, ...]) -> int:
 
 @cache
 def model_flops_of_readout(model: Model) -> int:
-    """The same of the final norm and the head, which multiplies whether it is tied or not."""
+    """Forward and backward operations per token of the final norm and the head, which multiplies even where it is tied."""
     return 6 * elements(readout_cards(replace(model, tie_embeddings=False)))
 
 

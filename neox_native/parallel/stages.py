@@ -44,8 +44,8 @@ def stage_costs(model: Model) -> tuple[list[int], int, int]:
 
 
 def layers_per_stage(layers: Sequence[float], num_stages: int, first: float, last: float) -> list[int]:
-    """How many consecutive layers each stage has, such that the dearest stage is as cheap as can be; no stage is empty. Of
-    equally good partitions it is the one with the least sum of squares, then the one whose early stages have more.
+    """How many consecutive layers each stage has, such that the dearest stage is as cheap as can be; no stage is empty. Among
+    equally good partitions the one with the least sum of squares wins, then the one whose early stages have more.
 
     Args:
         layers: the cost of each layer.
@@ -57,8 +57,8 @@ def layers_per_stage(layers: Sequence[float], num_stages: int, first: float, las
 
     @cache
     def best(stage: int, start: int) -> tuple[float, float, tuple[int, ...]]:
-        """Of the stages from `stage` on, which have the layers from `start` on: the dearest, the sum of squares and, negative,
-        the numbers of layers."""
+        """The best partition of the layers from `start` on among the stages from `stage` on: its dearest stage, the sum of
+        squares, and the numbers of layers, negative."""
         later = num_stages - 1 - stage
         found = (math.inf, math.inf, ())
         for end in range(start + 1, len(layers) - later + 1) if later else [len(layers)]:

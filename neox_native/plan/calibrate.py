@@ -37,7 +37,7 @@ def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 
 
 
 def products_flops_per_second(config: Config, device: torch.device) -> float:
-    """Over the projections of the model's layer kinds, each shape once, as one tensor-parallel rank multiplies them."""
+    """The speed of the layer kinds' projections, each shape once, as one tensor-parallel rank multiplies them."""
     model, tp = config.model, config.parallel.tp
     rows, dtype = config.training.micro_batch_size * model.seq_length, DTYPES[config.training.precision]
     costs = [each for kinds in set(kinds_of_layers(model)) for each in layer_costs(model, kinds, tp)]
@@ -50,7 +50,7 @@ def products_flops_per_second(config: Config, device: torch.device) -> float:
 
 
 def attention_flops_per_second(config: Config, device: torch.device) -> float:
-    """Of causal attention forward, a causal row's pairs counted as half."""
+    """The speed of causal attention, forward; it counts half of all pairs of positions."""
     model, dtype = config.model, DTYPES[config.training.precision]
     shape = (config.training.micro_batch_size, model.num_heads // config.parallel.tp, model.seq_length, model.head_dim)
     query, key, value = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
@@ -60,14 +60,14 @@ def attention_flops_per_second(config: Config, device: torch.device) -> float:
 
 
 def copy_bytes_per_second(device: torch.device) -> float:
-    """Read plus written by a copy."""
+    """The speed at which a copy reads and writes, both counted."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2.0 * source.numel() / seconds_of(lambda: target.copy_(source), device)
 
 
 def collective_speed(device: torch.device) -> tuple[float, float]:
-    """What each rank sends per second in a large all-reduce over all ranks, and the seconds of a tiny one."""
+    """The bytes per second that each rank sends in a large all-reduce over all ranks, and the seconds of a tiny one."""
     ranks = dist.get_world_size()
     large = torch.zeros(COLLECTIVE_BYTES[device.type] // 4, device=device)
     small = torch.zeros(1, device=device)
@@ -76,10 +76,10 @@ def collective_speed(device: torch.device) -> tuple[float, float]:
 
 
 def calibrate(config: Config, device: torch.device, like: Gpu, name: str) -> Gpu:
-    """The device at hand. What one process cannot see, the links, is taken from `like`, unless there are several ranks.
+    """Measure the device at hand. One process cannot see the links: it takes them from `like`.
 
     Args:
-        like: gives the peak that efficiencies are shares of, the memory's size and the links.
+        like: gives the peak, of which efficiencies are shares, the size of the memory and the links.
     """
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else like.memory_bytes
     measured = dataclasses.replace(
@@ -100,7 +100,7 @@ def calibrate(config: Config, device: torch.device, like: Gpu, name: str) -> Gpu
 
 
 def to_toml(gpu: Gpu) -> str:
-    """A hardware file of one device."""
+    """The hardware file of one device."""
     lines = [f'["{gpu.name}"]']
     for field in dataclasses.fields(gpu):
         value = getattr(gpu, field.name)

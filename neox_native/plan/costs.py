@@ -49,8 +49,8 @@ def passes_of_layer(config: Config, kinds: Kinds) -> int:
 
 
 def tensor_parallel_bytes(config: Config, pp_rank: int) -> int:
-    """Sent over the tp axis in a step: by every layer, by each end of the model one all-reduce, by the loss three of
-    [b, T] in fp32; and once a step the gradients that are partial."""
+    """What a rank sends over the tp axis in a step: in every microbatch what its layers send, one all-reduce for each end of
+    the model, and for the loss three of [b, T] in fp32; and once a step the gradients that are partial."""
     model, training, parallel, share = config.model, config.training, config.parallel, share_of(config, pp_rank)
     layers = sum(passes_of_layer(config, kinds) for stage in share.kinds for kinds in stage)
     passes = layers + 2 * share.first + 2 * share.last
@@ -62,8 +62,8 @@ def tensor_parallel_bytes(config: Config, pp_rank: int) -> int:
 
 
 def _partial_gradient_bytes(config: Config, share: Share) -> int:
-    """Sent once a step by the first data-parallel rank: its fp32 gradients that are partial sums over tp, and those of rows
-    that several ranks hold alike. See [Note: shared heads]."""
+    """What the first data-parallel rank sends once a step: its fp32 gradients that are partial sums over tp, and those of
+    rows that several ranks hold alike. See [Note: shared heads]."""
     tp, sums = config.parallel.tp, Counter[int]()
     partial = {"partial", "partial_in_sequence"} if config.parallel.sequence_parallel else {"partial"}
     cards = (card for unit in share.cards(config.model) for card in unit)
@@ -77,10 +77,9 @@ def _partial_gradient_bytes(config: Config, share: Share) -> int:
 
 
 def data_parallel_bytes(config: Config, pp_rank: int) -> int:
-    """Sent over the dp axis in a step, in passes of the parameters: stage 0 all-reduces fp32 gradients; 1
-    reduce-scatters them and all-gathers parameters once; 2 reduce-scatters in every microbatch; 3 also gathers twice
-    in each (Rajbhandari et al. 2020 §7). Rows are padded, see [Note: rows and units]. One number more
-    counts tokens."""
+    """What a rank sends over the dp axis in a step. Stage 0 all-reduces fp32 gradients; 1 reduce-scatters them and
+    all-gathers parameters once; 2 reduce-scatters in every microbatch; 3 also gathers twice in each (Rajbhandari et al. 2020
+    §7). Rows are padded, see [Note: rows and units]. One number more counts tokens."""
     d, e, m = config.parallel.dp, ELEMENT_BYTES[config.training.precision], num_microbatches(config)
     elements = [layout.world * layout.size for layout in share_of(config, pp_rank).units]
     stage = zero_stage_of(config.parallel)
@@ -91,7 +90,7 @@ def data_parallel_bytes(config: Config, pp_rank: int) -> int:
 
 
 def point_to_point_bytes(config: Config, pp_rank: int) -> int:
-    """Sent to neighbouring stages in a step: every microbatch's residual stream forward, its gradient backward."""
+    """What a rank sends to neighbouring stages in a step: every microbatch's residual stream, and its gradient."""
     parallel, stages = config.parallel, share_of(config, pp_rank).stages
     last = parallel.pp * parallel.virtual_stages - 1
     neighbours = [stage + 1 for stage in stages if stage < last] + [stage - 1 for stage in stages if stage > 0]
@@ -100,7 +99,8 @@ def point_to_point_bytes(config: Config, pp_rank: int) -> int:
 
 
 def tied_bytes(config: Config, pp_rank: int) -> int:
-    """Sent in a step between the first and the last stage, where both hold the embedding matrix: its fp32 gradients."""
+    """What the first and the last stage send each other in a step, where both hold the embedding matrix: its fp32
+    gradients."""
     share = share_of(config, pp_rank)
     if not config.model.tie_embeddings or share.first == share.last:
         return 0
@@ -108,8 +108,8 @@ def tied_bytes(config: Config, pp_rank: int) -> int:
 
 
 def traffic(config: Config, pp_rank: int) -> dict[str, int]:
-    """Bytes that a rank's collectives send in a step, by axis. "world" is the gradient's norm, one fp64 number; where
-    one axis is the whole world, it is that axis's."""
+    """Bytes that a rank's collectives send in a step, by axis. The gradient's norm, one fp64 number, goes over "world", or
+    over the one axis that is the whole world."""
     parallel = config.parallel
     degrees = {"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp}
     sent = {
@@ -142,7 +142,7 @@ def model_flops_of_rank(config: Config, pp_rank: int) -> int:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What training's own log says beside what it measures, of the rank that has most of each."""
+    """What training's log says beside what it measures: for each number, that of the rank that has most."""
 
     peak_bytes: int | None
     """Memory, of eager code; None where a layer kind does not state its costs."""

@@ -61,9 +61,9 @@ class RankReport:
     point_to_point_bytes: int
     """Sent to neighbouring stages in a step."""
     model_flops: int
-    """Of this rank's layers and tokens, as MFU counts them: without recomputation."""
+    """Operations of this rank's layers and tokens as MFU counts them, recomputation left out."""
     hardware_flops: int
-    """Of every matrix product and attention that ran."""
+    """Operations of every matrix product and attention that ran."""
     bubble_fraction: float
     """Idle time of the pipeline over its compute time."""
 

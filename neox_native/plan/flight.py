@@ -36,14 +36,13 @@ class Moment:
     waiting: tuple[int, ...]
     """Those of them whose backward pass has only its weight half before it."""
     halved: tuple[int, ...]
-    """Input halves of backward passes that are over in this step; nothing in schedules that do not split them."""
+    """Input halves of backward passes that are over in this step; 0 in schedules that do not split them."""
     reduced: tuple[bool, ...]
     """Whether an earlier backward pass of the stage has delivered gradients in this step."""
 
 
 def moments(parallel: Parallel, num_microbatches: int, pp_rank: int) -> tuple[Moment, ...]:
-    """The moments of a step at which pipeline rank `pp_rank` holds most: none of them holds less of everything than
-    another."""
+    """The moments of a step at which pipeline rank `pp_rank` may hold most."""
     p, v = parallel.pp, parallel.virtual_stages
     return _moments(parallel.pipeline_schedule, p, v, num_microbatches, pp_rank)
 
@@ -61,9 +60,9 @@ def _moments(schedule: str, p: int, v: int, m: int, rank: int) -> tuple[Moment, 
 
 
 def _looped(schedule: str, p: int, v: int, m: int, rank: int) -> Iterator[Moment]:
-    """See [Note: turns]. Of rounds of p microbatches, two periods of all turns show everything; where passes are
-    split, the last with forward passes and what follows, for input halves add up. Of one round of m, the first two
-    passes of each turn do: after the first, only what is held changes, and only for the less."""
+    """See [Note: turns]. Not every pass has to be looked at. With rounds of p microbatches, two periods of all turns show
+    everything; where passes are split, the last period with forward passes does, and all that follows it, for input halves
+    add up. With one round of m, the first two passes of each turn show everything: later ones hold less."""
     behind, one_round = p - 1 - rank, schedule in (*ALL_FORWARD_FIRST, "1f1b")
     size = m if one_round else m // max(1, m // p)
     split = schedule == "interleaved_zero_bubble"
@@ -92,8 +91,9 @@ def _looped(schedule: str, p: int, v: int, m: int, rank: int) -> Iterator[Moment
 
 
 def _v_shaped(p: int, m: int, rank: int) -> Iterator[Moment]:
-    """ZB-V (Qi et al. 2024): the steady phase's two turns, and the cooldown's, where weight halves wait for each
-    other. Exact from 2 p microbatches on, with which the schedule has no other holes; else a little too much."""
+    """ZB-V (Qi et al. 2024): the two turns of the steady phase, and those of the cooldown, where weight halves wait for each
+    other. The numbers are exact from 2 p microbatches on; with fewer the schedule has other holes, and they are a little too
+    large."""
     late = min(rank, max(m - p + 1, 0))
     for turn, held, waiting, before_the_end in (
         (1, (2 * p - 1 - rank, rank + 1), (0, 0), (2 * p - 1 - rank, p)),
@@ -107,7 +107,7 @@ def _v_shaped(p: int, m: int, rank: int) -> Iterator[Moment]:
 
 
 def _most(found: Iterable[Moment]) -> list[Moment]:
-    """Those of which no other of the same turn has more of everything."""
+    """The moments that no other moment of the same turn exceeds in everything."""
     most: list[Moment] = []
     for moment in found:
         if not any(_covers(other, moment) for other in most):

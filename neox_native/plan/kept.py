@@ -62,33 +62,33 @@ class Stage:
     number: int
     layers: list[Layer]
     embedding: int
-    """Elements of the unit's matrix; 0 where the stage does not have it."""
+    """Elements of the embedding's matrix; 0 where the stage does not have it."""
     readout: int
-    """The same."""
+    """Elements of the readout's matrix; 0 where the stage does not have it."""
 
     @cached_property
     def kept(self) -> int:
-        """By the layers for one microbatch."""
+        """What its layers keep of a microbatch."""
         return sum(layer.kept for layer in self.layers)
 
     @cached_property
     def recomputed(self) -> int:
-        """By the input half of a split backward pass."""
+        """What the input half of a split backward pass recomputes."""
         return sum(layer.recomputed for layer in self.layers)
 
     @cached_property
     def waiting(self) -> int:
-        """Gradients for the weight half, those of the readout left out."""
+        """The gradients that the weight half needs, those of the readout left out."""
         return sum(layer.waiting for layer in self.layers)
 
     @cached_property
     def elements(self) -> int:
-        """Of the matrices of all units."""
+        """Elements of the matrices of all its units."""
         return sum(layer.unit for layer in self.layers) + self.embedding + self.readout
 
     @property
     def lingering(self) -> int:
-        """The unit whose gradients the stage reduces last: its matrix stays until the stage's next reduction."""
+        """Elements of the unit that the stage reduces last: its matrix stays until the stage's next reduction."""
         return self.embedding or self.layers[0].unit
 
 

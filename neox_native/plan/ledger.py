@@ -1,9 +1,9 @@
 """What one rank allocates, communicates and computes, noted operation by operation.
 
-[Note: tape] Every storage that appears and every one that goes is an entry on a tape, between marks that say where in
-the step it happened. The peak is found by playing the tape afterwards, because what a buffer is for may show only
-after it was allocated: when a collective fills it. Works on real and on fake tensors alike, with DTensors, pipelines
-and any number of microbatches; it costs some microseconds per operation.
+[Note: tape] Every storage that appears or goes is an entry on a tape, between marks that say where in the step it happened.
+The tape is played afterwards to find the peak, because a buffer may show what it is for only after it was allocated: when a
+collective fills it. The ledger works on real and on fake tensors, with DTensors, pipelines and any number of microbatches; it
+costs some microseconds per operation.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class Mark:
     """A place in a step."""
 
     what: str
-    """Such as "forward"."""
+    """The work that begins, such as "forward"."""
     microbatch: int | None = None
-    """Of which microbatch, if of one."""
+    """The number of its microbatch, if it has one."""
 
     def __str__(self) -> str:
         return self.what if self.microbatch is None else f"{self.what} of microbatch {self.microbatch}"
@@ -92,7 +92,7 @@ class Peak:
 
     @property
     def num_bytes(self) -> int:
-        """Of all kinds."""
+        """All kinds together."""
         return sum(self.by_kind.values())
 
 
@@ -101,7 +101,7 @@ class Totals:
     """Sums over the time that the ledger was active."""
 
     traffic: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))
-    """By axis."""
+    """By name of the axis."""
     sent_bytes: int = 0
     """Point to point."""
     flops: int = 0
@@ -111,7 +111,7 @@ class Ledger(TorchDispatchMode):
     """Notes memory, collectives and FLOPs while it is active. See [Note: tape].
 
     Args:
-        axes: name of a process group -> axis to book it under; what is none of these joins ends of the pipeline: "pp".
+        axes: name of a process group -> axis to book it under; any other group joins the ends of the pipeline: "pp".
     """
 
     def __init__(self, axes: Mapping[str, str]):
@@ -126,8 +126,7 @@ class Ledger(TorchDispatchMode):
         """Book tensors that exist already under a kind.
 
         Args:
-            resizable: their storage grows and shrinks, which no operation shows, so that it is looked at again and
-            again.
+            resizable: their storage grows and shrinks; no operation shows that, so every one looks again.
         """
         for tensor in tensors:
             storage = self._note(tensor)
@@ -140,8 +139,8 @@ class Ledger(TorchDispatchMode):
         self.marks.append((len(self.tape), mark))
 
     def peaks(self) -> dict[Hashable, Peak]:
-        """The peak of each kind of work: of what has the same name and came as the same time of the microbatch's, which
-        it does in each of a pipeline rank's stages."""
+        """The peak of each kind of work. A microbatch does a work of one name in each of a rank's stages: the first, second ...
+        time are kinds of their own."""
         peaks: dict[Hashable, Peak] = {}
         times: Counter[Mark] = Counter()
         live, total = dict.fromkeys(KINDS, 0), 0

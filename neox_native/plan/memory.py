@@ -71,7 +71,7 @@ class _Sizes:
 
     @property
     def log_probabilities(self) -> int:
-        """What the loss keeps of a microbatch."""
+        """What the loss keeps of a microbatch, in fp32."""
         return FP32_BYTES * self.logits
 
     def kept(self, stage: Stage) -> int:
@@ -106,12 +106,12 @@ class _Sizes:
 def _phase(
     sizes: _Sizes, moment: Moment, work: int, matrices: int = 0, rows: int = 0, present: int = 0, gathered: int = 0
 ) -> dict[str, int]:
-    """One sum.
+    """Bytes by kind at one moment of a step.
 
     Args:
         work: bytes beside what is held at the moment; negative where the pass has freed more than it made.
         matrices: elements of gradient matrices of this stage, where ZeRO frees them.
-        rows: elements of the matrices that this pass has reduced, whose rows it leaves, if it is the stage's first.
+        rows: elements of the matrices that this pass has reduced so far; where it is the stage's first pass, their rows appear.
         present, gathered: elements of the parameters that stage 3 has gathered, and has on their way.
     """
     phase = {"activations": sizes.held(moment) + work}
@@ -150,9 +150,8 @@ def _backward(sizes: _Sizes, moment: Moment) -> Iterator[dict[str, int]]:
 
 
 def _loss(sizes: _Sizes) -> int:
-    """The loss, whose intermediate results are fp32, beyond what it keeps. Whole vocabulary: log-softmax and two
-    gradients of its size. Cut vocabulary: logits, the same in fp32 (a copy, if they are not), shifted, and their
-    exponentials."""
+    """What the loss makes in fp32 beyond what it keeps. With the whole vocabulary these are the log-softmax and two gradients
+    of its size; with a cut one the logits in fp32 (a copy, if they are not), shifted, and their exponentials."""
     copies = 2 * FP32_BYTES
     if sizes.config.parallel.tp > 1:
         copies += sizes.e if sizes.e < FP32_BYTES else 0
@@ -160,8 +159,8 @@ def _loss(sizes: _Sizes) -> int:
 
 
 def _head(sizes: _Sizes, moment: Moment, lingering: int) -> Iterator[dict[str, int]]:
-    """The head's matrix product: gradients of logits, of its weight and of its input; then the gradient of the logits
-    is gone and the unit's matrix begins."""
+    """The backward pass of the head's product makes gradients of its weight and of its input beside that of the logits; then
+    the gradient of the logits is gone, and the unit's matrix begins."""
     model, stage = sizes.config.model, sizes.stages[moment.turn]
     weight_gradient = sizes.e * share_of_vocabulary(model.padded_vocab_size, sizes.config.parallel.tp) * model.hidden_size
     work, follows = weight_gradient + sizes.whole - sizes.log_probabilities, stage.layers[-1].unit
@@ -172,9 +171,9 @@ def _head(sizes: _Sizes, moment: Moment, lingering: int) -> Iterator[dict[str, i
 def _layer(
     sizes: _Sizes, moment: Moment, layer: Layer, freed: int, before: int, rows: int, follows: int
 ) -> Iterator[dict[str, int]]:
-    """The end of a layer's last kind, where its activations are whole and the widest gradients begin; then the gradient of
-    its output projection lies in the unit's matrix, while the matrix before it is on its way, and gradients may have
-    become wider.
+    """The backward pass of a layer begins at the end of its last kind: all its activations are there, and the widest
+    gradient begins. Then the gradient of the output projection lies in the unit's matrix, while the matrix before it is on
+    its way, and gradients may have become wider.
 
     Args:
         freed: bytes that the pass has freed since it began.
@@ -191,16 +190,16 @@ def _layer(
 
 
 def _input_half(sizes: _Sizes, stage: Stage) -> int:
-    """The end of the input half of a split backward pass, which has freed nothing: what the weight half needs, and what is
-    in work in the stage's first layer. With tensor parallelism the gradient of fp32 logits takes the place of their
-    probabilities."""
+    """A split backward pass has freed nothing when its input half ends: there are the gradients that the weight half needs,
+    and what is in work in the stage's first layer. With tensor parallelism the gradient of fp32 logits takes the place of
+    their probabilities."""
     in_place = stage.readout and sizes.config.parallel.tp > 1 and sizes.e == FP32_BYTES
     work = stage.layers[0].returning - (sizes.log_probabilities if in_place else 0)
     return stage.recomputed + sizes.waiting(stage) + work
 
 
 def _embedding(sizes: _Sizes, moment: Moment, before: int) -> dict[str, int]:
-    """The embedding's gradient, dense and of the whole vocabulary, when the microbatch has left the layers."""
+    """When the microbatch has left the layers, the embedding's gradient appears, dense and of the whole vocabulary."""
     model, stage = sizes.config.model, sizes.stages[moment.turn]
     work = sizes.e * model.padded_vocab_size * model.hidden_size + sizes.whole - sizes.kept(stage)
     rows = stage.elements - stage.embedding

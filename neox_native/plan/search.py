@@ -35,7 +35,7 @@ class Candidate:
 
     config: Config
     peak_bytes: int
-    """Of the rank that needs most."""
+    """Memory of the rank that needs most."""
     time: StepTime | None
     """None where it does not fit."""
 
@@ -160,7 +160,7 @@ def reasons(candidates: list[Candidate], machine: Machine) -> list[str]:
 
 
 def _why(rival: Candidate, best: Candidate, machine: Machine) -> str:
-    """Why the fastest layout with some choice loses, or the nearest that does not fit."""
+    """Why the best layout with some choice loses: it is slower, or even the nearest does not fit."""
     if rival.time is None or best.time is None:
         over = rival.peak_bytes - MEMORY_SHARE * machine.gpu.memory_bytes
         return f"never fits; the nearest, {rival.layout}, is {size(over)} over."

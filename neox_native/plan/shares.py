@@ -1,4 +1,4 @@
-"""What a rank has of a model in a layout: stages, layers, parameters, units. Pure arithmetic.
+"""What a rank has of a model in a layout: stages, layers, units, parameters. Pure arithmetic.
 
 [Note: letters] b sequences of a microbatch, T sequence length, h hidden size, V padded vocabulary, L layers of a rank,
 m microbatches per step; p, d, t the degrees of pipeline, data and tensor parallelism, v virtual stages; e bytes of an
@@ -26,7 +26,7 @@ from neox_native.parallel.stages import stage_layers, stages_of_rank
 from neox_native.zero.layout import Layout, Slot, lay_out
 
 Kinds = tuple[Kind, ...]
-"""Those of one layer."""
+"""The kinds of one layer."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Share:
 
     @cached_property
     def slots(self) -> list[Slot]:
-        """Those of all units."""
+        """The slots of all units."""
         return [slot for unit in self.units for slot in unit.slots]
 
     @cached_property
@@ -112,7 +112,7 @@ def _share(
 
 
 def states_costs(model: Model) -> bool:
-    """Whether every layer kind does, so that memory and speed can be predicted."""
+    """Whether every layer kind states its costs, so that memory and speed can be predicted."""
     return all(kind.costs for layer in kinds_of_layers(model) for kind in layer)
 
 
@@ -121,13 +121,13 @@ def layer_costs(model: Model, kinds: Kinds, tp: int) -> list[Costs]:
     """What the kinds of a layer cost, in the model whose even parts tp ranks hold.
 
     Raises:
-        UserError: one of them does not say.
+        UserError: one of them does not state its costs.
     """
     for kind in kinds:
         if not kind.costs:
             raise UserError(
-                f"model.pattern has the layer kind {kind.name!r}, which does not state its costs, so that memory and speed cannot "
-                "be predicted; `tools/plan.py dry-run` counts what a layout needs."
+                f"model.pattern has the layer kind {kind.name!r}, which does not state its costs, so that memory and speed "
+                "cannot be predicted; `tools/plan.py dry-run` counts what a layout needs."
             )
     return [kind.costs(dealt(model, tp)) for kind in kinds]
 

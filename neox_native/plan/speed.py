@@ -3,7 +3,7 @@
 [Note: roofline] A stage's time per microbatch is the sum of its matrix products and its attention at their share of the
 peak, of its elementwise kernels at the memory's speed, and of its tensor-parallel collectives, which nothing overlaps.
 The pipeline adds its bubble; the traffic over dp hides behind the passes it can run beside; the update reads and writes
-the optimizer's state once. A block is never faster than its kernels can be launched.
+the optimizer's state once. A layer is never faster than its kernels can be launched.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Software:
     """What kernels a training code has."""
 
     fused: bool
-    """Elementwise operations run together: compiled blocks, or kernels written by hand."""
+    """Elementwise operations run together, in compiled blocks or in kernels written by hand."""
     overlaps_tensor_parallel: bool = False
     """Tensor-parallel collectives run beside matrix products."""
     overlaps_gathers: bool = True
@@ -44,8 +44,7 @@ class Software:
     launch_seconds: float = 0.125e-3
     """Host time to launch the forward pass of one layer kind."""
     slowdown: float = 1.0
-    """Compute time over the roofline's: what synchronises, copies and waits, from a calibration row of
-    `published.toml`."""
+    """Compute time over the roofline's, for what synchronises, copies and waits; from a calibration row of `published.toml`."""
 
     @property
     def word(self) -> str:
@@ -72,7 +71,7 @@ class StepTime:
     forward: list[float]
     """Per microbatch, by pipeline rank; tensor-parallel collectives included."""
     backward: list[float]
-    """The same, recomputation included."""
+    """Per microbatch, by pipeline rank; recomputation and tensor-parallel collectives included."""
     tensor_parallel: float
     """Exposed tensor-parallel collectives of the slowest rank in the step."""
     data_parallel: float
@@ -99,8 +98,8 @@ class Machine:
     software: Software = EAGER
 
     def ring_bytes_per_second(self, ranks: int, stride: int) -> float:
-        """Of a collective among `ranks` devices that lie `stride` apart. Inside a node its links; across nodes the
-        network cards of the ranks that one node has, together."""
+        """The speed of a collective among `ranks` devices that lie `stride` apart: inside a node that of its links; across
+        nodes that of the network cards of all the ranks that one node has."""
         inside = max(1, min(ranks, self.gpus_per_node // stride))
         links = self.gpu.node_bytes_per_second
         if inside < ranks:
@@ -108,12 +107,11 @@ class Machine:
         return links * self.gpu.link_efficiency
 
     def seconds_of_memory(self, num_bytes: float) -> float:
-        """Reading or writing so many bytes."""
+        """The time to read or write so many bytes."""
         return num_bytes / (self.gpu.memory_bytes_per_second * self.gpu.memory_efficiency)
 
     def seconds_of_matmul(self, rows: float, inner: float, columns: float, element_bytes: int) -> float:
-        """One product [rows, inner] x [inner, columns]: small ones are bound by memory, which is their efficiency's
-        loss."""
+        """The time of a product [rows, inner] x [inner, columns]. Memory traffic is added: it makes small products slow."""
         flops = 2.0 * rows * inner * columns
         moved = element_bytes * (rows * inner + inner * columns + rows * columns)
         return flops / (self.gpu.peak_flops_per_second * self.gpu.matmul_efficiency) + self.seconds_of_memory(moved)
@@ -156,7 +154,7 @@ def step_time(config: Config, machine: Machine) -> StepTime:
 
 @dataclass(frozen=True)
 class Passes:
-    """Seconds of one microbatch."""
+    """Seconds that one microbatch takes."""
 
     forward: float
     backward: float
@@ -173,7 +171,7 @@ class Passes:
 
 
 def stage_passes(config: Config, machine: Machine) -> list[Passes]:
-    """Of each stage of the pipeline, first to last."""
+    """The passes of each stage of the pipeline, first to last."""
     parallel, stages = config.parallel, dict[int, Passes]()
     layer = cache(lambda kinds: _layer(config, kinds, machine))
     for rank in range(parallel.pp):
@@ -188,8 +186,8 @@ def stage_passes(config: Config, machine: Machine) -> list[Passes]:
 
 
 def _layer(config: Config, kinds: Kinds, machine: Machine) -> Passes:
-    """One layer: its kinds' projections as a tensor-parallel rank multiplies them, their other operations at the speed of
-    attention, and its kernels."""
+    """The passes of a layer: its kinds' projections as a tensor-parallel rank multiplies them, their other operations at the
+    speed of attention, and its elementwise kernels."""
     full, t, software = config.training.activation_checkpointing == "full", config.parallel.tp, machine.software
     tokens, e = _tokens(config), ELEMENT_BYTES[config.training.precision]
     costs = layer_costs(config.model, kinds, t)
@@ -216,9 +214,9 @@ def _tokens(config: Config) -> int:
 
 
 def _kernel_bytes(config: Config, kinds: Kinds, costs: list[Costs], fused: bool) -> float:
-    """Read and written by the elementwise kernels of a layer's forward pass: of whole activations, by those of every
-    residual step and of every kind in it (norm, affine part, sum and bias), half on a stream that sequence parallelism may
-    cut; and what the kinds state, divided by t."""
+    """What the elementwise kernels of a layer's forward pass read and write: activations, for every residual step and for
+    every kind in it (norm, affine part, sum and bias), half of them as sequence parallelism may cut them; and what the kinds
+    state, divided by t."""
     steps = len(residual_steps(kinds, config.model))
     residual = (7.0 if fused else 16.0) * (0.3 * steps + 0.35 * len(kinds))
     touched = sum(each.touched if fused else each.touched_eager for each in costs)
@@ -227,7 +225,7 @@ def _kernel_bytes(config: Config, kinds: Kinds, costs: list[Costs], fused: bool)
 
 
 def _head(config: Config, machine: Machine) -> float:
-    """Final norm, head and loss, forward and backward."""
+    """The time of final norm, head and loss, forward and backward."""
     model, t = config.model, config.parallel.tp
     columns, e = model.padded_vocab_size / t, ELEMENT_BYTES[config.training.precision]
     product = machine.seconds_of_matmul(_tokens(config), model.hidden_size, columns, e)
@@ -236,7 +234,7 @@ def _head(config: Config, machine: Machine) -> float:
 
 
 def _sends(config: Config, machine: Machine, pp_rank: int) -> float:
-    """Sends to neighbouring stages per microbatch, none hidden."""
+    """The time to send to neighbouring stages, per microbatch; nothing hides it."""
     parallel = config.parallel
     if parallel.pp == 1:
         return 0.0
@@ -248,8 +246,9 @@ def _sends(config: Config, machine: Machine, pp_rank: int) -> float:
 
 
 def _exposed_data_parallel(config: Config, machine: Machine, pp_rank: int, forward: float, backward: float) -> float:
-    """Traffic over dp beyond what it runs beside: reductions beside the last backward pass (stages 2 and 3: every
-    one), but for the last unit's; gathers beside the first forward pass (stage 3: both passes of every microbatch)."""
+    """The time of traffic over dp beyond the passes that hide it. Reductions run beside the last backward pass (stages 2 and
+    3: every one), but for the last unit's; gathers beside the first forward pass (stage 3: both passes of every
+    microbatch)."""
     parallel, m = config.parallel, num_microbatches(config)
     if parallel.dp == 1:
         return 0.0
@@ -272,8 +271,8 @@ def _exposed_data_parallel(config: Config, machine: Machine, pp_rank: int, forwa
 
 
 def _update(config: Config, machine: Machine, pp_rank: int) -> float:
-    """The optimizer reads and writes master and two moments in fp32 and reads the gradient; and in every microbatch
-    gradients are added up in fp32."""
+    """The time in which the optimizer reads and writes master and two moments in fp32 and reads the gradient, and in which
+    every microbatch's gradients are added up in fp32."""
     e = ELEMENT_BYTES[config.training.precision]
     share = share_of(config, pp_rank)
     added = num_microbatches(config) * (2 * FP32_BYTES + 2 * e) * share.parameters

@@ -245,6 +245,8 @@ def _mark(engine: Engine, optimizer: ShardedOptimizer, parts: Iterable[Transform
     for part in parts:
         part.register_forward_pre_hook(lambda _module, _inputs: ledger.mark(Mark("forward", now)))
         part.register_forward_hook(lambda _module, _inputs, _output: ledger.mark(Mark(after, now)))
+        if part.readout is not None:
+            part.readout.cross_entropy.register_forward_pre_hook(lambda _module, _inputs: ledger.mark(Mark(after, now)))
     optimizer.optimizer.register_step_pre_hook(lambda *_: ledger.mark(Mark("update")))
 
 

@@ -127,9 +127,7 @@ class Trainer:
 
     def log(self, batch: StepBatch, result: StepResult, rate: float | Tensor) -> None:
         """Write the step down, and what was noticed since the last time."""
-        scale = self.state.loss_scale
-        extra = {"loss scale": scale.scale.item()} if scale else {}
-        self.watchdog.measured(self.report.step(self.state.step, batch, result, rate, extra))
+        self.watchdog.measured(self.report.step(self.state.step, batch, result, rate))
         self.look_at_bad_steps()
 
     def end_where_too_many_are_bad(self) -> None:

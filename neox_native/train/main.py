@@ -13,8 +13,7 @@ from neox_native.config.schema import Config
 from neox_native.engine.build import build_engine, build_model, build_step
 from neox_native.launch import Launch, pick_device
 from neox_native.reliability.preemption import Requests
-from neox_native.train.exports import Exports
-from neox_native.train.keeping import Keeper
+from neox_native.train.keeping import Exports, Keeper
 from neox_native.train.loop import Trainer
 from neox_native.train.start import (
     batches_left, begin, choose_start, joined_ranks, lay_out_ranks, nothing_to_do, open_data, watched,
@@ -54,5 +53,5 @@ def train(config: Config, device: torch.device, requests: Requests | None = None
             return
         batches = batches_left(config, mesh, device, data, state)
         report = begin(config, mesh, folder, start, state, step)
-        keeper = Keeper(config.checkpoint, state, exports, report, watchdog)
+        keeper = Keeper(config, state, exports, report, watchdog)
         Trainer(config, mesh, ranks, step, data, state, report, keeper, watchdog, requests).run(batches)

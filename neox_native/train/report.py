@@ -9,7 +9,7 @@ import datetime
 import math
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,19 +26,10 @@ from neox_native.mesh import Mesh
 from neox_native.metrics.throughput import Throughput, device_name, memory_bytes, peak_flops_per_second, peak_memory_bytes
 from neox_native.metrics.writers import Scale, StepRecord, Writers
 from neox_native.model.flops import model_flops_per_token, total_parameters
-from neox_native.reliability.stragglers import Stragglers
+from neox_native.plan.costs import predict  # all that training takes from the planner
+from neox_native.reliability.stragglers import slowest_ranks
 from neox_native.train import provenance
 from neox_native.units import count, counted, share_of_step
-
-if TYPE_CHECKING:
-    from neox_native.plan.costs import Prediction
-
-
-def predict(config: Config) -> Prediction:
-    """What the planner expects of this run, which is all that training takes from it."""
-    from neox_native.plan import costs
-
-    return costs.predict(config)
 
 
 class Report:
@@ -49,26 +40,16 @@ class Report:
         resumed_step: steps already done; what was logged beyond is cut off.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        mesh: Mesh,
-        device: torch.device,
-        ranks: Ranks,
-        train_step: TrainStep,
-        resumed_step: int,
-    ):
-        self.config, self.device, self.ranks = config, device, ranks
+    def __init__(self, config: Config, mesh: Mesh, ranks: Ranks, train_step: TrainStep, resumed_step: int) -> None:
+        self.config, self.mesh, self.ranks, self.resumed_step = config, mesh, ranks, resumed_step
         self.losses, self.timing = train_step.losses, train_step.engine.timing
-        self.stages = mesh.pipeline.size
-        self.rows = mesh.rows.group
-        self.resumed_step, training = resumed_step, config.training
+        self.loss_scale, self.device = train_step.loss_scale, train_step.losses.device
+        device, training = self.device, config.training
         self.writers: Writers | None = None
-        if ranks.rank == 0:
-            folder, board = Path(config.run.dir), config.logging.tensorboard
+        if ranks.is_first:
             scale = Scale(training.steps, config.model.seq_length, memory_bytes(device))
-            self.writers = Writers(folder, resumed_step, scale, dump(config), board)
-            print(self._opening())
+            self.writers = Writers(Path(config.run.dir), resumed_step, scale, dump(config), config.logging.tensorboard)
+        ranks.say(self._opening())
         self.throughput = Throughput(
             tokens_per_step=training.global_batch_size * config.model.seq_length,
             flops_per_token=model_flops_per_token(config.model),
@@ -76,34 +57,31 @@ class Report:
             peak=peak_flops_per_second(device_name(device), training.precision),
         )
         self.metrics = sorted(set().union(*ranks.gather(train_step.metrics)))
-        self.work = Stragglers(ranks, mesh.pipeline.rank)
+        self.compute_seconds, self.steps = 0.0, 0
+        """Of this rank since stragglers were last named."""
         self.predicted = predict(config)
         sentence = self.predicted.sentence(with_memory=device.type == "cuda")
         self.event("prediction", resumed_step, f"step {resumed_step}: {sentence}", **dataclasses.asdict(self.predicted))
 
     def started(self, start: Start | None, changed: list[str]) -> None:
         """Write down with what, where and from what this start goes on, and which settings it changes. A collective."""
-        step, parallel = self.resumed_step, self.config.parallel
-        resumed = start is not None and not start.weights_only
-        where = provenance.origin(parallel, self.ranks.gather(socket.gethostname()))
+        resumed, step = start is not None and not start.weights_only, self.resumed_step
+        where = provenance.origin(self.config.parallel, self.ranks.gather(socket.gethostname()))
         kind, path = "resumed" if resumed else "started", str(start.path) if start else None
         for line in ["changed since the last start:", *(f"  {line}" for line in changed)] if changed else []:
             self.ranks.say(line)
-        message = f"step {step}: {kind} {provenance.in_words(where)}"
-        self.event(kind, step, message, checkpoint=path, changed=changed, **where)
+        self.event(kind, step, f"step {step}: {kind} {provenance.in_words(where)}", checkpoint=path, changed=changed, **where)
 
-    def step(
-        self, step: int, batch: StepBatch, result: StepResult, rate: float | Tensor, extra: dict[str, Any]
-    ) -> float:
+    def step(self, step: int, batch: StepBatch, result: StepResult, rate: float | Tensor) -> float:
         """Write a step; returns the seconds a step took since the last call."""
         read = torch.tensor([batch.row_hash, batch.num_targets], device=self.device)
-        dist.all_reduce(read, group=self.rows)
+        dist.all_reduce(read, group=self.mesh.rows.group)
         batch_hash, num_targets = read.tolist()
         loss = self.losses.total(result.loss).item() if num_targets else math.nan  # of no target there is none
         peak = torch.tensor(peak_memory_bytes(self.device), device=self.device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         metrics = self._metrics(result)
-        extra = extra | self._beside_predicted()
+        extra = self._for_the_console()
         speed = self.throughput.speed()
         record = StepRecord(
             step=step,
@@ -131,15 +109,15 @@ class Report:
         dist.all_reduce(shares)
         return dict(zip(self.metrics, shares.tolist()))
 
-    def _beside_predicted(self) -> dict[str, float]:
-        """The memory that was predicted, beside which the log has the measured one; and the share of the time since the last
-        call in which the pipeline idled, measured and predicted. A CPU's memory is its whole process's: nobody predicts it."""
+    def _for_the_console(self) -> dict[str, float]:
+        """fp16's loss scale; the memory that was predicted; and the share of the time since the last call in which the
+        pipeline idled, measured and predicted. A CPU's memory is its whole process's: nobody predicts it."""
         compute, whole = self.timing.compute.read(), self.timing.whole.read()
-        self.work.computed(compute)
-        found: dict[str, float] = {}
+        self.compute_seconds += compute
+        found = {"loss scale": self.loss_scale.scale.item()} if self.loss_scale else {}
         if self.predicted.peak_bytes is not None and self.device.type == "cuda":
             found["predicted GiB"] = self.predicted.peak_bytes / 2**30
-        if self.stages > 1:
+        if self.mesh.pipeline.size > 1:
             seconds = self.losses.total(torch.tensor([compute, whole], device=self.device)).tolist()
             found["bubble"] = 1 - seconds[0] / seconds[1]
             found["predicted bubble"] = share_of_step(self.predicted.bubble_fraction)
@@ -148,12 +126,14 @@ class Report:
     def step_done(self) -> None:
         """Count one more step."""
         self.throughput.step_done()
-        self.work.step_done()
+        self.steps += 1
 
     def stragglers(self, step: int) -> None:
         """Name the slowest rank of each pipeline stage since the last call."""
-        self.work.computed(self.timing.compute.read())
-        self.event("stragglers", step, f"step {step}: {self.work.compare()}")
+        seconds = self.compute_seconds + self.timing.compute.read()
+        mine = self.mesh.pipeline.rank, socket.gethostname(), seconds / self.steps
+        self.compute_seconds, self.steps = 0.0, 0
+        self.event("stragglers", step, f"step {step}: " + "; ".join(slowest_ranks(self.ranks.gather(mine))))
 
     def event(self, kind: str, step: int, message: str, **values: Any) -> None:
         """Write something that is no training step."""

@@ -29,8 +29,8 @@ from neox_native.mesh import Mesh, build_mesh
 from neox_native.reliability.preemption import Requests
 from neox_native.reliability.startup import check_agreement, check_axes, code_version, describe_mesh
 from neox_native.reliability.watchdog import FLIGHT_RECORDER, Watchdog, enable_flight_recorder, job_store
-from neox_native.train.exports import Exports
 from neox_native.train.folder import RunFolder, has_begun
+from neox_native.train.keeping import Exports
 from neox_native.train.report import Report
 from neox_native.train.state import RunState
 
@@ -181,15 +181,12 @@ def batches_of(
     )
 
 
-def begin(
-    config: Config, mesh: Mesh, folder: RunFolder, start: Start | None, state: RunState, step: TrainStep
-) -> Report:
+def begin(config: Config, mesh: Mesh, folder: RunFolder, start: Start | None, state: RunState, step: TrainStep) -> Report:
     """Write down what starts, where and from what: from here on, the run's folder changes. A collective."""
-    device = step.losses.device
     changed = folder.begin(config, state.step)
-    if device.type == "cuda":
+    if step.losses.device.type == "cuda":
         make_folder(flight_recorder_folder(config))  # for NCCL, on each machine
-    report = Report(config, mesh, device, state.ranks, step, resumed_step=state.step)
+    report = Report(config, mesh, state.ranks, step, resumed_step=state.step)
     report.started(start, changed)
     return report
 

@@ -1,9 +1,9 @@
-"""What the launcher told this process, how it meets the others, and the ranks as a whole: they share what they know and
-fail together. The only file that reads the launcher's environment variables.
+"""What the launcher told this process, how it meets the other ranks, and what the ranks do as a whole.
 
-[Note: failing together] A rank that meets a full disk must not leave its peers waiting in a collective. So every piece of
-local work that can fail runs inside `Ranks.together`, which ends with a collective: either all ranks go on, or all raise
-the same sentence.
+No other file reads the launcher's environment variables.
+
+[Note: failing together] A rank that meets a full disk must not leave its peers waiting in a collective. So all local work
+that can fail runs inside `Ranks.together`. It ends with a collective: either all ranks go on, or all raise the same sentence.
 """
 
 from __future__ import annotations
@@ -130,9 +130,8 @@ class _Failure:
 class Ranks:
     """All ranks of the job, with a gloo group of their own, or this process alone.
 
-    The own group lets a background thread save while the main thread's collectives go on, and keeps objects off the
-    GPU. Creating one is a collective over the world. Object collectives unpickle what the *ranks of this job* send,
-    never a file.
+    Creating one is a collective. With a group of its own, a background thread can save while the main thread's collectives
+    go on, and objects stay off the GPU. The object collectives unpickle what the *ranks of this job* send, never a file.
 
     Args:
         tell: takes what rank 0 says to people.
@@ -177,11 +176,11 @@ class Ranks:
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
-        """Run the body on every rank, then agree on how it went; a collective at the end, whatever happened.
+        """Run the body on every rank, then agree on how it went. A collective ends it, whatever happened.
 
-        Where a body raised, every rank raises: `UserError` with the same sentence for a `UserError` or an operating
-        system error (a full disk, a missing permission); for a bug, the failing rank's own error and a `RuntimeError`
-        elsewhere.
+        Where one body raises, every rank raises. What the user can mend (a `UserError`, a full disk, a missing permission)
+        becomes a `UserError` with the same sentence everywhere. For a bug, the failing rank raises its own error and the
+        others a `RuntimeError`.
         """
         error: Exception | None = None
         try:

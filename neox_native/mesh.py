@@ -27,7 +27,7 @@ class Axis:
     """The ranks that differ from this one in one respect, in their order."""
 
     mesh: DeviceMesh
-    """Of one dim, for DTensors."""
+    """A mesh of one dim, as DTensors want it."""
 
     @property
     def name(self) -> str:

@@ -7,10 +7,9 @@
         tokenizer.json                    the tokenizer, where it came from such a file
         manifest.json                     size and crc32 of every other file; written last
 
-A checkpoint is written as `step_000000100.tmp-<token>`, flushed to the disk and renamed when all ranks are done: a
-folder that bears the final name was complete when it got it. The checksum is crc32 (zlib's): it finds every flipped
-bit and every burst of up to 32, and at 4 GB/s a core it costs less than the disk. It is no defence against a forger;
-`safe.py` is.
+A checkpoint is written as `step_000000100.tmp-<token>`, flushed to the disk, and renamed when all ranks are done. So a
+folder was complete when it got its final name. The checksum is zlib's crc32. It finds every flipped bit and every burst of
+up to 32; at 4 GB/s a core it costs less than the disk. `safe.py` defends against forgers, the checksum does not.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def finished(directory: Path) -> list[Path]:
 class ChecksumStream(io.BufferedWriter):
     """A file opened for writing that knows its crc32 and its size [bytes], and that is on the disk when it is closed.
 
-    Of large pieces the checksum is computed in a second thread while they are written: neither holds Python's lock.
+    A second thread computes the checksum of a large piece while the piece is written: neither holds Python's lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -148,7 +147,7 @@ def damage(file: Path, record: Record) -> str | None:
 
 
 def wrong_step(path: Path) -> str | None:
-    """Where what a checkpoint says of its step is not what its folder's name says, that as a sentence; else None."""
+    """A sentence where a checkpoint and its folder's name tell different steps; else None."""
     named = step_of(Path(path).absolute())
     told = read_metadata(path).get("step", named)
     if named is None or told == named:

@@ -28,10 +28,12 @@ class Start:
 def find_start(config: Checkpoint, directory: Path, ranks: Ranks) -> Start | None:
     """What to start from, or None for a new run; every file of it has been checked. A collective over all ranks.
 
-    `checkpoint.resume` = "auto" takes the newest whole checkpoint in `directory` and reports those it skips; a path
-    is taken or refused. Where there is nothing to resume, `checkpoint.initialize_from` gives the weights: a
-    fine-tuning run that is restarted goes on with its own checkpoints. Raises `UserError` where a named checkpoint,
-    or each one in `directory`, is damaged: starting anew would end by overwriting what may be mended.
+    `checkpoint.resume` = "auto" takes the newest whole checkpoint in `directory` and names those it skips; a path is taken or
+    refused. Where there is nothing to resume, `checkpoint.initialize_from` gives the weights: a fine-tuning run that is
+    restarted goes on with its own checkpoints.
+
+    Raises:
+        UserError: a named checkpoint, or each one in `directory`, is damaged. A new start would overwrite what may be mended.
     """
     with ranks.together(f"Opening {directory}"):
         if ranks.is_first:

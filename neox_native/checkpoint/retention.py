@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from neox_native.config.schema import Checkpoint
-from neox_native.errors import UserError
 
 PYTHIA_DENSE_STEPS = frozenset([0] + [2**k for k in range(10)])
 """Steps 0, 1, 2, 4, ... 512 (Biderman et al. 2023, section 2.1); every 1000th step follows."""
 
 
 def should_save(step: int, config: Checkpoint, total_steps: int) -> bool:
-    """Whether to save after `step` updates (0: before the first). The last step is always saved.
-
-    Raises `UserError` where `save_steps` is a word other than "pythia".
-    """
+    """Whether to save after `step` updates (0: before the first). The last step is always saved."""
     if step == total_steps:
         return True
     if config.save_every > 0 and step > 0 and step % config.save_every == 0:
         return True
     if config.save_steps == "pythia":
         return step in PYTHIA_DENSE_STEPS or step % 1000 == 0
-    if isinstance(config.save_steps, str) and config.save_steps:
-        raise UserError(
-            f'checkpoint.save_steps = "{config.save_steps}" is not known; '
-            'give "pythia" or a list of steps such as [1, 10].'
-        )
-    return step in config.save_steps if config.save_steps else False
+    return bool(config.save_steps) and step in config.save_steps
 
 
 def to_delete(saved_steps: list[int], keep_last: int, keep_every: int) -> list[int]:

@@ -1,10 +1,9 @@
 """Saving during a run: in the foreground or in a background thread, and deleting what need not be kept.
 
-[Note: background saves] Training stands still only while the state is copied to buffers in host memory (pinned where
-the state is on a GPU, kept from save to save); a thread then writes from there. The thread has a process group of its
-own, so that its collectives and those of training cannot mix. The next save waits for the one before, and deletion
-runs in the same thread after the rename, so a deletion never meets a save. The price is one host copy of what this
-rank writes.
+[Note: background saves] Training stands still only while the state is copied to host memory; a thread then writes from
+there. The buffers stay from save to save, pinned where the state is on a GPU: the price is one host copy of what this rank
+writes. The thread has a process group of its own, so that its collectives and those of training cannot mix. The next save
+waits for the one before. Old checkpoints are deleted in the same thread after the rename, so a deletion never meets a save.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class SavePlanner(dcp.DefaultSavePlanner):
 
 
 def own_share(state: State) -> State:
-    """What this rank should write of `state`: of copies of a DTensor on several ranks, one, picked by its name.
+    """What this rank writes of `state`. Where several ranks hold the same DTensor, its name picks the one that writes it.
 
     DCP would pick too, but only after every rank has copied everything to its host.
     """
@@ -104,9 +104,12 @@ def save(
 ) -> Path:
     """Write `state` and `metadata` (JSON) as the checkpoint of `step`; returns its folder. A collective over all ranks.
 
-    `host_copies` holds a local tensor per name of `state`; where given, the numbers come from there and `state` only
-    describes them; `beside` are small files, by name. When this returns, the checkpoint is on the disk under its final name. An error on one rank (a
-    full disk) raises the same `UserError` on all of them and leaves nothing behind.
+    When this returns, the checkpoint is on the disk under its final name. An error on one rank (a full disk) raises the
+    same `UserError` on all of them and leaves nothing behind.
+
+    Args:
+        host_copies: a local tensor for each name of `state`. The numbers come from there, and `state` only describes them.
+        beside: small files by name.
     """
     doing = f"Saving the checkpoint of step {step} in {directory}"
     return write(files.step_folder(directory, step), doing, state, metadata, ranks, host_copies, beside=beside)
@@ -176,8 +179,8 @@ def _write(
 
 @contextmanager
 def _dcp(ranks: Ranks) -> Iterator[None]:
-    """Run a collective of DCP. Of its error, which brings every rank the errors of all, each rank raises its own alone,
-    for `together` to name; its warning that one process works alone is silenced, because that is what was asked for."""
+    """Run a collective of DCP. Where it fails, every rank learns the errors of all; each raises its own, for `together` to
+    name. DCP's warning that one process works alone is silenced: that is what was asked for."""
     try:
         if ranks.group is not None:
             yield
@@ -191,8 +194,8 @@ def _dcp(ranks: Ranks) -> Iterator[None]:
 
 
 def find_damage(path: Path, ranks: Ranks) -> list[str]:
-    """Check every file of a checkpoint against its manifest, shared out over the ranks, then that its index tells where
-    in these files its tensors lie and that it is of the step that its name says; the complaints, the same on all ranks."""
+    """What is wrong with a checkpoint, the same on all ranks. Each rank checks some of the files against the manifest. Then
+    the index must tell where in these files the tensors lie, and the name must tell the step."""
     complaints = _complaints(lambda: _damaged_files(path, ranks), ranks)
     return complaints or _complaints(lambda: _damaged_content(path) if ranks.is_first else [], ranks)
 
@@ -228,8 +231,7 @@ def saved_in(directory: Path, ranks: Ranks) -> list[Path]:
 
 
 def newest(directory: Path, ranks: Ranks) -> Path | None:
-    """Folder of the newest checkpoint that is whole, or None. Damaged ones are reported by file and skipped. A
-    collective."""
+    """Folder of the newest checkpoint that is whole, or None. The damaged ones are named and skipped. A collective."""
     for path in saved_in(directory, ranks):
         complaints = find_damage(path, ranks)
         if not complaints:
@@ -244,11 +246,13 @@ def load(
     """Fill `state` in place from the checkpoint in `path`, in any layout; returns its metadata. A collective over all
     ranks.
 
-    Saved names that do not start with `only` are left alone (`only="model."` takes the weights). Names that start
-    with one of `lenient` are loaded where both sides have them. `verified` skips the checksums, after `newest` has
-    checked them.
-    Raises `UserError` on all ranks where the checkpoint is damaged, hostile, or of another architecture (names and
-    shapes).
+    Args:
+        only: saved names that do not begin so are left alone ("model." takes the weights).
+        lenient: names that begin so are loaded where both sides have them.
+        verified: `newest` has checked the checksums.
+
+    Raises:
+        UserError: on all ranks, where the checkpoint is damaged, hostile, or of another architecture (names and shapes).
     """
     if not verified:
         complaints = find_damage(path, ranks)

@@ -1,9 +1,9 @@
-"""Steps that must not be taken, losses or gradients that are not finite and losses that leap; and steps that teach nothing.
+"""Steps that must not be taken, because a loss or gradient is not finite or the loss leaps; and steps that teach nothing.
 
-[Note: skipped updates] Whether a step is bad is a tensor on the device, equal on all ranks because loss and gradient
-norm are reduced over all of them, and the optimizer multiplies by it instead of asking the host. So skipping costs no
-wait and cannot split the ranks; the host learns of it on the next logged step, or when so many flags are unread that the
-run may have to end.
+[Note: skipped updates] A tensor on the device says whether a step is bad. It is equal on all ranks, because loss and gradient
+norm are reduced over all of them, and the optimizer multiplies by it instead of asking the host. So skipping costs no wait
+and cannot split the ranks. The host learns of it on the next logged step, or when so many flags are unread that the run may
+have to end.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class BadSteps:
         self._pending.append((step, sample_ids, bad.detach().reshape(())))
 
     def may_have_passed_limit(self) -> bool:
-        """Whether as many flags are unread as end the run where all are bad. Reading them then, a row of bad steps is noticed
-        after 2 * limit + 1 of them at the latest."""
+        """Whether the unread flags, all of them bad, would end the run. Read then, they show a row of bad steps after
+        2 * limit + 1 of them at the latest."""
         return len(self._pending) > self.limit > 0
 
     def collect(self) -> list[BadStep]:
@@ -98,12 +98,12 @@ class EmptySteps:
     """Finds the steps in which no rank had a target. Their loss of 0 means nothing, and their gradient is zero.
 
     Args:
-        dp_group: the ranks that share out a step's samples.
-        device: of the group's collectives.
+        group: the ranks that read different rows.
+        device: where their collectives run.
     """
 
-    def __init__(self, dp_group: dist.ProcessGroup, device: torch.device) -> None:
-        self.dp_group, self.device = dp_group, device
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
         self._pending: list[tuple[int, int]] = []
 
     def record(self, step: int, num_targets: int) -> None:
@@ -111,11 +111,11 @@ class EmptySteps:
         self._pending.append((step, num_targets))
 
     def collect(self) -> list[int]:
-        """The empty steps since the last call; a collective over `dp_group` of one number per step."""
+        """The empty steps since the last call; a collective of one number per step."""
         if not self._pending:
             return []
         steps, counts = zip(*self._pending)
         totals = torch.tensor(counts, device=self.device)
-        dist.all_reduce(totals, group=self.dp_group)
+        dist.all_reduce(totals, group=self.group)
         self._pending.clear()
         return [step for step, total in zip(steps, totals.tolist()) if not total]

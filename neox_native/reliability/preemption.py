@@ -1,8 +1,8 @@
-"""Leaving: a signal asks for it or the launcher is gone, all ranks finish the same step and save, every process ends.
+"""Leaving: a signal asks for it or the launcher is gone; all ranks finish the same step and save; every process ends.
 
-[Note: leaving] A rank that waits for another in a collective or at the key-value store runs no Python, so a handler in
-Python would wait with it. Requests are therefore heard by a thread: the part of a handler that is written in C puts the
-signal's number into a pipe. What is done about one depends on when it comes:
+[Note: leaving] A rank that waits in a collective or at the key-value store runs no Python, so a handler in Python would wait
+with it. A thread therefore hears the requests, from a pipe into which Python's own C handler puts the signal's number. What
+it does about one depends on when it comes:
 
 - before the first step is done there is nothing to save, and the process ends at once with a sentence;
 - from then on it is noted, the all-reduce that goes with each step tells all ranks, and they save and leave together;

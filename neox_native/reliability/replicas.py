@@ -1,4 +1,4 @@
-"""Are replicas still equal? Ranks that hold copies of a tensor compare hashes, and the first name that differs is told.
+"""Are replicas still equal? Ranks that hold copies of a tensor compare hashes and name the first tensor that differs.
 
 Copies drift apart through a bug, a broken GPU or a flipped bit; training goes on and the loss looks fine for a while.
 """

@@ -1,7 +1,7 @@
 """Before the first step: do all ranks run the same thing, and can every axis of the mesh communicate?
 
-A node with a broken network card or another checkout costs a day when it shows up as a hang or a strange loss; here
-it costs a minute and is named.
+A node with a broken network card or another checkout costs a day where it shows up as a hang or a strange loss. Here it
+costs a minute and is named.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def check_agreement(facts: dict[str, str], ranks: Ranks) -> list[str]:
 def check_axes(mesh: Mesh, hosts: list[str], store: dist.Store, limit_seconds: float = 60.0) -> None:
     """One all-reduce over each axis of the mesh and one over the world, each within `limit_seconds`.
 
-    The verdicts travel through the store, which works where a collective does not. Raises the same `UserError` on all
-    ranks that still answer, naming ranks and hosts.
+    The verdicts travel through the store, which works where a collective does not.
+
+    Raises:
+        UserError: the same on all ranks that still answer; it names ranks and hosts.
     """
     store = dist.PrefixStore("startup", store)
     axes: dict[str, dist.ProcessGroup | None] = {name: axis.group for name, axis in mesh.named.items()}

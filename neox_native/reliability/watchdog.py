@@ -1,15 +1,14 @@
 """Hangs: a watchdog that says which rank is where and ends the job, and the flight recorder of collectives.
 
-[Note: watchdog] Ranks that wait for each other hang together, so a rank need only watch itself: when its own main
-thread makes no progress for too long, its watchdog thread raises an alarm in the key-value store of the launcher.
-Every rank's thread sees the alarm, posts where its main thread is with its Python stacks, and after a moment the
-lowest rank that is alive prints the table. The store answers while collectives hang. Then all processes leave with
-`EXIT_STATUS`, and torchrun restarts the job. A rank that posts nothing is stopped, dead, or stuck outside Python: it
-is named first.
+[Note: watchdog] Ranks that wait for each other hang together, so a rank need only watch itself. When its main thread makes
+no progress for too long, its watchdog thread raises an alarm in the launcher's key-value store, which answers while
+collectives hang. Every rank's thread sees the alarm and posts where its main thread is, with its Python stacks. After a
+moment the lowest rank that is alive prints the table; a rank that posted nothing is stopped, dead, or stuck outside Python,
+and is named first. Then all processes leave with `EXIT_STATUS`, and torchrun restarts the job.
 
-A stopped rank cannot watch itself, and opening data or compiling may take those that wait for it long. So each watchdog
-counts in the store that it is awake, and the rank before it looks whether it still counts. A watchdog that was late
-itself (Ctrl-Z, a laptop that slept, a store that did not answer) was away, and what it did not see does not count.
+A stopped rank cannot watch itself, and those that wait for it may be in a phase that takes long. So each watchdog counts in
+the store that it is awake, and the rank before it looks whether it still counts. A watchdog that was late itself (Ctrl-Z, a
+laptop that slept, a store that did not answer) was away; what it did not see does not count.
 """
 
 from __future__ import annotations

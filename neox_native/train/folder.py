@@ -68,8 +68,8 @@ class RunFolder:
             print(f"run.dir = {str(self.path)!r} cannot be locked ({self.lock.refusal}): start one run at a time in it", flush=True)
 
     def begin(self, config: Config, step: int) -> list[str]:
-        """The run is possible and starts at `step`: set aside what it must not mix with, clear away what killed processes
-        left, and write the resolved settings, which go on with it where it stands.
+        """Begin a run that is possible, at `step`: set aside what it must not mix with, clear away what killed processes left,
+        and write settings that go on with it where it stands.
 
         Args:
             config: as it holds for this start.
@@ -90,7 +90,7 @@ class RunFolder:
 
     @contextmanager
     def _made(self, logs_go_on: bool) -> Iterator[None]:
-        """Make the folder and its lock where they are missing, for the body to write to; whatever is new goes if it fails."""
+        """Make the folder and its lock where they are missing. Whatever is new goes where the body fails."""
         files = [self.path / name for name in (LOCK, SETTINGS_FILE, BEGUN)]
         missing = [path for path in (*files, self.path, *self.path.parents) if not os.path.lexists(path)]
         try:
@@ -112,8 +112,8 @@ class RunFolder:
             raise
 
     def needs_nothing(self, config: Config, step: int) -> bool:
-        """Whether a start at `step`, the run's last, would turn away from nothing. Clears away what killed processes left, for
-        there will be no start. A collective."""
+        """Whether a start at `step`, the run's last, would turn away from nothing. Then there is no start, and this clears away
+        what killed processes left. A collective."""
         idle = False
         with self.ranks.together(f"Looking at run.dir = {str(self.path)!r}"):
             if self.ranks.is_first:
@@ -126,8 +126,8 @@ class RunFolder:
     def _abandoned(self, resume: str, step: int) -> list[Path]:
         """What an earlier run left that this start turns away from.
 
-        With "none", all of it. With the path of a checkpoint, the checkpoints and exports after it, and all where it is not
-        one of this folder's: a restart goes on at the newest, which must be of this run, and writes the exports that it misses.
+        With "none", that is all. With the path of a checkpoint, it is the checkpoints and exports after that one, or all where
+        it is not one of this folder's: a restart goes on at the newest, which must be of this run.
         """
         if resume == "auto":
             return []

@@ -1,7 +1,7 @@
 """Where the numbers of a run come from: the settings of each start that trained, and the code and machines of each.
 
     config.toml                     settings of the latest start
-    config_step_000000100.toml      of an earlier one, which began at step 100 and whose successor changed something
+    config_step_000000100.toml      settings of an earlier one, which began at step 100; its successor changed something
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ HEADER = "# The start at step {}.\n"
 
 
 def write_settings(run: Path, config: Config, step: int, aside: Path | None) -> list[str]:
-    """Make the run's `config.toml` say `config`, of the start at `step`. Where the start before had other settings, these are
-    kept under a name of their own; where it had the same, nothing is written.
+    """Make the run's `config.toml` say `config`, the settings of the start at `step`. Other settings of the start before are
+    kept under a name of their own; where nothing changed, nothing is written.
 
     Args:
         aside: where the earlier run has been moved to, for a start that turned away from it.
@@ -62,13 +62,13 @@ def _changes(file: Path, config: Config) -> list[str]:
 
 
 def _name(settings: bytes) -> str:
-    """Under which name settings are kept: that of the step at which they began, which earlier versions did not note."""
+    """The name under which settings are kept: it tells the step at which they began, which earlier versions did not note."""
     step = re.match(HEADER.format("([0-9]{1,18})").encode(), settings)
     return f"config_step_{int(step[1]):09d}.toml" if step else "config_earlier.toml"
 
 
 def _keep(settings: bytes, file: Path) -> None:
-    """Write settings to a file, or under the next free name; not twice, where a crash cut the start before short."""
+    """Write settings to a file, or under the next free name. A start that a crash cut short has written them already."""
     name, number = file, 1
     while os.path.lexists(name):
         if name.is_file() and read_bytes(name) == settings:

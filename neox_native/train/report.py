@@ -58,7 +58,7 @@ class Report:
         )
         self.metrics = sorted(set().union(*ranks.gather(train_step.metrics)))
         self.compute_seconds, self.steps = 0.0, 0
-        """Of this rank since stragglers were last named."""
+        """What this rank has computed, and the steps done, since stragglers were last named."""
         self.predicted = predict(config)
         sentence = self.predicted.sentence(with_memory=device.type == "cuda")
         self.event("prediction", resumed_step, f"step {resumed_step}: {sentence}", **dataclasses.asdict(self.predicted))

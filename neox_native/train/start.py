@@ -63,7 +63,8 @@ def watched(config: Config, requests: Requests | None) -> Iterator[tuple[Watchdo
 
 
 def lay_out_ranks(config: Config, device: torch.device) -> tuple[Mesh, Ranks, RunFolder]:
-    """The mesh and the run's folder, after all ranks have agreed on settings and code and each of its axes has carried a collective.
+    """The mesh and the run's folder. Before they are used, all ranks have agreed on settings and code, and each axis has
+    carried a collective.
 
     Raises:
         UserError: on all ranks, naming the rank and host that differs or does not answer.
@@ -87,8 +88,8 @@ def choose_start(config: Config, ranks: Ranks, folder: RunFolder, watchdog: Watc
 
 
 def after_restart(config: Config, ranks: Ranks) -> Config:
-    """The settings of a job that its launcher has restarted: once begun, it goes on where it stood, whatever
-    `checkpoint.resume` was. A named checkpoint stays the start until the run has saved one of its own."""
+    """The settings as they hold for a restart by the launcher. A run that has begun goes on where it stood, whatever
+    `checkpoint.resume` was; a named checkpoint stays the start until the run has saved one of its own."""
     restarted = max(ranks.gather(Launch.from_environment().restarts)) > 0
     if not restarted:
         return config
@@ -110,8 +111,7 @@ def choose_determinism(run: Run) -> None:
 
 
 def open_data(config: Config, ranks: Ranks, start: Start | None, watchdog: Watchdog) -> Datasets:
-    """The run's data, the same on all ranks, in the order that the checkpoint it goes on from was reading; rank 0 prepares
-    what is built in."""
+    """The run's data, the same on all ranks, in the order in which the checkpoint it goes on from was reading them."""
     watchdog.at(0, "open data")
     saved, own = {}, ""
     with ranks.together("Opening the data"):

@@ -152,12 +152,13 @@ def seed_dropout(config: Config, mesh: Mesh, step: int) -> None:
 def copies(
     config: Config, mesh: Mesh, optimizer: ShardedOptimizer
 ) -> Iterator[tuple[str, dist.ProcessGroup, list[tuple[str, Tensor]]]]:
-    """What several ranks hold alike, by mesh axis: over dp weights, over tp replicated ones and the random state that drops
-    the same elements of the same residual stream, over neighbours in tp shared heads, over pp the embedding of the first and
-    the last stage where it is tied.
+    """What several ranks hold alike, with the name of the axis along which they differ.
 
-    Stages 1 and 2 copy trained weights anew from their one owner in every step, so that over dp only frozen ones can drift
-    apart; in stage 3 each has one owner.
+    - dp: weights. ZeRO stages 1 and 2 copy trained weights from their one owner in every step, so only frozen ones can drift
+      apart; in stage 3 each weight has one owner.
+    - tp: replicated weights, the rows of shared heads, and the random state that drops the same elements of the same
+      residual stream.
+    - pp: the embedding of the first and the last stage, where it is tied.
     """
     shards: dict[str, tuple[dist.ProcessGroup, list[tuple[str, Tensor]]]] = {}
     for unit in optimizer.units:

@@ -21,6 +21,7 @@ from neox_native.config.schema import Config, Model, Objective
 from neox_native.data.indexed import IndexedWriter
 from neox_native.engine.objective import OBJECTIVES, NextToken, objective_of
 from neox_native.errors import UserError
+from neox_native.interop.checkpoints import CheckpointReader
 from neox_native.model.auxiliary import AuxiliaryLoss
 from neox_native.model.kinds import KINDS, Kind
 from neox_native.model.layers import OutputLinear, Vector, input_cards, output_cards
@@ -75,6 +76,7 @@ class Cautious(NextToken):
 
 
 TOY = Kind("toy", MovingAverage, cards_of(), module="toy", norm="toy_norm")
+QUICK = Kind("quick", MovingAverage, cards_of(lr_multiplier=4.0), module="toy", norm="toy_norm")
 SETTINGS = [
     '--model.pattern=["attention+feed_forward", "toy"]', "--model.num_layers=4", "--model.hidden_size=32",
     "--model.num_heads=4", "--model.seq_length=16", "--model.vocab_size=60", "--model.vocab_multiple_of=4",
@@ -95,7 +97,8 @@ LAYOUTS = {
 
 
 def register(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(KINDS, TOY.name, TOY)
+    for kind in (TOY, QUICK):
+        patch.setitem(KINDS, kind.name, kind)
     patch.setitem(OBJECTIVES, "cautious", Cautious)
 
 
@@ -155,6 +158,20 @@ def test_the_dry_run_counts_it(corpus: str, tmp_path: Path) -> None:
     feed_forward = 64 * 32 + 64 + 32 * 64 + 32
     assert other.parameters - counted.parameters == 2 * (feed_forward - toy)
     assert 0 < counted.hardware_flops < other.hardware_flops and counted.peak_bytes < other.peak_bytes
+
+
+def test_a_parameter_has_the_learning_rate_and_the_decay_of_its_card(corpus: str, tmp_path: Path) -> None:
+    base = ["--optimizer.name=sgd", "--training.steps=1", "--training.clip_grad_norm=0", "--lr_schedule.warmup_fraction=0"]
+    base += ["--checkpoint.save_steps=[0]"]
+    moved = {}
+    for kind, *more in (TOY, "--optimizer.weight_decay=0"), (QUICK, "--optimizer.weight_decay=0.5", "--parallel.tp=2"):
+        pattern = f'--model.pattern=["attention+feed_forward", "{kind.name}"]'
+        run(settings(corpus, tmp_path / kind.name, *base, pattern, *more))
+        saved = [CheckpointReader(tmp_path / kind.name / "checkpoints" / f"step_{step:09d}") for step in (0, 1)]
+        before, after = (reader(f"layers.1.{kind.module}.taps.weight") for reader in saved)
+        moved[kind.name] = after - before
+    torch.testing.assert_close(moved["quick"], 4 * moved["toy"], rtol=0, atol=5e-7)
+    assert moved["toy"].abs().max() > 1e-4  # rounding of weights around 0.5 is 6e-8
 
 
 def test_an_objective_that_nobody_has_defined_is_refused() -> None:

@@ -93,9 +93,7 @@ def calibrate(config: Config, device: torch.device, like: Gpu, name: str) -> Gpu
     )
     if dist.is_initialized() and dist.get_world_size() > 1:
         speed, start = collective_speed(device)
-        measured = dataclasses.replace(
-            measured, node_bytes_per_second=speed, link_efficiency=1.0, collective_seconds=start
-        )
+        measured = dataclasses.replace(measured, node_bytes_per_second=speed, link_efficiency=1.0, collective_seconds=start)
     return measured
 
 

@@ -1,8 +1,7 @@
 """One training step of one rank of any mesh, in one process, on fake tensors: what it will need and what it will send.
 
 Everything that runs is the training code: config, mesh, assembly, optimizer, engine, step. Only the ground is fake: a
-process group whose collectives return at once, and tensors that have a shape but no content. It lives here and not in
-`plan/` because it drives `train/`; the ledger that it reads and the closed forms beside it are `plan/`'s.
+process group whose collectives return at once, and tensors that have a shape but no content.
 """
 
 from __future__ import annotations
@@ -125,13 +124,9 @@ def text(reports: list[RankReport]) -> str:
         lines.append(f"  peak memory         {size(report.peak_bytes)}, {report.peak_at}")
         lines += [f"    {kind:17} {size(number)}" for kind, number in report.bytes_by_kind.items()]
         for axis, sent in report.communication.items():
-            lines.append(
-                f"  sent over {axis:9} {size(sent['bytes'])} in {sent['collectives']} collectives a step"
-            )
+            lines.append(f"  sent over {axis:9} {size(sent['bytes'])} in {sent['collectives']} collectives a step")
         lines.append(f"  sent to neighbours  {size(report.point_to_point_bytes)} a step")
-        lines.append(
-            f"  FLOPs of a step     {report.model_flops:.3e} of the model, {report.hardware_flops:.3e} executed"
-        )
+        lines.append(f"  FLOPs of a step     {report.model_flops:.3e} of the model, {report.hardware_flops:.3e} executed")
         lines.append(f"  pipeline bubble     {share_of_step(report.bubble_fraction):.1%} of the step")
         blocks.append("\n".join(lines))
     worst = max(reports, key=lambda report: report.peak_bytes)
@@ -173,12 +168,6 @@ def _shallow(config: Config) -> Config:
     model = dataclasses.replace(config.model, num_layers=parallel.pp * parallel.virtual_stages)
     count = min(num_microbatches(config), _enough(config)[0])
     return _with_microbatches(dataclasses.replace(config, model=model, parallel=parallel), count)
-
-
-def _bubble(config: Config) -> float:
-    parallel = config.parallel
-    count = num_microbatches(config)
-    return timeline(parallel.pipeline_schedule, parallel.pp, parallel.virtual_stages, count).bubble_fraction
 
 
 @dataclass(frozen=True)
@@ -267,7 +256,8 @@ def axes_of(mesh: Mesh) -> dict[str, str]:
 
 def _report(config: Config, mesh: Mesh, counted: _Counted) -> RankReport:
     peak, totals = max(counted.peaks.values(), key=lambda peak: peak.num_bytes), counted.totals
-    place = mesh.place
+    place, parallel = mesh.place, config.parallel
+    drawn = timeline(parallel.pipeline_schedule, parallel.pp, parallel.virtual_stages, num_microbatches(config))
     axes = dict.fromkeys((*mesh.named, "world"), Traffic()) | totals.traffic
     return RankReport(
         rank=dist.get_rank(),
@@ -280,7 +270,7 @@ def _report(config: Config, mesh: Mesh, counted: _Counted) -> RankReport:
         point_to_point_bytes=totals.sent_bytes,
         model_flops=costs.model_flops_of_rank(config, place["pp"]),
         hardware_flops=totals.flops,
-        bubble_fraction=_bubble(config),
+        bubble_fraction=drawn.bubble_fraction,
     )
 
 

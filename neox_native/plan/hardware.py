@@ -44,9 +44,7 @@ def load_gpus(path: Path = BUILT_IN) -> dict[str, Gpu]:
     for name, table in tables.items():
         if not isinstance(table, dict) or set(table) != wanted:
             odd = ", ".join(sorted(wanted ^ set(table))) if isinstance(table, dict) else "not a table"
-            raise UserError(
-                f"{path}: [{name}] must have exactly the entries {', '.join(sorted(wanted))}; differs in: {odd}."
-            )
+            raise UserError(f"{path}: [{name}] must have exactly the entries {', '.join(sorted(wanted))}; differs in: {odd}.")
     return {name: Gpu(name, **table) for name, table in tables.items()}
 
 

@@ -12,9 +12,6 @@ and gathers it again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 from neox_native.config.schema import Config
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.model.kinds import residual_steps
@@ -55,41 +52,16 @@ class Layer:
         self.weight_gradient = e * output.inner * output.columns // t
 
 
-@dataclass(frozen=True)
 class Stage:
-    """One of a rank's stages."""
+    """One of a rank's stages, and its number; where it does not have the embedding or the readout, that has 0 elements."""
 
-    number: int
-    layers: list[Layer]
-    embedding: int
-    """Elements of the embedding's matrix; 0 where the stage does not have it."""
-    readout: int
-    """Elements of the readout's matrix; 0 where the stage does not have it."""
-
-    @cached_property
-    def kept(self) -> int:
-        """What its layers keep of a microbatch."""
-        return sum(layer.kept for layer in self.layers)
-
-    @cached_property
-    def recomputed(self) -> int:
-        """What the input half of a split backward pass recomputes."""
-        return sum(layer.recomputed for layer in self.layers)
-
-    @cached_property
-    def waiting(self) -> int:
-        """The gradients that the weight half needs, those of the readout left out."""
-        return sum(layer.waiting for layer in self.layers)
-
-    @cached_property
-    def elements(self) -> int:
-        """Elements of the matrices of all its units."""
-        return sum(layer.unit for layer in self.layers) + self.embedding + self.readout
-
-    @property
-    def lingering(self) -> int:
-        """Elements of the unit that the stage reduces last: its matrix stays until the stage's next reduction."""
-        return self.embedding or self.layers[0].unit
+    def __init__(self, number: int, layers: list[Layer], embedding: int, readout: int):
+        self.number, self.layers, self.embedding, self.readout = number, layers, embedding, readout
+        self.kept = sum(layer.kept for layer in layers)  # of a microbatch
+        self.recomputed = sum(layer.recomputed for layer in layers)  # by the input half of a split backward pass
+        self.waiting = sum(layer.waiting for layer in layers)  # for the weight half, the readout's gradients left out
+        self.elements = sum(layer.unit for layer in layers) + embedding + readout
+        self.lingering = embedding or layers[0].unit  # reduced last: the matrix stays until the stage's next reduction
 
 
 def stages_of(config: Config, share: Share) -> list[Stage]:

@@ -34,19 +34,12 @@ PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, COMMUNICATION = KINDS = (
 intermediate results included. Communication: gathered rows of ZeRO and what a pipeline stage receives."""
 
 
-def _cpu_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _cpu_attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
-
-
-_aten = torch.ops.aten
+_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+    _attention: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
+    _attention_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape),
 }
 """Operations of an operator [FLOP]: torch's counts, and attention on a CPU, which it leaves out."""
 

@@ -212,7 +212,4 @@ def _gather(sizes: _Sizes) -> dict[str, int]:
         return {}
     layer = max(layer.unit for stage in sizes.stages for layer in stage.layers)
     largest = max(layer, *(end for stage in sizes.stages for end in (stage.embedding, stage.readout)))
-    return {
-        "communication": sizes.e * (largest + layer),
-        "parameters": sizes.e * largest if sizes.zero == 3 else 0,
-    }
+    return {"communication": sizes.e * (largest + layer), "parameters": sizes.e * largest if sizes.zero == 3 else 0}

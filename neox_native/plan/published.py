@@ -70,6 +70,4 @@ def table(rows: list[Comparison]) -> str:
         shares = f"{row.published_mfu:.1%} | {row.predicted_mfu:.1%} | {row.error:+.1%}"
         lines.append(f"| {row.name} | {row.gpus} {row.device} | {shares} | {use} |")
     held_out = [abs(row.error) for row in rows if not row.calibrates]
-    return (
-        "\n".join(lines) + f"\n\nMean error of the {len(held_out)} rows held out: {sum(held_out) / len(held_out):.1%}."
-    )
+    return "\n".join(lines) + f"\n\nMean error of the {len(held_out)} rows held out: {sum(held_out) / len(held_out):.1%}."

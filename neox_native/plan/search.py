@@ -52,9 +52,7 @@ class Candidate:
         words += ["sp"] if parallel.sequence_parallel else []
         words += [f"zero {parallel.zero_stage}", f"micro {training.micro_batch_size}"]
         if parallel.pp > 1:
-            words.append(
-                parallel.pipeline_schedule + (f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else "")
-            )
+            words.append(parallel.pipeline_schedule + (f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""))
         return " ".join(words) + (" recompute" if training.activation_checkpointing == "full" else "")
 
 
@@ -151,9 +149,7 @@ def reasons(candidates: list[Candidate], machine: Machine) -> list[str]:
     """One sentence for each value of each choice that the best layout does not have."""
     best, sentences = candidates[0], []
     for name, choice in CHOICES.items():
-        for value in sorted(
-            {choice(candidate.config) for candidate in candidates} - {None, choice(best.config)}, key=str
-        ):
+        for value in sorted({choice(candidate.config) for candidate in candidates} - {None, choice(best.config)}, key=str):
             rivals = [candidate for candidate in candidates if choice(candidate.config) == value]
             sentences.append(f"{name} {value}: {_why(rivals[0], best, machine)}")
     return sentences
@@ -167,11 +163,12 @@ def _why(rival: Candidate, best: Candidate, machine: Machine) -> str:
     slower = 1.0 - rival.speed / best.speed
     mean = [sum(time.forward + time.backward) / len(time.forward) for time in (rival.time, best.time)]
     microbatches = [c.config.training.num_microbatches(c.config.parallel.dp) for c in (rival, best)]
+    idle = [time.bubble_fraction * each * m for time, each, m in zip((rival.time, best.time), mean, microbatches)]
     parts = {
         "more exposed tensor-parallel traffic": rival.time.tensor_parallel - best.time.tensor_parallel,
         "more exposed traffic over dp": rival.time.data_parallel - best.time.data_parallel,
         "more sends between stages": rival.time.pipeline - best.time.pipeline,
-        "a larger bubble": _idle(rival.time, mean[0] * microbatches[0]) - _idle(best.time, mean[1] * microbatches[1]),
+        "a larger bubble": idle[0] - idle[1],
         "a longer update": rival.time.update - best.time.update,
     }
     rest = rival.time.seconds - best.time.seconds - sum(parts.values())
@@ -180,7 +177,3 @@ def _why(rival: Candidate, best: Candidate, machine: Machine) -> str:
     if slower < 0.005:
         return f"as fast to half a percent ({rival.layout})."
     return f"{slower:.1%} slower at its best, {rival.layout}: {reason}."
-
-
-def _idle(time: StepTime, compute: float) -> float:
-    return time.bubble_fraction * compute

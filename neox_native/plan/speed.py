@@ -131,9 +131,7 @@ def step_time(config: Config, machine: Machine) -> StepTime:
     bubble = bubble_fraction(parallel, m)
     mean = sum(forward + backward) / parallel.pp
     compute = m * (forward[slowest] + backward[slowest] + sends[slowest]) + bubble * m * mean
-    exposed = max(
-        _exposed_data_parallel(config, machine, rank, forward[rank], backward[rank]) for rank in range(parallel.pp)
-    )
+    exposed = max(_exposed_data_parallel(config, machine, rank, forward[rank], backward[rank]) for rank in range(parallel.pp))
     update = max(_update(config, machine, rank) for rank in range(parallel.pp))
     seconds = compute + exposed + update
     tokens = config.training.global_batch_size * config.model.seq_length / (parallel.pp * parallel.dp * parallel.tp)

@@ -43,22 +43,10 @@ SMALL = Config(
 
 @pytest.mark.slow
 def test_twenty_billion_parameters_on_a_laptop() -> None:
-    command = [
-        "tools/plan.py",
-        "dry-run",
-        "--config",
-        "configs/20b.toml",
-        "--world-size",
-        "64",
-        "--rank",
-        "0",
-        "--json",
-    ]
+    command = ["tools/plan.py", "dry-run", "--config", "configs/20b.toml", "--world-size", "64", "--rank", "0", "--json"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    printed = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, check=True
-    ).stdout
+    printed = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=True).stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     report = json.loads(printed)
     assert set(report) == KEYS and report["coordinates"] == {"pp": 0, "dp": 0, "tp": 0}
@@ -138,9 +126,7 @@ def test_recomputation_under_split_backward_passes_needs_what_the_closed_form_sa
     ids=str,
 )
 def test_a_few_microbatches_tell_of_many(parallel: Parallel, rank: int, microbatches: int, recompute: str) -> None:
-    training = replace(
-        SMALL.training, global_batch_size=microbatches * parallel.dp, activation_checkpointing=recompute
-    )
+    training = replace(SMALL.training, global_batch_size=microbatches * parallel.dp, activation_checkpointing=recompute)
     layers = max(SMALL.model.num_layers, parallel.pp * parallel.virtual_stages)
     model = replace(SMALL.model, num_layers=layers)
     config = replace(SMALL, model=model, training=training, parallel=parallel)

@@ -60,9 +60,7 @@ def test_the_first_five_stay_under_eighty_gigabytes_in_the_dry_run(twenty_billio
 
 def test_the_written_config_is_the_best_layout_and_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "best.toml"
-    tool.main(
-        ["search", "--config", "configs/pythia/410m.toml", "--gpus", "8", "--gpu", "a100-40", "--write", str(target)]
-    )
+    tool.main(["search", "--config", "configs/pythia/410m.toml", "--gpus", "8", "--gpu", "a100-40", "--write", str(target)])
     printed = capsys.readouterr().out
     config = require(load(target), 8)
     assert config.model == load("configs/pythia/410m.toml").model
@@ -72,9 +70,7 @@ def test_the_written_config_is_the_best_layout_and_loads(tmp_path: Path, capsys:
 
 
 def test_an_unknown_gpu_lists_the_known() -> None:
-    with pytest.raises(
-        UserError, match="'V100' is not known; the known are A100-40, A100-80, H100, H200, B200, MI250X"
-    ):
+    with pytest.raises(UserError, match="'V100' is not known; the known are A100-40, A100-80, H100, H200, B200, MI250X"):
         tool.main(["search", "--config", "configs/20b.toml", "--gpus", "64", "--gpu", "V100"])
 
 
@@ -163,13 +159,9 @@ def test_held_out_runs_are_predicted_within_fifteen_percent_and_in_order() -> No
 
 def test_each_cost_makes_the_step_longer() -> None:
     def seconds(machine: Machine = H100, recompute: str = "none", **parallel: object) -> float:
-        training = Training(
-            global_batch_size=64, micro_batch_size=2, precision="bf16", activation_checkpointing=recompute
-        )
+        training = Training(global_batch_size=64, micro_batch_size=2, precision="bf16", activation_checkpointing=recompute)
         model = Model(num_layers=16, hidden_size=2048, num_heads=16)
-        return step_time(
-            require(Config(model=model, training=training, parallel=Parallel(**parallel)), 16), machine
-        ).seconds
+        return step_time(require(Config(model=model, training=training, parallel=Parallel(**parallel)), 16), machine).seconds
 
     assert seconds(recompute="full") > seconds()
     assert seconds(Machine(H100.gpu, 8, COMPILED)) < seconds(Machine(H100.gpu, 8, EAGER))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from neox_native.checkpoint.files import read_metadata
 from neox_native.config.load import from_command_line
-from neox_native.config.schema import Config
+from neox_native.config.schema import Config, Evaluation
 from neox_native.data.build import Position, build_data
 from neox_native.data.dataset import Dataset
 from neox_native.data.loader import as_signed, format_hash, hash_row
@@ -69,19 +69,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def training_data(config: Config, position: Position = Position()) -> Dataset:
     """The training data, as training opens it that goes on from `position`."""
-    training = config.training
-    return build_data(
-        config.data,
-        config.model.seq_length,
-        config.model.vocab_size,
-        config.run.seed,
-        training.global_batch_size,
-        training.steps,
-        0,
-        config.evaluation.batches,
-        ranks=Ranks(partial(print, file=sys.stderr)),
-        position=position,
-    ).train
+    ranks = Ranks(partial(print, file=sys.stderr))
+    return build_data(config.data, config.model, config.training, Evaluation(every=0), config.run.seed, ranks, position).train
 
 
 def first_sample(

@@ -152,13 +152,11 @@ class Saver:
         finished, self._reports = self._reports, []
         return finished
 
-    def export(self, path: Path, state: store.State, metadata: dict[str, Any]) -> Path | None:
-        """Write the weights alone for publishing, in the type `checkpoint.export` names; None where it is "none".
+    def export(self, path: Path, state: store.State, metadata: dict[str, Any]) -> Path:
+        """Write the weights alone for publishing, in the type that `checkpoint.export` names.
 
         Only names under "model." go in: no optimizer, no generators. `load` reads it like any other checkpoint.
         """
-        if self.config.export == "none":
-            return None
         self.wait()
         dtype = DTYPES[self.config.export]
         weights = {name: value for name, value in state.items() if name.startswith("model.")}

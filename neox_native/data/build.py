@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from neox_native.config.rules import wrong_datasets
-from neox_native.config.schema import Data
+from neox_native.config.schema import Data, Evaluation, Model, Training
 from neox_native.data.dataset import Dataset, Mixture, Reading, TokenDataset
 from neox_native.data.indexed import IndexedDataset
 from neox_native.data.order import ENDLESS, split_documents
@@ -65,22 +65,14 @@ def parse_split(split: str) -> list[float]:
     return shares + [0.0] * (3 - len(shares))
 
 
-def samples_needed(
-    part: str,
-    steps: int,
-    global_batch_size: int,
-    eval_every: int,
-    eval_batches: int,
-    eval_rotate: bool,
-    position: Position,
-) -> int:
+def samples_needed(part: str, training: Training, evaluation: Evaluation, position: Position) -> int:
     """Samples of one part that a whole run reads. Training reads those that were consumed, maybe in batches of another size,
     and those of the steps left; validation reads those of one evaluation or, where evaluations rotate, of all within the run
     and one at its end, as GPT-NeoX counts them."""
     if part == "train":
-        return position.consumed_samples + max(0, steps - position.step) * global_batch_size
-    evaluations = steps // max(1, eval_every or steps) + 1 if part == "valid" and eval_rotate else 1
-    return evaluations * eval_batches * global_batch_size
+        return position.consumed_samples + max(0, training.steps - position.step) * training.global_batch_size
+    evaluations = training.steps // evaluation.every + 1 if evaluation.rotate else 1
+    return evaluations * evaluation.batches * training.global_batch_size
 
 
 def how_far(data: Dataset, global_batch_size: int, position: Position) -> str:
@@ -133,29 +125,29 @@ def parse_sources(value: str | list[dict], setting: str) -> list[Source]:
 
 def build_data(
     config: Data,
-    seq_length: int,
-    vocab_size: int,
+    model: Model,
+    training: Training,
+    evaluation: Evaluation,
     seed: int,
-    global_batch_size: int,
-    steps: int,
-    eval_every: int,
-    eval_batches: int,
     ranks: Ranks,
     position: Position = Position(),
-    eval_rotate: bool = False,
 ) -> Datasets:
     """The run's datasets.
 
-    The first of `ranks` prepares built-in corpora. `position` is where a run that goes on stands in its training data. With `eval_rotate` each evaluation reads
-    samples of its own. Raises `UserError` for everything that is wrong with the files or the settings.
+    Args:
+        ranks: the first of them prepares built-in corpora.
+        position: where a run that goes on stands in its training data.
+
+    Raises:
+        UserError: for everything that is wrong with the files or the settings.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"run.seed = {seed} must lie between 0 and 2^32 - 1 = {2**32 - 1}.")
     given = {"train": config.train} | ({"valid": config.valid} if config.valid else {})
     sources = {setting: parse_sources(value, setting) for setting, value in given.items()}
-    open_files, in_use = cache(IndexedDataset), ("train", "valid") if eval_every else ("train",)
+    open_files, in_use = cache(IndexedDataset), ("train", "valid") if evaluation.every else ("train",)
     read = [entry for part in in_use for entry in sources.get(part, sources["train"])]
-    tokenizer = _tokenizer_of(config, read, vocab_size, open_files, ranks.say)
+    tokenizer = _tokenizer_of(config, read, model.vocab_size, open_files, ranks.say)
     if any(source.path == PYTHON_STDLIB for entries in sources.values() for source in entries):
         made_with = tokenizer or load_tokenizer(config.tokenizer)
         prefix = prepare_python_stdlib(made_with, config.cache_dir, ranks)
@@ -167,11 +159,11 @@ def build_data(
 
     def build(part: str) -> Dataset:
         reading = Reading(
-            part, seq_length, vocab_size, seed, config.order, config.packing, config.document_attention,
+            part, model.seq_length, model.vocab_size, seed, config.order, config.packing, config.document_attention,
             config.document_positions, kept_orders=str(at_home(config.cache_dir) / "orders"),
         )  # fmt: skip
         entries = sources.get(part, sources["train"])
-        num_samples = samples_needed(part, steps, global_batch_size, eval_every, eval_batches, eval_rotate, position)
+        num_samples = samples_needed(part, training, evaluation, position)
 
         def make(number: int, num_samples: int) -> TokenDataset:
             files = open_files(entries[number].path)
@@ -184,7 +176,7 @@ def build_data(
 
         return make(0, num_samples) if len(entries) == 1 else Mixture(make, [e.weight for e in entries], num_samples)
 
-    return Datasets(build("train"), build("valid") if eval_every else None, tokenizer)
+    return Datasets(build("train"), build("valid") if evaluation.every else None, tokenizer)
 
 
 def _tokenizer_of(

@@ -121,19 +121,8 @@ def open_data(config: Config, ranks: Ranks, start: Start | None, watchdog: Watch
     saved, own = ranks.from_first((saved, own))
     goes_on = start is not None and not start.weights_only
     position = Position.of(saved if goes_on else {})
-    data = build_data(
-        replace(config.data, tokenizer=or_own(config.data.tokenizer, own) if goes_on else config.data.tokenizer),
-        seq_length=config.model.seq_length,
-        vocab_size=config.model.vocab_size,
-        seed=config.run.seed,
-        global_batch_size=config.training.global_batch_size,
-        steps=config.training.steps,
-        eval_every=config.evaluation.every,
-        eval_batches=config.evaluation.batches,
-        eval_rotate=config.evaluation.rotate,
-        ranks=ranks,
-        position=position,
-    )
+    settings = replace(config.data, tokenizer=or_own(config.data.tokenizer, own)) if goes_on else config.data
+    data = build_data(settings, config.model, config.training, config.evaluation, config.run.seed, ranks, position)
     check_agreement({name: str(value) for name, value in data.train.fingerprint().items()}, ranks)
     if another := other_tokenizer(saved, config.data.tokenizer, data.tokenizer):
         if goes_on:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from neox_native.config.schema import Data
+from neox_native.config.schema import Data, Evaluation, Model, Training
 from neox_native.data.build import Datasets, Position, build_data
 from neox_native.data.loader import StepBatch, build_loader
 from neox_native.launch import Ranks
@@ -22,16 +22,12 @@ def datasets(
 ) -> Datasets:
     return build_data(
         Data(train=prefix, **data),
-        SEQ_LENGTH,
-        vocab_size,
+        Model(seq_length=SEQ_LENGTH, vocab_size=vocab_size),
+        Training(global_batch_size=batch, steps=steps),
+        Evaluation(every=eval_every, batches=2, rotate=eval_rotate),
         SEED,
-        batch,
-        steps,
-        eval_every,
-        2,
-        ranks=Ranks(),
-        position=position,
-        eval_rotate=eval_rotate,
+        Ranks(),
+        position,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from neox_native.config.schema import Data
+from neox_native.config.schema import Data, Evaluation, Model, Training
 from neox_native.data.build import Position, build_data, how_far
 from neox_native.data.dataset import Dataset, check_fingerprint
 from neox_native.errors import UserError
@@ -336,4 +336,4 @@ def test_a_mixture_of_no_or_too_many_sets_is_refused(prefix: str, count: int, se
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_numpy_cannot_take_is_refused(prefix: str, seed: int) -> None:
     with pytest.raises(UserError, match=f"run.seed = {seed} must lie between 0 and"):
-        build_data(Data(train=prefix), SEQ_LENGTH, 300, seed, 12, 6, 0, 2, ranks=Ranks())
+        build_data(Data(train=prefix), Model(), Training(), Evaluation(), seed, Ranks())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from neox_native.config.schema import Data
+from neox_native.config.schema import Data, Evaluation, Model, Training
 from neox_native.data.build import Datasets, build_data
 from neox_native.data.indexed import IndexedDataset
 from neox_native.data.preparation import builtin
@@ -41,7 +41,8 @@ def prepare_on(cache: Path, ranks: Ranks) -> str:
 
 def build(cache: Path, vocab_size: int = 257) -> Datasets:
     data = Data(cache_dir=str(cache), split="1")
-    return build_data(data, 4, vocab_size, 1, 1, 1, 0, 1, ranks=Ranks(lambda _: None))
+    model, training = Model(seq_length=4, vocab_size=vocab_size), Training(global_batch_size=1, steps=1)
+    return build_data(data, model, training, Evaluation(every=0), 1, Ranks(lambda _: None))
 
 
 def test_documents_are_the_sorted_files_each_ended(library: Path, tmp_path: Path) -> None:

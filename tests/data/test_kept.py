@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from neox_native.config.schema import Data
+from neox_native.config.schema import Data, Evaluation, Model, Training
 from neox_native.data import order
 from neox_native.data.build import build_data
 from neox_native.data.indexed import IndexedWriter
@@ -166,8 +166,8 @@ def test_a_run_reads_the_same_samples_from_a_kept_order(tmp_path: Path, monkeypa
         for _ in range(40):
             writer.add_document(draw.randint(0, 50, draw.randint(1, 30)))
     data = Data(train=str(tmp_path / "corpus"), split="1", cache_dir=str(tmp_path / "cache"))
-    arguments = {"seq_length": 8, "vocab_size": 50, "seed": 3, "global_batch_size": 4, "steps": 60}
-    build = partial(build_data, data, **arguments, eval_every=0, eval_batches=1, ranks=Ranks())
+    model, training = Model(seq_length=8, vocab_size=50), Training(global_batch_size=4, steps=60)
+    build = partial(build_data, data, model, training, Evaluation(every=0), 3, Ranks())
     drawn = build().train
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(order, "LONG", 1)

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from neox_native.config.check import require
 from neox_native.config.load import CONFIGS_FOLDER, load
-from neox_native.config.schema import Config
+from neox_native.config.schema import Config, Evaluation
 from neox_native.data.build import build_data
 from neox_native.data.loader import StepBatch, build_loader
 from neox_native.engine.build import build_engine, build_model
@@ -96,11 +96,8 @@ def ddp_step(config: Config) -> Callable[[StepBatch], torch.Tensor]:
 
 def batches(config: Config, steps: int) -> Iterator[StepBatch]:
     """What training would read."""
-    training = config.training
-    data = build_data(
-        config.data, config.model.seq_length, config.model.vocab_size, config.run.seed, training.global_batch_size,
-        steps, 0, 1, ranks=Ranks(lambda message: None),
-    )  # fmt: skip
+    training, ranks = replace(config.training, steps=steps), Ranks(lambda message: None)
+    data = build_data(config.data, config.model, training, Evaluation(every=0), config.run.seed, ranks)
     tp_and_pp = config.parallel.tp * config.parallel.pp
     dp_rank = dist.get_rank() // config.parallel.tp % config.parallel.dp if tp_and_pp > 1 else dist.get_rank()
     return build_loader(

@@ -105,7 +105,7 @@ def ours(stage: int, work: Workload, mesh: Mesh, device: torch.device) -> Step:
     """One of our stages."""
     with torch.device("meta"):
         model = Transformer(work.model).to(work.dtype)
-    units = units_of({0: model}, Parallel(dp=mesh.rows.size), mesh)
+    units = units_of({0: model}, work.model, Parallel(dp=mesh.rows.size), mesh)
     optimizer = ShardedOptimizer(units, ZeroStage(stage), optimizer_factory(SETTINGS), work.dtype, device)
     optimizer.materialize(lambda spec: initialize.draw(spec.name, cards(work.model)[spec.name], seed=0))
     model.build_tables(device)
@@ -141,11 +141,11 @@ def trained_by(model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimiz
 
 def parameter_groups(model: Transformer) -> list[dict[str, Any]]:
     """The decay groups that ours has."""
-    named = list(model.named_parameters())
-    return [
-        {"params": [parameter for name, parameter in named if cards(model.config)[name].decay]},
-        {"params": [parameter for name, parameter in named if not cards(model.config)[name].decay], "weight_decay": 0.0},
-    ]
+    known = cards(model.config)
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in model.named_parameters():
+        groups[0 if known[model.global_name(name)].decay else 1]["params"].append(parameter)
+    return groups
 
 
 def adamw_settings(fused: bool) -> dict[str, Any]:

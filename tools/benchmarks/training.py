@@ -69,9 +69,10 @@ def our_step(config: Config) -> Callable[[StepBatch], torch.Tensor]:
 def ddp_step(config: Config) -> Callable[[StepBatch], torch.Tensor]:
     """The usual data-parallel loop: accumulate without synchronising, clip, update."""
     model = Transformer(config.model, seed=config.run.seed)
+    known = cards(config.model)
     groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():
-        groups[0 if cards(config.model)[name].decay else 1]["params"].append(parameter)
+        groups[0 if known[model.global_name(name)].decay else 1]["params"].append(parameter)
     optimizer = optimizer_factory(config.optimizer)(groups)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     clip = config.training.clip_grad_norm

@@ -170,6 +170,12 @@ def test_axes_are_asked_for_by_purpose() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_training_takes_from_the_planner_in_two_places() -> None:
+    """The prediction in the log, and the dry run that a flag asks for."""
+    users = {path.name for path in sources("neox_native/train") if any(".plan." in dotted for dotted in imported(path))}
+    assert users == {"report.py", "main.py"}
+
+
 def test_one_file_makes_what_is_written_durable() -> None:
     owned = {"os.fsync", "os.replace", "os.rename", "os.link", "fcntl.flock"}
     wrong = []

@@ -144,22 +144,13 @@ class Writers:
         scale: of the run, for the console.
         config_text: the resolved config, shown by TensorBoard as text.
         tensorboard: write TensorBoard files beside metrics.jsonl.
-        show: takes the console's lines.
 
     Raises:
         UserError: from everything here, where the disk is full or the folder may not be written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        resumed_step: int,
-        scale: Scale,
-        config_text: str,
-        tensorboard: bool,
-        show: Callable[[str], None] = print,
-    ) -> None:
-        self._folder, self._scale, self._show, self._started = folder, scale, show, time.monotonic()
+    def __init__(self, folder: Path, resumed_step: int, scale: Scale, config_text: str, tensorboard: bool) -> None:
+        self._folder, self._scale, self._started = folder, scale, time.monotonic()
         self._board = None
         with self._writing(), ExitStack() as opened:
             make_folder(folder)
@@ -192,7 +183,7 @@ class Writers:
         metrics, extra = metrics or {}, {**(metrics or {}), **(extra or {})}
         with self._writing():
             self._metrics.write(strict_json(asdict(record) | metrics) + "\n")
-            self._show(console_line(record, self._scale, self.elapsed_seconds(), extra))
+            print(console_line(record, self._scale, self.elapsed_seconds(), extra))
             self._scalars({**asdict(record), **extra}, record.step, "train")
 
     def event(self, kind: str, step: int, message: str, **values: Any) -> None:
@@ -201,7 +192,7 @@ class Writers:
         said = {"time": now, "kind": kind, "step": step, "message": message, **values}
         with self._writing():
             self._events.write(strict_json(said) + "\n")
-            self._show(message)
+            print(message)
             self._scalars(values, step, kind)
         if found := _evaluation(said):
             self.best = min(found, self.best or found)

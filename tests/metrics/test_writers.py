@@ -28,13 +28,12 @@ def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-def writers(folder: Path, resumed_step: int = 0, tensorboard: bool = False) -> tuple[Writers, list[str]]:
-    shown: list[str] = []
-    return Writers(folder, resumed_step, SCALE, "[run]", tensorboard, shown.append), shown
+def writers(folder: Path, resumed_step: int = 0, tensorboard: bool = False) -> Writers:
+    return Writers(folder, resumed_step, SCALE, "[run]", tensorboard)
 
 
 def test_line_has_exactly_the_promised_keys_and_bits(tmp_path: Path) -> None:
-    writer, _ = writers(tmp_path)
+    writer = writers(tmp_path)
     writer.step(RECORD, {"loss scale": 4096.0})
     # Read before closing: a killed run has lost nothing that was logged.
     (line,) = lines(tmp_path)
@@ -44,13 +43,13 @@ def test_line_has_exactly_the_promised_keys_and_bits(tmp_path: Path) -> None:
 
 
 def test_resuming_cuts_off_what_lies_beyond_and_torn_lines(tmp_path: Path) -> None:
-    writer, _ = writers(tmp_path)
+    writer = writers(tmp_path)
     for step in (10, 20, 30):
         writer.step(replace(RECORD, step=step))
     writer.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "lo')
-    writer, _ = writers(tmp_path, resumed_step=20)
+    writer = writers(tmp_path, resumed_step=20)
     writer.step(replace(RECORD, step=30, loss=7.0))
     writer.close()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(10, 0.1 + 0.2), (20, 0.1 + 0.2), (30, 7.0)]
@@ -72,28 +71,28 @@ def test_console_line_says_it_all() -> None:
 
 
 def test_the_best_evaluation_is_remembered_through_a_restart(tmp_path: Path) -> None:
-    writer, _ = writers(tmp_path)
+    writer = writers(tmp_path)
     assert writer.best is None
     for step, loss in (10, 2.5), (20, 2.0), (30, None), (40, 1.0):
         writer.event("evaluation", step, "validation", loss=loss)
     assert writer.best == (1.0, 40)
     writer.close()
-    writer, _ = writers(tmp_path, resumed_step=30)
+    writer = writers(tmp_path, resumed_step=30)
     assert writer.best == (2.0, 20)
     writer.close()
 
 
-def test_events_are_kept_and_shown(tmp_path: Path) -> None:
-    writer, shown = writers(tmp_path)
+def test_events_are_kept_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = writers(tmp_path)
     writer.event("evaluation", 10, "step 10: validation loss 2.1", loss=2.1)
     (event,) = lines(tmp_path, "events.jsonl")
-    assert event["kind"] == "evaluation" and event["loss"] == 2.1 and shown == ["step 10: validation loss 2.1"]
+    assert event["kind"] == "evaluation" and event["loss"] == 2.1 and capsys.readouterr().out == "step 10: validation loss 2.1\n"
     writer.close()
 
 
 def test_torn_event_makes_way_for_the_next_one(tmp_path: Path) -> None:
     for step, torn in (1, '{"time": "20'), (2, ""), (3, ""):
-        writer, _ = writers(tmp_path)
+        writer = writers(tmp_path)
         writer.event("checkpoint", step, "saved")
         writer.close()
         with open(tmp_path / "events.jsonl", "a") as file:
@@ -103,7 +102,7 @@ def test_torn_event_makes_way_for_the_next_one(tmp_path: Path) -> None:
 
 def test_restart_before_an_evaluation_leaves_it_to_be_written_once(tmp_path: Path) -> None:
     for resumed_step in 0, 4:  # it was killed after step 6 and resumed at step 4
-        writer, _ = writers(tmp_path, resumed_step)
+        writer = writers(tmp_path, resumed_step)
         for step in range(resumed_step + 2, 8, 2):
             writer.event("evaluation", step, "validation loss 2.1", loss=2.1)
             writer.event("checkpoint", step, "saved")
@@ -117,7 +116,7 @@ def test_junk_in_the_logs_is_dropped(tmp_path: Path) -> None:
     junk = b"\xff\xfe\x00\r\n" + b"[" * 100_000 + b'\n{"step": 1e999}\n[1]\n{"step": ' + b"9" * 5000 + b"}\n\x00"
     for name in "metrics.jsonl", "events.jsonl":
         (tmp_path / name).write_bytes(b'{"step": 1}\n' + junk)
-    writer, _ = writers(tmp_path, resumed_step=1)
+    writer = writers(tmp_path, resumed_step=1)
     writer.close()
     assert lines(tmp_path) == [{"step": 1}]
     assert [event["step"] for event in lines(tmp_path, "events.jsonl")] == [1, math.inf]
@@ -139,7 +138,7 @@ def test_logs_that_lead_elsewhere_are_refused_in_a_sentence(tmp_path: Path, name
 
 def test_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("neox_native.metrics.writers.append_to", lambda path: open("/dev/full", "a", buffering=1))
-    writer, _ = writers(tmp_path)
+    writer = writers(tmp_path)
     attempts = lambda: writer.step(RECORD), lambda: writer.event("checkpoint", 10, "saved"), writer.close
     for attempt in attempts:
         with pytest.raises(UserError, match=f"Writing the log in {tmp_path} failed: No space left on device; mend that"):
@@ -149,7 +148,7 @@ def test_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_tensorboard_holds_scalars_and_the_config(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    writer, _ = writers(tmp_path, tensorboard=True)
+    writer = writers(tmp_path, tensorboard=True)
     writer.step(RECORD)
     writer.close()
     board = EventAccumulator(str(tmp_path / "tensorboard"))

@@ -40,8 +40,7 @@ def assemble(
                 block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
             # Outside of the graph: inside, what it keeps of DTensors for backward includes their meshes, which torch refuses.
             if training.activation_checkpointing == "full":
-                has_dropout = model.hidden_dropout > 0 or model.attention_dropout > 0
-                recompute(block, has_dropout, split=parallel.pipeline_schedule in ZERO_BUBBLE)
+                recompute(block, split=parallel.pipeline_schedule in ZERO_BUBBLE)
         parts[number] = part
     if model.tie_embeddings and 0 in parts and num_stages - 1 in parts:
         parts[num_stages - 1].readout.embed_out.weight = parts[0].embed_in.weight

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -23,7 +24,7 @@ from neox_native.model.block import Block
 from neox_native.model.positions import Context
 
 
-def recompute(block: Block, has_dropout: bool, split: bool = False) -> None:
+def recompute(block: Block, split: bool = False) -> None:
     """Make a block forget its activations. Costs one more forward pass, in all 4/3 of the FLOPs.
 
     `forward` is replaced, not wrapped in a module, so that parameter names and hooks stay where they are. Saving the
@@ -33,6 +34,7 @@ def recompute(block: Block, has_dropout: bool, split: bool = False) -> None:
         split: the schedule splits backward passes. See [Note: recomputing once].
     """
     forward = block.forward
+    has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
     if split:
         block.forward = lambda x, context: recompute_once(forward, x, context, has_dropout)
     else:

@@ -24,12 +24,12 @@ def test_a_split_backward_pass_recomputes_a_block_once_and_keeps_nothing(dropout
         plain = Transformer(MODEL, range(1, 3), first=False, last=False)
     fill(plain)
     for block in plain.layers.values():
-        block.dropout.p = dropout
+        block.dropout.p = block.attention.attend.dropout.p = dropout
     recomputed, calls = copy.deepcopy(plain), []
     for number, block in recomputed.layers.items():
         forward = block.forward
         block.forward = lambda x, context, f=forward, n=number: (calls.append(n), f(x, context))[1]
-        recompute(block, has_dropout=dropout > 0, split=True)
+        recompute(block, split=True)
     start, gradient = torch.randn(2, 16, 32), torch.randn(2, 16, 32)
     found = {}
     for model in (plain, recomputed):

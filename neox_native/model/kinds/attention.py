@@ -31,9 +31,9 @@ class Attention(nn.Module):
     def __init__(self, model: Model):
         super().__init__()
         self.head_dim, self.group_size = model.head_dim, model.num_heads // model.kv_heads
-        self.dropout = model.attention_dropout
         rows = model.kv_heads * (self.group_size + 2) * self.head_dim
         self.query_key_value = nn.Linear(model.hidden_size, rows, bias=model.attention_bias)
+        self.attend = Attend(model)
         self.dense = OutputLinear(model.hidden_size, model.hidden_size, bias=model.attention_bias)
 
     @property
@@ -53,11 +53,20 @@ class Attention(nn.Module):
             k_BKSH, v_BKSH = context.remember(k_BTKH, v_BTKH)
         else:
             k_BKSH, v_BKSH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
-        attended_BNTH = self._attend(q_BTNH.transpose(1, 2), k_BKSH, v_BKSH, context.mask)
+        attended_BNTH = self.attend(q_BTNH.transpose(1, 2), k_BKSH, v_BKSH, context.mask)
         return self.dense(attended_BNTH.transpose(1, 2).flatten(2))
 
-    def _attend(self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-        grouped = self.group_size > 1
+
+class Attend(nn.Module):
+    """The weighted mean of values that each query sees; a seam, see [Note: seams]."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.dropout = nn.Dropout(model.attention_dropout)
+
+    def forward(self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+        """[B, N, T, H], [B, K, S, H] and [B, K, S, H] -> [B, N, T, H]; for `mask` see `Context`."""
+        grouped = q_BNTH.shape[1] > k_BKSH.shape[1]
         if isinstance(mask, BlockMask):
             attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
             return attend(q_BNTH, k_BKSH, v_BKSH, block_mask=mask, enable_gqa=grouped)
@@ -66,7 +75,7 @@ class Attention(nn.Module):
             k_BKSH,
             v_BKSH,
             attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self.dropout.p if self.training else 0.0,
             is_causal=mask is None and q_BNTH.shape[2] > 1,
             enable_gqa=grouped,
         )

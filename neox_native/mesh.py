@@ -1,6 +1,6 @@
 """The ranks as a mesh, and their groups by purpose. Nobody else needs the names of its axes.
 
-    rows      ranks that read different rows of a step's batch; a step's loss and token counts are summed over them
+    rows      ranks that read different rows of a step's batch; its weight and its token counts are summed over them
     shards    ranks over which ZeRO shards a unit of some family, and over which that unit's gradients are summed
     pipeline  ranks that hold the successive stages of one model
     tensor    ranks that hold the slices of one stage's parameters
@@ -72,6 +72,11 @@ class Mesh:
     def rows(self) -> Axis:
         """The ranks that read different rows."""
         return self.named["dp"]
+
+    @property
+    def loss_shares(self) -> tuple[Axis, ...]:
+        """The axes over which shares of a step's loss are summed: other ranks read other rows, and only a last stage has any."""
+        return self.rows, self.pipeline
 
     @property
     def pipeline(self) -> Axis:

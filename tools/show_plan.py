@@ -15,8 +15,7 @@ from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
 from neox_native.dtypes import ELEMENT_BYTES
 from neox_native.errors import report_user_errors
-from neox_native.model.kinds import dealt, kinds_of_layers, residual_steps
-from neox_native.model.transformer import cards
+from neox_native.model.kinds import dealt, kinds_of, kinds_of_layers, residual_steps
 from neox_native.parallel.cuts import share_of_vocabulary, sharers
 from neox_native.parallel.tensor import plan
 
@@ -54,14 +53,14 @@ def uneven(config: Config) -> Iterator[str]:
     if rows % tp:
         most = share_of_vocabulary(rows, tp)
         yield f"The last rank has {rows - (tp - 1) * most:,} of the padded vocabulary's {rows:,} rows, the others {most:,}."
-    held = cards(dealt(model, tp))
-    for name, card in cards(model).items():
-        if sharers(card, tp) > 1 and name.startswith("layers.0.") and card.role == "matrix":
-            yield (
-                f"{name.removeprefix('layers.0.')}: each of the {card.groups.count} key-value heads lies on "
-                f"{sharers(card, tp)} ranks, which sum its gradient once a step; each has {held[name].shape[0] // tp:,} of "
-                f"{card.shape[0]:,} rows."
-            )
+    for kind in kinds_of(model):
+        for name, card in kind.cards(model).items():
+            if sharers(card, tp) > 1 and card.role == "matrix":
+                held = kind.cards(dealt(model, tp))[name].shape[0] // tp
+                yield (
+                    f"{kind.module}.{name}: each of the {card.groups.count} key-value heads lies on {sharers(card, tp)} ranks, "
+                    f"which sum its gradient once a step; each has {held:,} of {card.shape[0]:,} rows."
+                )
 
 
 def main(arguments: list[str]) -> None:

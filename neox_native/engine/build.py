@@ -89,8 +89,8 @@ def units_of(
         if tp.peers is not None and partial:
             sum_over.append(tp.peers)
         copy_of_first = False
-        if model.tie_embeddings and card.role == "embedding" and card.cut is not None and ends is not None:
-            sum_over.append(ends)
+        if model.tie_embeddings and name == part.global_name("embed_out.weight") and ends is not None:
+            sum_over.append(ends)  # both ends of the pipeline read the matrix
             copy_of_first = part.embed_in is None
         sharded = isinstance(parameter, DTensor) and isinstance(parameter.placements[0], Shard)
         counted = (sharded or tp.rank == 0) and not copy_of_first
@@ -154,7 +154,7 @@ def build_engine(
 def build_step(
     config: Config, mesh: Mesh, device: torch.device, engine: Engine, optimizer: ShardedOptimizer
 ) -> TrainStep:
-    """What one optimizer step is, with the objective, and with the loss scale of fp16 and the guard against spikes where they are asked for."""
+    """What one optimizer step is, with the loss scale of fp16 and the guard against spikes where the config asks for them."""
     training = config.training
     return TrainStep(
         engine,

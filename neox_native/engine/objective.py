@@ -45,7 +45,7 @@ class NextToken:
 
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {"next_token": NextToken}
-"""By the name that `objective.kind` gives."""
+"""Objectives by the name that `objective.kind` gives."""
 
 
 def objective_of(settings: schema.Objective) -> Objective:

@@ -78,9 +78,9 @@ class Losses:
         return StepLoss(self.objective, to_device(batch.loss_fields, self.device), torch.ones((), device=self.device))
 
     def total(self, share: Tensor) -> Tensor:
-        """The whole step's value from each rank's share: the sum over dp and pp, in fp64."""
+        """The whole step's value from each rank's share, in fp64."""
         value = share.detach().to(torch.float64, copy=True)
-        for axis in (self.mesh.rows, self.mesh.pipeline):
+        for axis in self.mesh.loss_shares:
             dist.all_reduce(value, group=axis.group)
         return value
 

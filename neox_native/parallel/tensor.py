@@ -138,12 +138,12 @@ class Rule:
 
     style: ParallelStyle
     weight: Placement | None
-    """Of its parameters; None where it has none."""
+    """Where its parameters lie; None where it has none."""
     input: Placement
     produced: Placement
-    """Of what the module itself computes."""
+    """Where what the module itself computes lies."""
     output: Placement
-    """Of what the next module gets."""
+    """Where what the next module gets lies."""
     read_in_parts: bool = False
     """Whether each rank's readers of the whole output use it for their part of the work, so that its gradient arrives as
     partial sums."""
@@ -225,14 +225,16 @@ def plan(model: Model, sequence_parallel: bool) -> dict[str, Rule]:
 
 
 def kind_rules(cards: Cards) -> Iterator[tuple[str, Rule]]:
-    """The rules of the modules of a kind, from the cards of their weights. A parameter without a rule is whole on every rank,
-    as a plain tensor."""
+    """The rules of the modules of a kind, from the cards of their weights; a bias lies as its module's weight says. Any other
+    parameter is whole on every rank, as a plain tensor, and its card may not say otherwise."""
     for name, card in cards.items():
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and card.role == "matrix":
             yield module, whole() if card.cut is None else columns(ColwiseParallel()) if card.cut == 0 else rows()
         elif leaf == "weight" and card.cut is not None:
             yield module, Rule(Held(card.cut), Shard(card.cut), Shard(card.cut), Shard(card.cut), Shard(card.cut))
+        else:
+            assert leaf in ("weight", "bias") or card.cut is None, f"no module cuts {name}: hold it in a `Vector`"
 
 
 def apply(model: Transformer, tp_mesh: DeviceMesh, sequence_parallel: bool) -> None:

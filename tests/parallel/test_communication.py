@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neox_native.config.schema import Compile, Model, Parallel, Training
 from neox_native.mesh import build_mesh
+from neox_native.model.parameters import vector
 from neox_native.parallel.assemble import assemble
 from neox_native.parallel.loss import vocab_parallel_cross_entropy
+from neox_native.parallel.tensor import kind_rules
 from tests.parallel.layouts import CPU, MODEL, batch, fill
 from tests.ranks import run_ranks
 
@@ -98,3 +100,8 @@ def loss_collectives(model: Model) -> list[int]:
 def test_the_logits_are_never_gathered():
     sizes = run_ranks(TP, loss_collectives, MODEL)[0]
     assert sizes == [2 * MODEL.seq_length] * 3
+
+
+def test_a_cut_that_no_module_makes_is_not_ignored() -> None:
+    with pytest.raises(AssertionError, match="no module cuts scale"):
+        dict(kind_rules({"scale": vector(8, 1.0, cut=0)}))

@@ -31,6 +31,11 @@ def kinds_of_layers(model: Model) -> list[tuple[Kind, ...]]:
     return [layers[number % len(layers)] for number in range(model.num_layers)]
 
 
+def kinds_of(model: Model) -> list[Kind]:
+    """Each kind of the model once."""
+    return list(dict.fromkeys(kind for layer in kinds_of_layers(model) for kind in layer))
+
+
 def residual_steps(kinds: tuple[Kind, ...], model: Model) -> list[tuple[Kind, ...]]:
     """The residual steps of a layer of these kinds: one with all of them side by side, which is GPT-NeoX's parallel
     residual, or one for each."""
@@ -38,7 +43,7 @@ def residual_steps(kinds: tuple[Kind, ...], model: Model) -> list[tuple[Kind, ..
 
 
 def dealt(model: Model, holders: int) -> Model:
-    """The model whose even parts so many holders have. It is `model`, unless some of its rows cannot be dealt out."""
-    for kind in dict.fromkeys(kind for layer in kinds_of_layers(model) for kind in layer):
+    """The model that can be cut into so many even parts: `model`, unless one of its kinds has rows that must be copied."""
+    for kind in kinds_of(model):
         model = kind.dealt(model, holders)
     return model

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
 from neox_native.config.schema import Model
+from neox_native.model.costs import Costs
 from neox_native.model.parameters import Cards
-
-if TYPE_CHECKING:
-    from neox_native.model.costs import Costs
 
 
 @dataclass(frozen=True)
@@ -32,4 +29,5 @@ class Kind:
     costs: Callable[[Model], Costs] | None = None
     """None: the kind trains, but nobody predicts its memory and its speed."""
     dealt: Callable[[Model, int], Model] = lambda model, holders: model
-    """The model whose even parts so many holders have, where parts of this model overlap. See `RowGroups`."""
+    """From a model and a number of holders to the model that can be cut into that many even parts: the same one, unless some
+    rows must be copied (see `RowGroups`)."""

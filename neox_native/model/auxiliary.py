@@ -36,10 +36,10 @@ class AuxiliaryLoss(nn.Module):
         super().__init__()
         self.name = name
         self.sums = torch.empty(0)
-        """Of each microbatch of the step; its number is its place, so that a recomputed forward pass counts once."""
+        """One for each microbatch of the step, at its number, so that a recomputed forward pass counts once."""
 
     def forward(self, x: Tensor, loss: Tensor, step: Auxiliary | None) -> Tensor:
-        """`x`, whose gradient brings the scalar `loss` its own; outside of training steps nothing but `x`."""
+        """Returns `x`. In a training step its backward pass also gives the scalar `loss` its gradient."""
         if step is None:
             return x
         self.sums.index_copy_(0, step.microbatch, loss.detach().float().reshape(1))

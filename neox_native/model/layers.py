@@ -88,7 +88,7 @@ class Join(nn.Module):
 
 
 def norm_cards(model: Model) -> Cards:
-    """`Affine`'s. It reads the whole x̂ and learns from what its holder computes of it: some heads, some channels."""
+    """Cards of `Affine`. Each holder reads its output for some heads or channels only, so its gradient is a share of a sum."""
     weight = {"weight": vector(model.hidden_size, 1.0, gradient="partial")}
     return weight | ({"bias": vector(model.hidden_size, 0.0, gradient="partial")} if model.norm == "layernorm" else {})
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Initial = Callable[[tuple[int, ...], torch.Generator], Tensor]
-"""From a shape and a random generator to the first value, in fp32 on the CPU."""
+"""Makes the first value from a shape and a random generator, in fp32 on the CPU."""
 
 
 def constant(value: float) -> Initial:
@@ -47,7 +47,7 @@ class Card:
     """One parameter. See [Note: cards]."""
 
     shape: tuple[int, ...]
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     init: Initial
     """Its first value."""
     decay: bool = True

@@ -5,8 +5,8 @@ last rank has what is left.
 
 [Note: shared heads] Some parameters have K groups of rows that belong together (`RowGroups`): the queries of a key-value
 head, and that head. With fewer groups than tp ranks, r = tp / K neighbours share one. Rank t has 1 / r of the rows that
-can be dealt out of group t // r, and a copy of the group's other rows, which r ranks hold alike. So its part is that of a
-model with tp groups (see `model.kinds.dealt`), and only the rows of the whole parameter that it stands for are no even cut.
+can be dealt out of group t // r, and a copy of the group's other rows, which r ranks hold alike. So it runs an even part of a
+model with tp groups (see `model.kinds.dealt`), and `rows_of_rank` says which rows of the true parameter that part holds.
 """
 
 from __future__ import annotations

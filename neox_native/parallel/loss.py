@@ -18,7 +18,7 @@ class Softmax(NamedTuple):
     """What the holders of the logits' columns find out together, in fp32."""
 
     exponentials_BTV: Tensor
-    """Of this rank's logits, each less its token's largest one."""
+    """e to the power of this rank's logits, each less its token's largest one."""
     total_BT: Tensor
     """Their sum over the whole vocabulary."""
     target_BT: Tensor

@@ -31,7 +31,7 @@ SCHEDULES = {
 Fields = Mapping[str, Tensor]
 """Arguments of the model's forward by name, each [M, B, ...]; `tokens_BT` is its first."""
 LossFunction = Callable[[Tensor, int], Tensor]
-"""From the values per token [B, T] of a microbatch, and its number, to a scalar to differentiate."""
+"""Makes a scalar to differentiate from the values per token [B, T] of a microbatch and its number."""
 
 
 class GradientSink(Protocol):

@@ -44,7 +44,7 @@ class Trained:
     gradient: Tensor
     """After a step: its gradient, reduced and clipped."""
     first_row: int
-    """Of the tp-local parameter in both."""
+    """The row of the tp-local parameter with which both begin."""
     unit: ShardedUnit
 
     @property

@@ -37,7 +37,7 @@ class SharedRows:
     copied: range
     """Those of which it has a copy; their gradient is a sum over `group`."""
     num_rows: int
-    """Of the whole parameter."""
+    """Rows of the whole parameter."""
     group: dist.ProcessGroup
     counted: bool
     """Whether this rank counts the copied rows in the global norm."""

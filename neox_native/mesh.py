@@ -120,6 +120,11 @@ class Mesh:
         return {name: axis.rank for name, axis in self.named.items()}
 
     @property
+    def layout(self) -> str:
+        """The sizes of all axes, for people: "pp 2 x dp 2 x tp 2"."""
+        return " x ".join(f"{name} {axis.size}" for name, axis in self.named.items())
+
+    @property
     def first_of_last_stage(self) -> int:
         """The first of the ranks that have a model's output."""
         return int(self.whole.mesh[-1].flatten()[0])

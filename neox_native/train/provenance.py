@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from neox_native.config.load import dump, load
-from neox_native.config.schema import Config, Parallel
+from neox_native.config.schema import Config
 from neox_native.config.settings import SETTINGS
 from neox_native.config.values import to_toml
 from neox_native.durable import write_whole
@@ -78,13 +78,13 @@ def _keep(settings: bytes, file: Path) -> None:
     write_whole(name, settings)
 
 
-def origin(parallel: Parallel, hosts: list[str]) -> dict[str, Any]:
+def origin(layout: str, hosts: list[str]) -> dict[str, Any]:
     """With what and where a start runs.
 
     Args:
+        layout: the mesh's, in words.
         hosts: name of each rank's.
     """
-    layout = f"pp {parallel.pp} x dp {parallel.dp} x tp {parallel.tp}"
     names = list(dict.fromkeys(hosts))
     return {"code": code_hash(), "torch": str(torch.__version__), "world_size": len(hosts), "layout": layout, "hosts": names}
 

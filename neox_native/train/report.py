@@ -66,7 +66,7 @@ class Report:
     def started(self, start: Start | None, changed: list[str]) -> None:
         """Write down with what, where and from what this start goes on, and which settings it changes. A collective."""
         resumed, step = start is not None and not start.weights_only, self.resumed_step
-        where = provenance.origin(self.config.parallel, self.ranks.gather(socket.gethostname()))
+        where = provenance.origin(self.mesh.layout, self.ranks.gather(socket.gethostname()))
         kind, path = "resumed" if resumed else "started", str(start.path) if start else None
         for line in ["changed since the last start:", *(f"  {line}" for line in changed)] if changed else []:
             self.ranks.say(line)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from neox_native.config.check import require
 from neox_native.config.load import load
 from neox_native.config.schema import Config, Model, Parallel, Training
+from neox_native.model.costs import Costs, Kept, Product
 from neox_native.model.flops import model_flops_per_token
+from neox_native.model.kinds import KINDS
 from neox_native.parallel.timeline import timeline
 from neox_native.plan import costs
 from neox_native.plan.dry_run import dry_run
 from neox_native.plan.flight import in_flight
 from neox_native.plan.memory import memory
 from neox_native.plan.shares import share_of
+from tests.test_extension import TAPS, TOY
 
 # Config, ranks, rank, microbatch, microbatches per step, settings of [parallel], [training] and [model].
 Case = tuple[str, int, int, int, int, str]
@@ -96,6 +101,20 @@ def hold(name: str, ranks: int, rank: int, micro: int, microbatches: int, settin
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_closed_forms_are_what_the_code_does(case: Case) -> None:
     hold(*case)
+
+
+def test_closed_forms_read_the_costs_of_a_kind_that_only_a_test_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_moving_average(model: Model) -> Costs:
+        h, cut = model.hidden_size, ("projected", "projected, padded", "averaged")
+        return Costs(
+            products=(Product(h, h, cut="columns"), Product(h, h, cut="inner")),
+            kept=(Kept("softmax of the input", h, cut=False), *(Kept(name, h) for name in cut)),
+            flops=2 * TAPS * h,
+            model_flops=6 * TAPS * h,
+        )
+
+    monkeypatch.setitem(KINDS, TOY.name, replace(TOY, costs=of_moving_average))
+    hold("70m", 1, 0, 32, 2, f'pattern=["attention+feed_forward","{TOY.name}"] vocab_size=512 {NO_RECOMPUTATION}')
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from neox_native.engine.objective import OBJECTIVES, NextToken, objective_of
 from neox_native.errors import UserError
 from neox_native.interop.checkpoints import CheckpointReader
 from neox_native.model.auxiliary import AuxiliaryLoss
-from neox_native.model.kinds import KINDS, Kind
+from neox_native.model.kinds import KINDS, Kind, kinds_of_layers
 from neox_native.model.layers import OutputLinear, Vector, input_cards, output_cards
 from neox_native.model.parameters import Card, Cards, constant
 from neox_native.model.positions import Context
@@ -99,7 +99,7 @@ LAYOUTS = {
 def register(patch: pytest.MonkeyPatch) -> None:
     for kind in (TOY, QUICK):
         patch.setitem(KINDS, kind.name, kind)
-    patch.setitem(OBJECTIVES, "cautious", Cautious)
+    patch.setitem(OBJECTIVES, "cautious", lambda settings: Cautious())
 
 
 @pytest.fixture(autouse=True)
@@ -177,3 +177,8 @@ def test_a_parameter_has_the_learning_rate_and_the_decay_of_its_card(corpus: str
 def test_an_objective_that_nobody_has_defined_is_refused() -> None:
     with pytest.raises(UserError, match="objective.kind = 'dpo' is none of cautious, next_token"):
         objective_of(Objective("dpo"))
+
+
+def test_two_kinds_of_one_layer_do_not_share_a_name() -> None:
+    with pytest.raises(UserError, match="'toy[+]quick' .* two whose parameters would have the same names"):
+        kinds_of_layers(Model(pattern=["toy+quick"]))

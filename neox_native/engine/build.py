@@ -116,8 +116,7 @@ def units_of(
     result: dict[int, list[Unit]] = {}
     for number, part in parts.items():
         ends_here = part.embed_in is not None and part.readout is not None
-        tables = {"embed_in": part.embed_in, "embed_pos": part.embed_pos}
-        tables = {name: module for name, module in tables.items() if module is not None}
+        tables = {name: module for name in ("embed_in", "embed_pos") if (module := getattr(part, name)) is not None}
         found = units(part, "embedding", [part] if model.tie_embeddings and ends_here else list(tables.values()), tables)
         for n, block in part.layers.items():
             found += units(part, f"layers.{n}", [block], {f"layers.{n}": block})

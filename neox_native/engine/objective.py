@@ -13,7 +13,7 @@ from neox_native.errors import UserError
 
 
 class Objective(Protocol):
-    """A step's loss is a sum over its microbatches, divided by the weight of the step; its metrics are, too."""
+    """A step's loss and metrics are sums over its microbatches, divided by the weight of the step."""
 
     metrics: tuple[str, ...]
     """Names of what it sums up beside the loss."""
@@ -44,12 +44,12 @@ class NextToken:
         return values_BT.sum(), {}
 
 
-OBJECTIVES: dict[str, Callable[[], Objective]] = {"next_token": NextToken}
-"""Objectives by the name that `objective.kind` gives."""
+OBJECTIVES: dict[str, Callable[[schema.Objective], Objective]] = {"next_token": lambda _settings: NextToken()}
+"""Makes an objective from its section, by the name that `objective.kind` gives."""
 
 
 def objective_of(settings: schema.Objective) -> Objective:
     """The objective that the [objective] section names. Raises `UserError` for one that nobody has defined."""
     if settings.kind not in OBJECTIVES:
         raise UserError(f"objective.kind = {settings.kind!r} is none of {', '.join(sorted(OBJECTIVES))}; name one of these.")
-    return OBJECTIVES[settings.kind]()
+    return OBJECTIVES[settings.kind](settings)

@@ -29,7 +29,7 @@ class AuxiliaryLoss(nn.Module):
     """A seam: where holders share the work of a layer, the loss of each is its share of a sum. See [Note: auxiliary losses].
 
     Args:
-        name: of the metric that logs its mean over the step; layers that give the same name are summed.
+        name: the metric that logs its mean over the step; layers that give the same name are summed.
     """
 
     def __init__(self, name: str):

@@ -23,7 +23,7 @@ class Rule:
     """Its learning rate over the step's."""
 
     def settings(self) -> dict[str, Any]:
-        """Those of its group, still without parameters; what is not there is the optimizer's own."""
+        """The settings of its group, which has no parameters yet. The optimizer's own hold for those that are missing."""
         return {"params": [], "lr_multiplier": self.lr_multiplier} | ({} if self.decay else {"weight_decay": 0.0})
 
 

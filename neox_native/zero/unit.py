@@ -155,8 +155,8 @@ class ShardedUnit:
 
     @torch.no_grad()
     def expire(self, frozen_too: bool = False) -> None:
-        """The shards have changed: bring up to date what follows from this rank's alone; what follows from the others' must
-        be gathered before it is read. An update changes those of trained parameters, a load those of frozen ones, too."""
+        """The shards have changed: copy them to where they are read, or mark it stale where other ranks' shards are needed
+        as well. An update changes trained parameters alone, a load frozen ones, too."""
         if self.zero_stage:
             self.drop()
             self.state &= ~State.PRESENT

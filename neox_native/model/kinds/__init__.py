@@ -19,14 +19,17 @@ def kinds_of_layers(model: Model) -> list[tuple[Kind, ...]]:
     """The kinds of each layer of the whole model: `model.pattern`, repeated.
 
     Raises:
-        UserError: the pattern names a kind that does not exist, or one twice in a layer.
+        UserError: the pattern names a kind that does not exist, or two of one layer that have the same name there.
     """
     entries = [entry.split("+") for entry in model.pattern]
     for entry, names in zip(model.pattern, entries):
         if unknown := [name for name in names if name not in KINDS]:
             raise UserError(f"model.pattern: {entry!r} names the layer kind {unknown[0]!r}; the known are {', '.join(KINDS)}.")
-        if len(set(names)) < len(names):
-            raise UserError(f"model.pattern: {entry!r} names a kind twice in one layer; make two layers of it.")
+        if len({place for name in names for place in (KINDS[name].module, KINDS[name].norm)}) < 2 * len(names):
+            raise UserError(
+                f"model.pattern: {entry!r} names a kind twice in one layer, or two whose parameters would have the same names; "
+                "make two layers of it."
+            )
     layers = [tuple(KINDS[name] for name in names) for names in entries]
     return [layers[number % len(layers)] for number in range(model.num_layers)]
 

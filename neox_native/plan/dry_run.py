@@ -286,6 +286,7 @@ def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # nor may whoever trains in this process find ours
 
 
 def _fake_tensors() -> FakeTensorMode:

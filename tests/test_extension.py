@@ -25,7 +25,7 @@ from neox_native.interop.checkpoints import CheckpointReader
 from neox_native.model.auxiliary import AuxiliaryLoss
 from neox_native.model.kinds import KINDS, Kind, kinds_of_layers
 from neox_native.model.layers import OutputLinear, Vector, input_cards, output_cards
-from neox_native.model.parameters import Card, Cards, constant
+from neox_native.model.parameters import Card, Cards, constant, vector
 from neox_native.model.positions import Context
 from neox_native.plan.dry_run import dry_run
 from tests.ranks import run_ranks
@@ -35,12 +35,13 @@ CPU = torch.device("cpu")
 
 
 class MovingAverage(nn.Module):
-    """y_t = sum over k of w_k u_(t-k), where u is a projection of the input: a mixer that looks back alone. It wants u small,
-    and inputs that each channel's share of the tokens sees alike."""
+    """y_t = sum over k of w_k u_(t-k), where u is a projection of the input with a scale for each channel: a mixer that looks
+    back alone. It wants u small, and inputs that each channel's share of the tokens sees alike."""
 
     def __init__(self, model: Model):
         super().__init__()
         self.enter = nn.Linear(model.hidden_size, model.hidden_size)
+        self.scale = Vector(model.hidden_size)
         self.taps = Vector(TAPS)
         self.leave = OutputLinear(model.hidden_size, model.hidden_size)
         self.small, self.even = AuxiliaryLoss("size"), AuxiliaryLoss("unevenness")
@@ -50,7 +51,7 @@ class MovingAverage(nn.Module):
         return self.leave.bias
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        u_BTD, weights = self.enter(x_BTD), self.taps()
+        u_BTD, weights = self.enter(x_BTD) * self.scale(), self.taps()
         u_BTD = self.small(u_BTD, 0.01 * u_BTD.square().sum(), context.step)  # of this holder's channels
         u_BTD = self.even(u_BTD, 0.1 * (x_BTD.softmax(-1).sum((0, 1)) ** 2).sum(), context.step)  # of all channels
         length, past_BSD = u_BTD.shape[1], F.pad(u_BTD, (0, 0, TAPS - 1, 0))
@@ -60,8 +61,9 @@ class MovingAverage(nn.Module):
 def cards_of(lr_multiplier: float = 1.0):
     def cards(model: Model) -> Cards:
         taps = Card((TAPS,), constant(0.5), decay=False, gradient="partial", role="vector", lr_multiplier=lr_multiplier)
+        scale = vector(model.hidden_size, 0.9, cut=0)
         ends = [input_cards("enter", model, model.hidden_size, True), output_cards("leave", model, model.hidden_size, True)]
-        return ends[0] | {"taps.weight": taps} | ends[1]
+        return ends[0] | {"scale.weight": scale, "taps.weight": taps} | ends[1]
 
     return cards
 
@@ -154,7 +156,7 @@ def test_the_dry_run_counts_it(corpus: str, tmp_path: Path) -> None:
     mesh = LAYOUTS["tp 2, sequence cut"]
     without = '--model.pattern=["attention+feed_forward", "feed_forward"]'
     counted, other = (dry_run(settings(corpus, tmp_path, *mesh, *more), 0, 2) for more in ((), (without,)))
-    toy = 16 * 32 + 16 + TAPS + 32 * 16 + 32  # on one of two ranks
+    toy = 16 * 32 + 16 + 16 + TAPS + 32 * 16 + 32  # on one of two ranks
     feed_forward = 64 * 32 + 64 + 32 * 64 + 32
     assert other.parameters - counted.parameters == 2 * (feed_forward - toy)
     assert 0 < counted.hardware_flops < other.hardware_flops and counted.peak_bytes < other.peak_bytes

@@ -11,6 +11,7 @@ Settings may follow each but the last, as --parallel.tp 4; `python train.py --he
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def dry_run(options: argparse.Namespace, overrides: list[str]) -> None:
         reports = [dry_run.dry_run(config, rank, options.world_size) for rank in ranks]
     if options.json:
         for report in reports:
-            print(json.dumps(report.as_dict()))
+            print(json.dumps(dataclasses.asdict(report)))
     else:
         print(dry_run.text(reports))
 

@@ -72,8 +72,10 @@ def main(arguments: list[str]) -> None:
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     total = sum(int(row[-1].replace(",", "")) for row in table[1:])
-    steps = max(len(residual_steps(kinds, config.model)) for kinds in kinds_of_layers(config.model))
-    residual = "parallel residual: once" if steps == 1 else "sequential residual: once for each kind of layer"
+    steps = {len(residual_steps(kinds, config.model)) for kinds in kinds_of_layers(config.model)}
+    residual = "once in each residual step"
+    if len(steps) == 1:
+        residual = {1: "parallel residual: once", 2: "sequential residual: twice"}.get(max(steps), residual)
     print(
         f"\ntp {config.parallel.tp}, sequence parallelism {'on' if config.parallel.sequence_parallel else 'off'}; "
         f"{config.model.num_layers} layers, {residual} per block and direction.\n"

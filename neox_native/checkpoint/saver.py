@@ -29,7 +29,6 @@ from neox_native.units import size
 from neox_native.zero.state import Boxes
 
 
-
 @dataclass(frozen=True)
 class Saved:
     """What became of one save."""

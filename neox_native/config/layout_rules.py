@@ -36,11 +36,11 @@ def in_use(parallel: Parallel) -> Parallel:
     return replace(parallel, **{name: getattr(defaults, name) for name in idle})
 
 
-def mesh_sentences(parallel: Parallel, world_size: int) -> Iterator[str]:
+def mesh(config: Config, world_size: int) -> Iterator[str]:
     """pp * dp * tp is the number of ranks."""
-    if degree_left(parallel, world_size) is not None:
+    pp, dp, tp = config.parallel.pp, config.parallel.dp, config.parallel.tp
+    if degree_left(config.parallel, world_size) is not None:
         return
-    pp, dp, tp = parallel.pp, parallel.dp, parallel.tp
     started = f"torchrun started {world_size}" if world_size > 1 else "this is 1 process, not started by torchrun"
     if dp == -1:
         yield (
@@ -54,19 +54,6 @@ def mesh_sentences(parallel: Parallel, world_size: int) -> Iterator[str]:
         f"pp({pp}) * dp({dp}) * tp({tp}) = {pp * dp * tp} ranks, but {started}; "
         f"start {pp * dp * tp} (torchrun's --nnodes times --nproc-per-node){way_out}."
     )
-
-
-def mesh(config: Config, world_size: int) -> Iterator[str]:
-    """pp * dp * tp is the number of ranks."""
-    yield from mesh_sentences(config.parallel, world_size)
-
-
-def microbatches(config: Config, world_size: int) -> int | None:
-    """Microbatches per step on each data-parallel rank, or None where batch or mesh do not divide."""
-    dp, training = degree_left(config.parallel, world_size), config.training
-    if dp is None or training.global_batch_size % (training.micro_batch_size * dp):
-        return None
-    return training.num_microbatches(dp)
 
 
 def batch(config: Config, world_size: int) -> Iterator[str]:
@@ -142,33 +129,27 @@ def stages(config: Config, world_size: int) -> Iterator[str]:
 
 
 def schedule_microbatches(config: Config, world_size: int) -> Iterator[str]:
-    """A step has the microbatches that the schedule needs (as torch's schedules demand them)."""
-    parallel, count = config.parallel, microbatches(config, world_size)
-    pp, schedule = parallel.pp, parallel.pipeline_schedule
-    if count is None:
+    """A step has the microbatches that the schedule needs (as torch's schedules demand them). Where mesh or batch do not divide,
+    their own rules speak."""
+    parallel, training, dp = config.parallel, config.training, degree_left(config.parallel, world_size)
+    pp, schedule, size, micro = parallel.pp, parallel.pipeline_schedule, training.global_batch_size, training.micro_batch_size
+    if dp is None or size % (micro * dp):
         return
+    count = training.num_microbatches(dp)
+    counted = f"global_batch_size({size}) / (micro_batch_size({micro}) * dp({dp})) = {count}"
     if schedule == "1f1b" and count < pp:
         yield (
             f'parallel.pipeline_schedule = "1f1b" needs at least as many microbatches per step as stages, but '
-            f"{_count_in_words(config, count)} and parallel.pp = {pp}; "
+            f"{counted} and parallel.pp = {pp}; "
             'lower training.micro_batch_size, raise training.global_batch_size, or take "gpipe".'
         )
     rounds = max(1, count // pp)
     if schedule in IN_ROUNDS and count % rounds:
         yield (
             f'parallel.pipeline_schedule = "{schedule}" runs its microbatches in {rounds} equal rounds, but '
-            f"{_count_in_words(config, count)}; make them a multiple of parallel.pp = {pp}, such as "
+            f"{counted}; make them a multiple of parallel.pp = {pp}, such as "
             f"{rounds * pp} or {rounds * pp + pp}, by training.global_batch_size or micro_batch_size."
         )
-
-
-def _count_in_words(config: Config, count: int) -> str:
-    training = config.training
-    dp = training.global_batch_size // (training.micro_batch_size * count)
-    return (
-        f"global_batch_size({training.global_batch_size}) / "
-        f"(micro_batch_size({training.micro_batch_size}) * dp({dp})) = {count}"
-    )
 
 
 def zero_bubble(config: Config, world_size: int) -> Iterator[str]:

@@ -11,12 +11,13 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from neox_native.config.layout_rules import ZERO_BUBBLE
 from neox_native.config.schema import Config, Parallel
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.model.flops import model_flops_of_layer, model_flops_of_readout
 from neox_native.model.kinds import residual_steps
 from neox_native.parallel.cuts import sharers
-from neox_native.plan.memory import ZERO_BUBBLE, peak_bytes
+from neox_native.plan.memory import peak_bytes
 from neox_native.plan.shares import (
     Kinds,
     Share,
@@ -151,9 +152,6 @@ class Prediction:
     point_to_point_bytes: int
     """Sent to neighbouring stages in a step."""
     bubble_fraction: float
-
-    def __str__(self) -> str:
-        return self.sentence(with_memory=True)
 
     def sentence(self, with_memory: bool) -> str:
         """For people; memory is a GPU's, which a CPU's process cannot be held against."""

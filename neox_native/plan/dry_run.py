@@ -66,10 +66,6 @@ class RankReport:
     bubble_fraction: float
     """Idle time of the pipeline over its compute time."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
-
 
 def dry_run(config: Config, rank: int, world_size: int, exact: bool = False) -> RankReport:
     """The report of rank `rank` of `world_size`.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from neox_native.config.layout_rules import ZERO_BUBBLE
 from neox_native.config.schema import Config
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.parallel.cuts import share_of_vocabulary
@@ -18,7 +19,6 @@ from neox_native.plan.flight import Moment, moments
 from neox_native.plan.kept import Layer, Stage, stages_of
 from neox_native.plan.shares import activation_bytes, num_microbatches, share_of, stream_bytes, zero_stage_of
 
-ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
 MOMENTS = {"adamw": 2, "sgd": 1}
 
 

@@ -38,9 +38,3 @@ def in_words(loss: float, tokenizer: str) -> str:
     if tokenizer == "byte":
         return f"{loss:.4f} ({loss / math.log(2):.3f} bits per byte)"
     return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.4g})"
-
-
-def evaluation_number(step: int, every: int) -> int:
-    """How many evaluations came before the one after `step`: with `evaluation.rotate` it reads the next stretch of the
-    validation data, in every layout and after every resume the same."""
-    return -(-step // every) - 1

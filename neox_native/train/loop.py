@@ -20,7 +20,7 @@ from neox_native.reliability.bad_steps import EmptySteps
 from neox_native.reliability.preemption import LeaveRequest, Requests
 from neox_native.reliability.replicas import check_replicas
 from neox_native.reliability.watchdog import Watchdog
-from neox_native.train.evaluate import evaluate, evaluation_number, in_words
+from neox_native.train.evaluate import evaluate, in_words
 from neox_native.train.keeping import Keeper
 from neox_native.train.report import Report
 from neox_native.train.start import batches_of
@@ -159,10 +159,10 @@ class Trainer:
         """Loss on the validation data, into the log."""
         settings, step = self.config.evaluation, self.state.step
         size = settings.batches * self.config.training.global_batch_size
-        first = evaluation_number(step, settings.every) * size if settings.rotate else 0
+        before = -(-step // settings.every) - 1 if settings.rotate else 0  # evaluations, in every layout and after every resume
         losses = self.train_step.losses
         with self.report.throughput.paused():
-            batches = self.while_listening(batches_of(self.data.valid, self.config, self.mesh, losses.device, first, settings.batches))
+            batches = self.while_listening(batches_of(self.data.valid, self.config, self.mesh, losses.device, before * size, settings.batches))
             share, num_targets = evaluate(self.train_step.engine, losses, batches)
             loss = losses.total(share).item() if num_targets else None
         found = f"no validation loss: none of the tokens in its {settings.batches} batches is to be predicted"

@@ -37,7 +37,7 @@ OPTIONAL = ("loss_scale.", "spike_guard.", "rng.")
 states."""
 BAD_STEPS = "bad_steps_in_a_row"
 """Name in a checkpoint's metadata of what `BadSteps.count` was."""
-SHAPE_THE_TRAINING = ("model", "data", "training", "optimizer", "lr_schedule")
+SHAPE_THE_TRAINING = ("model", "data", "training", "objective", "optimizer", "lr_schedule")
 """Sections in which a change may lead a run out of its bad steps."""
 
 

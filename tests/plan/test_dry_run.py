@@ -154,7 +154,7 @@ def test_a_rank_in_the_middle_that_needs_most_is_among_the_distinct() -> None:
 
 def test_the_report_is_plain_data() -> None:
     report = dry_run(replace(SMALL, parallel=Parallel(dp=1)), 0, 1)
-    assert json.loads(json.dumps(report.as_dict())) == asdict(report)
+    assert json.loads(json.dumps(asdict(report))) == asdict(report)
     assert sum(report.bytes_by_kind.values()) == report.peak_bytes
     assert f"{report.parameters:,}" in text([report])
 

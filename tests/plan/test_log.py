@@ -38,7 +38,8 @@ def test_a_prediction_is_of_the_busiest_rank() -> None:
     assert predicted.bytes_by_axis == {
         axis: max(costs.traffic(config, rank)[axis] for rank in range(2)) for axis in ("pp", "dp", "tp", "world")
     }
-    assert "iB of memory and sends dp " in str(predicted) and "tp" not in str(predicted)
+    said = predicted.sentence(with_memory=True)
+    assert "iB of memory and sends dp " in said and "tp" not in said
 
 
 def test_a_kind_without_costs_trains_unpredicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,11 @@ import torch
 from neox_native.config.check import require
 from neox_native.config.load import load
 from neox_native.config.schema import Config
-from neox_native.config.settings import SETTINGS
+from neox_native.config.settings import SECTIONS, SETTINGS
 from neox_native.errors import UserError
 from neox_native.launch import Ranks
 from neox_native.train.fits import check_fits, metadata, runtime_of
+from neox_native.train.state import SHAPE_THE_TRAINING
 
 BASE = [
     "--run.determinism=bitwise", "--model.num_layers=8", "--parallel.pp=2", "--parallel.dp=2", "--parallel.tp=2",
@@ -93,3 +94,9 @@ def test_a_checkpoint_without_its_config_is_compared_by_its_layout() -> None:
     resume(saved, checked(*BASE))
     with pytest.raises(UserError, match="parallel.zero_stage was 0 and is now 1"):
         resume(saved, checked(*BASE, "--parallel.zero_stage=1"))
+
+
+def test_every_section_either_shapes_the_training_or_does_not() -> None:
+    """Bad steps are forgotten where one that does has changed."""
+    around = {"run", "parallel", "compile", "checkpoint", "evaluation", "logging"}
+    assert set(SHAPE_THE_TRAINING) == set(SECTIONS) - around

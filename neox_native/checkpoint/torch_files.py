@@ -21,7 +21,7 @@ from neox_native.checkpoint import inert
 from neox_native.errors import UserError
 
 MAX_PICKLE_BYTES = 1 << 24
-"""Of a file's pickle, which holds names and shapes but no numbers."""
+"""The largest pickle in a file: it holds names and shapes but no numbers."""
 MAX_DIMS = 64
 BEGINS, ENDS, END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22
 
@@ -191,4 +191,4 @@ OPCODES: dict[bytes, Callable[[_SavedByTorch], Any]] = {
     b"G": lambda machine: machine.push(struct.unpack(">d", machine.take(8))[0]),
     b"Q": _SavedByTorch.make_storage,
 }
-"""Of `inert.OPCODES` those of protocol 2, with GLOBAL, BINPUT, LONG_BINPUT, BINFLOAT and BINPERSID."""
+"""The opcodes of `inert.OPCODES` that protocol 2 has, with GLOBAL, BINPUT, LONG_BINPUT, BINFLOAT and BINPERSID."""

@@ -236,7 +236,7 @@ class Mixture(Dataset):
                     f"samples, the mixture needs {count:,} of them; lower its weight, training.steps or "
                     "training.global_batch_size, or give more rows."
                 )
-        # Of a longer mixture a dataset would give its share with the same margin, and one.
+        # A longer mixture would take its share of each dataset with the same margin, and one sample.
         reaches = [int((dataset.num_samples - 1) / (1.005 * share)) for dataset, share in zip(self.datasets, shares)]
         self.samples_drawn = max(num_samples, min(reaches))
 

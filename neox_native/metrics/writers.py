@@ -94,7 +94,7 @@ def cut_off(file: Path, keeps: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _lines(file: Path) -> list[bytes]:
-    """With their ends, none where there is no file; a line of bytes ends at a line feed alone."""
+    """Its lines with their ends, none where there is no file; a line of bytes ends at a line feed alone."""
     return list(io.BytesIO(file.read_bytes())) if file.is_file() else []
 
 

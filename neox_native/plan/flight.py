@@ -2,8 +2,8 @@
 
 [Note: turns] A rank's stages take turns. In a looped schedule the forward passes come in rounds: R microbatches of its
 first stage, R of its second, and so on, then the next R of the first; the backward passes do the same from its last
-stage on. After w forward passes of warmup, forward and backward alternate. Then the numbers of passes that were done
-give who is in flight:
+stage on. After w forward passes of warmup, forward and backward alternate. The numbers of passes done
+then tell which microbatches are in flight:
 
     schedule                 R                     w                               source
     gpipe, looped_bfs        m                     v m                             Huang et al. 2019; Lamy-Poirier 2023

@@ -79,7 +79,7 @@ def _keep(settings: bytes, file: Path) -> None:
 
 
 def origin(layout: str, hosts: list[str]) -> dict[str, Any]:
-    """With what and where a start runs.
+    """What a start runs with, and where.
 
     Args:
         layout: the mesh's, in words.

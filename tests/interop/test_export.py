@@ -11,7 +11,7 @@ import train as entry
 from neox_native.config.check import require
 from neox_native.interop.checkpoints import CheckpointReader
 from neox_native.interop.hugging_face import HuggingFaceReader, export_state
-from neox_native.train import exports
+from neox_native.train import keeping
 from tests.interop.models import assert_equal, weights
 from tests.ranks import RankError, run_ranks
 from tests.train.test_run import corpus, run, settings
@@ -45,7 +45,7 @@ def test_what_a_kill_between_save_and_export_left_out_is_exported_by_the_restart
             assert folder != killed, "killed here"
             return export_state(folder, *_)
 
-        exports.export_state = kill
+        keeping.export_state = kill
         entry.train(require(config, 1), torch.device("cpu"))
 
     for killed in folders:  # the second start writes what the first did not come to, and trains on

@@ -17,6 +17,7 @@ from neox_native.engine.spikes import SpikeGuard
 from neox_native.engine.step import Losses, TrainStep
 from neox_native.mesh import Mesh
 from neox_native.model import initialize
+from neox_native.model.kinds import kinds_of_layers
 from neox_native.model.transformer import Transformer, cards
 from neox_native.optim.groups import optimizer_factory
 from neox_native.optim.loss_scale import LossScale
@@ -28,6 +29,16 @@ from neox_native.parallel.stages import rank_of_stage
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.optimizer import ShardedOptimizer
 from neox_native.zero.spec import ParameterSpec, Rule, SharedRows, Unit
+
+
+def require_known(config: Config) -> None:
+    """Refuse what the settings leave to the code to know, before anything is built.
+
+    Raises:
+        UserError: a layer kind or an objective that nobody has defined.
+    """
+    kinds_of_layers(config.model)
+    objective_of(config.objective)
 
 
 def build_model(
@@ -85,8 +96,7 @@ def units_of(
 
     def spec(part: Transformer, name: str, parameter: nn.Parameter) -> ParameterSpec:
         card, sum_over = described[name], []
-        partial = card.gradient == "partial" or card.gradient == "partial_in_sequence" and parallel.sequence_parallel
-        if tp.peers is not None and partial:
+        if tp.peers is not None and card.has_partial_gradient(parallel.sequence_parallel):
             sum_over.append(tp.peers)
         copy_of_first = False
         if model.tie_embeddings and name == part.global_name("embed_out.weight") and ends is not None:

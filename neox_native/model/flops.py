@@ -53,7 +53,8 @@ def flops_of_layer(model: Model, kinds: tuple[Kind, ...]) -> int:
     total = 0
     for kind in kinds:
         if kind.costs:
-            total += 3 * (2 * kind.costs(model).multiply_adds + kind.costs(model).flops)
+            costs = kind.costs(model)
+            total += 3 * (2 * costs.multiply_adds + costs.flops)
         else:
             total += 6 * sum(card.num_elements for card in kind.cards(model).values() if card.role == "matrix")
     return total

@@ -71,6 +71,11 @@ class Card:
         """Elements of the whole parameter."""
         return torch.Size(self.shape).numel()
 
+    def has_partial_gradient(self, sequence_cut: bool) -> bool:
+        """Whether one holder computes a share of the gradient, so that shares must be summed. `sequence_cut`: holders see
+        different tokens of the residual stream."""
+        return self.gradient == "partial" or self.gradient == "partial_in_sequence" and sequence_cut
+
 
 Cards = dict[str, Card]
 

@@ -66,11 +66,10 @@ def _partial_gradient_bytes(config: Config, share: Share) -> int:
     """What the first data-parallel rank sends once a step: its fp32 gradients that are partial sums over tp, and those of
     rows that several ranks hold alike. See [Note: shared heads]."""
     tp, sums = config.parallel.tp, Counter[int]()
-    partial = {"partial", "partial_in_sequence"} if config.parallel.sequence_parallel else {"partial"}
     cards = (card for unit in share.cards(config.model) for card in unit)
     for card, slot in zip(cards, share.slots):
         rows = slot.span(0)[1]
-        if card.gradient in partial:
+        if card.has_partial_gradient(config.parallel.sequence_parallel):
             sums[tp] += FP32_BYTES * rows * slot.inner
         if (ranks := sharers(card, tp)) > 1:
             sums[ranks] += FP32_BYTES * max(0, rows - card.groups.own // ranks) * slot.inner

@@ -47,11 +47,6 @@ def moments(parallel: Parallel, num_microbatches: int, pp_rank: int) -> tuple[Mo
     return _moments(parallel.pipeline_schedule, p, v, num_microbatches, pp_rank)
 
 
-def in_flight(parallel: Parallel, num_microbatches: int, pp_rank: int) -> int:
-    """(stage, microbatch) pairs whose activations a rank holds at most."""
-    return max(sum(moment.held) for moment in moments(parallel, num_microbatches, pp_rank))
-
-
 @cache  # a search asks for few schedules very often
 def _moments(schedule: str, p: int, v: int, m: int, rank: int) -> tuple[Moment, ...]:
     if p == 1:

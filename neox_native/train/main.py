@@ -10,10 +10,8 @@ import torch
 from neox_native.config.check import require, require_on
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
-from neox_native.engine.build import build_engine, build_model, build_step
-from neox_native.engine.objective import objective_of
+from neox_native.engine.build import build_engine, build_model, build_step, require_known
 from neox_native.launch import Launch, pick_device
-from neox_native.model.kinds import kinds_of_layers
 from neox_native.reliability.preemption import Requests
 from neox_native.train.keeping import Exports, Keeper
 from neox_native.train.loop import Trainer
@@ -34,7 +32,7 @@ def main(arguments: list[str]) -> None:
         settings = [word for word in arguments if word != DRY_RUN]
         return print(report_of(from_command_line(settings), launch.world_size))
     config = require(from_command_line(arguments), launch.world_size)
-    kinds_of_layers(config.model), objective_of(config.objective)  # names that the settings leave to the code
+    require_known(config)
     device = pick_device(config.run.device, launch)
     require_on(device.type, config)
     with Requests(launch) as requests, joined_ranks(config, device, launch):

@@ -15,7 +15,7 @@ from neox_native.model.kinds import KINDS
 from neox_native.parallel.timeline import timeline
 from neox_native.plan import costs
 from neox_native.plan.dry_run import dry_run
-from neox_native.plan.flight import in_flight
+from neox_native.plan.flight import moments
 from neox_native.plan.memory import memory
 from neox_native.plan.shares import share_of
 from tests.test_extension import TAPS, TOY
@@ -121,6 +121,11 @@ def test_closed_forms_read_the_costs_of_a_kind_that_only_a_test_knows(monkeypatc
 @pytest.mark.parametrize("case", MANY, ids=str)
 def test_closed_forms_are_what_the_code_does_on_a_wide_grid(case: Case) -> None:
     hold(*case)
+
+
+def in_flight(parallel: Parallel, num_microbatches: int, pp_rank: int) -> int:
+    """(stage, microbatch) pairs whose activations a rank holds at most."""
+    return max(sum(moment.held) for moment in moments(parallel, num_microbatches, pp_rank))
 
 
 @pytest.mark.parametrize("schedule, virtual", [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 3), ("looped_bfs", 2)])

@@ -21,8 +21,9 @@ class Run:
     """Folder of the run: resolved config, metrics, TensorBoard files and checkpoints."""
     seed: int = 1234
     """Seed of everything random; each use derives its own stream from this number and a name."""
-    determinism: Literal["fast", "bitwise"] = "fast"
-    """"bitwise" repeats every number exactly at a fixed layout, through a kill and a resume; "fast" lets kernels choose."""
+    determinism: Literal["fast", "bitwise", "elastic"] = "fast"
+    """"bitwise" repeats every number exactly at a fixed layout, through a kill and a resume; "elastic" repeats it in every
+    layout of the same tp and micro batch size, through resumes that change the layout; "fast" lets kernels choose."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; "auto" takes a GPU where there is one."""
     watchdog_factor: float = 50.0

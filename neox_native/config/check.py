@@ -126,6 +126,10 @@ def notices(config: Config, world_size: int, device_type: str) -> list[str]:
             f"parallel.zero_stage = {stage} with {count} microbatches per step moves {volume} times the "
             "parameters per step over the dp axis, where stage 1 moves 2 times."
         )
+    if config.run.determinism == "elastic" and device_type == "cpu":
+        found.append(
+            'run.determinism = "elastic" computes with 1 thread a rank on a CPU, whose kernels cut sums by threads: start a rank per core.'
+        )
     if max(config.model.hidden_dropout, config.model.attention_dropout) > 0:
         found.append(
             "Dropout masks depend on the layout: with model.hidden_dropout or model.attention_dropout above 0, another "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from neox_native.config.rules import divisors_around
 from neox_native.config.schema import Config, Parallel
 
 LOOPED = ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble")
@@ -49,7 +50,7 @@ def mesh(config: Config, world_size: int) -> Iterator[str]:
         )
         return
     rest, remainder = divmod(world_size, pp * tp)
-    way_out = f" or set parallel.dp = {rest}" if remainder == 0 and rest else ""
+    way_out = f", or set parallel.dp = {rest}, or -1, which takes the ranks there are" if remainder == 0 and rest else ""
     yield (
         f"pp({pp}) * dp({dp}) * tp({tp}) = {pp * dp * tp} ranks, but {started}; "
         f"start {pp * dp * tp} (torchrun's --nnodes times --nproc-per-node){way_out}."
@@ -65,9 +66,11 @@ def batch(config: Config, world_size: int) -> Iterator[str]:
     if size % (micro * dp):
         above = -(-size // (micro * dp)) * micro * dp
         near = f"{above - micro * dp} and {above}" if above > micro * dp else f"{above}"
+        some = divisors_around(size // micro, dp, config.parallel.pp * config.parallel.tp).replace("and", "or")
+        ranks = f"; for this batch, take {some} ranks" if size % micro == 0 else ""
         yield (
             f"training.global_batch_size = {size} is no multiple of micro_batch_size({micro}) * dp({dp}) = "
-            f"{micro * dp}; the nearest that are: {near}."
+            f"{micro * dp}; the nearest that are: {near}{ranks}."
         )
 
 

@@ -29,11 +29,11 @@ def out_of_range(config: Config) -> Iterator[str]:
                     yield f"{setting.dotted} = {to_toml(value)} must be {wanted}."
 
 
-def _divisors_around(number: int, wanted: int) -> str:
-    """The divisors of number next to wanted, below and above, as "4 and 8"."""
+def divisors_around(number: int, wanted: int, times: int = 1) -> str:
+    """The divisors of number next to wanted, below and above, times something, as "4 and 8"."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     near = [d for d in divisors if d < wanted][-1:] + [d for d in divisors if d > wanted][:1]
-    return " and ".join(map(str, near))
+    return " and ".join(str(d * times) for d in near)
 
 
 def heads(config: Config) -> Iterator[str]:
@@ -42,12 +42,12 @@ def heads(config: Config) -> Iterator[str]:
     if model.hidden_size % model.num_heads:
         yield (
             f"model.num_heads = {model.num_heads} does not divide model.hidden_size = {model.hidden_size}; "
-            f"the nearest head counts that do are {_divisors_around(model.hidden_size, model.num_heads)}."
+            f"the nearest head counts that do are {divisors_around(model.hidden_size, model.num_heads)}."
         )
     if model.num_heads % model.kv_heads:
         yield (
             f"model.num_kv_heads = {model.kv_heads} does not divide model.num_heads = {model.num_heads}; "
-            f"the nearest that do are {_divisors_around(model.num_heads, model.kv_heads)}."
+            f"the nearest that do are {divisors_around(model.num_heads, model.kv_heads)}."
         )
 
 
@@ -150,8 +150,9 @@ def saving(config: Config) -> Iterator[str]:
 
 def repeatable(config: Config) -> Iterator[str]:
     """What cannot repeat bitwise is refused where bitwise was asked for."""
-    if config.run.determinism == "bitwise" and config.compile.enabled:
+    mode = config.run.determinism
+    if mode != "fast" and config.compile.enabled:
         yield (
-            'run.determinism = "bitwise" cannot hold with compile.enabled = true, which picks kernels by timing them, so '
+            f'run.determinism = "{mode}" cannot hold with compile.enabled = true, which picks kernels by timing them, so '
             'that a restart may sum in another order; set compile.enabled = false or run.determinism = "fast".'
         )

@@ -22,6 +22,8 @@ LAYOUT = ("pp", "dp", "tp", "zero_stage")
 ROUNDING = ("training.micro_batch_size", "training.precision", "compile.enabled")
 """Settings that, like all of [parallel], cut sums or draw masks in another way and are not meant to change what is trained.
 Recomputation is none of them: it repeats the same operations."""
+WITHIN_A_MICROBATCH = ("parallel.tp", "parallel.sequence_parallel", *ROUNDING)
+"""Those that cut sums of floating-point numbers even in elastic mode, whose sums over microbatches and ranks are exact."""
 KINDS = {"step": int, "consumed_samples": int, "data": dict, "layout": dict}
 """What a run needs of a checkpoint's metadata to go on."""
 
@@ -69,8 +71,8 @@ def config_of(saved: dict[str, Any]) -> Config:
 def check_fits(
     saved: dict[str, Any], config: Config, fingerprint: dict[str, Any], runtime: dict[str, str], tokenizer_sha256: str = ""
 ) -> None:
-    """Raise `UserError` where resuming from a checkpoint would not continue its run. In bitwise mode, raise it also where
-    rounding or the elements that dropout drops would differ.
+    """Raise `UserError` where resuming from a checkpoint would not continue its run. In bitwise and elastic mode, raise it also
+    where rounding or the elements that dropout drops would differ.
 
     Args:
         saved: the checkpoint's metadata.
@@ -87,25 +89,62 @@ def check_fits(
     if found := incompatible(trained, config):
         raise UserError(" ".join(found))
     check_fingerprint(saved["data"], fingerprint, "training")
-    if config.run.determinism == "bitwise" and (found := _rounded_otherwise(saved, config, runtime)):
+    if found := _rounded_otherwise(saved, config, runtime):
+        mode, step, changes = config.run.determinism, saved["step"], ", ".join(found.values())
+        free = mode == "bitwise" and all(name.startswith("parallel.") and name not in WITHIN_A_MICROBATCH for name in found)
         raise UserError(
-            f'run.determinism = "bitwise", but the run was changed since the checkpoint of step {saved["step"]}: {", ".join(found)}; '
-            'numbers would agree to rounding only. Go on as it was, or set run.determinism = "fast".'
+            f'run.determinism = "{mode}", but the run was changed since the checkpoint of step {step}: {changes}; '
+            'numbers would agree to rounding only. Go on as it was, or set run.determinism = "fast"'
+            + ('; a run that begins with "elastic" may change this and keeps its numbers.' if free else ".")
         )
 
 
-def _rounded_otherwise(saved: dict[str, Any], config: Config, runtime: dict[str, str]) -> list[str]:
-    """How a checkpoint's layout, other `ROUNDING` settings and runtime differ from this run's, as far as it tells."""
-    layout = {name: value for name, value in saved["layout"].items() if name in LAYOUT and isinstance(value, int)}
-    trained = config_of(saved)
-    # Earlier versions wrote settings that a mesh ignores as the user gave them.
-    trained = replace(trained, parallel=in_use(replace(trained.parallel, **layout)))
+def _rounded_otherwise(saved: dict[str, Any], config: Config, runtime: dict[str, str]) -> dict[str, str]:
+    """How a checkpoint's layout, other `ROUNDING` settings and runtime differ from this run's, as far as it tells and as the
+    run's mode forbids: a sentence by name. A fast run may become elastic: from there on it repeats."""
+    mode, trained = config.run.determinism, trained_as(saved)
+    if mode == "fast" or mode == "elastic" and trained.run.determinism == "fast":
+        return {}
     told = [
         setting
         for dotted, setting in SETTINGS.items()
-        if setting.section == "parallel" or dotted in ROUNDING
-        if "config" in saved or setting.name in layout
+        if (setting.section == "parallel" or dotted in ROUNDING if mode == "bitwise" else dotted in WITHIN_A_MICROBATCH)
+        if "config" in saved or setting.name in saved["layout"]
     ]
+    if "elastic" in (mode, trained.run.determinism):
+        told.append(SETTINGS["run.determinism"])
     changed = {setting.dotted: (setting.of(trained), setting.of(config)) for setting in told}
     changed |= {name: (saved.get(name, here), here) for name, here in runtime.items()}
-    return [f"{name} was {was} and is now {now}" for name, (was, now) in changed.items() if was != now]
+    return {name: f"{name} was {was} and is now {now}" for name, (was, now) in changed.items() if was != now}
+
+
+def trained_as(saved: dict[str, Any]) -> Config:
+    """The settings of a checkpoint, its layout as it was in use: earlier versions wrote settings that a mesh ignores as the
+    user gave them."""
+    layout = {name: value for name, value in saved["layout"].items() if name in LAYOUT and isinstance(value, int)}
+    trained = config_of(saved)
+    return replace(trained, parallel=in_use(replace(trained.parallel, **layout)))
+
+
+def what_becomes_of_numbers(saved: dict[str, Any], config: Config) -> list[str]:
+    """A sentence for each thing about a start from a checkpoint that bears on the numbers of an otherwise unchanged run."""
+    trained, found = trained_as(saved), []
+    was, now, same = trained.parallel.dp, config.parallel.dp, trained.run.determinism == "elastic" == config.run.determinism
+    if was > 0 and was != now:
+        before, after = trained.training.num_microbatches(was), config.training.num_microbatches(now)
+        found.append(
+            f"dp was {was} and is now {now}: each rank computes {after} of a step's {after * now} microbatches instead of {before}; "
+            + ("the numbers stay the same" if same else "the numbers agree to rounding")
+        )
+    if trained.run.determinism == "fast" and config.run.determinism == "elastic":
+        found.append('the checkpoint is of a run with run.determinism = "fast": the same bits in every layout from here on')
+    return found
+
+
+def require_one_kind(config: Config, runtime: dict[str, str]) -> None:
+    """Raise `UserError` where an elastic run's ranks round in several ways: which of them had a sample would show."""
+    if config.run.determinism == "elastic" and " + " in runtime["device"]:
+        raise UserError(
+            f'run.determinism = "elastic" needs ranks of one kind, but they are {runtime["device"]}, which round differently: '
+            'take machines of one kind, or set run.determinism = "fast".'
+        )

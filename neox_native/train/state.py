@@ -79,6 +79,7 @@ class RunState:
 
         Raises `UserError` on all ranks where it does not fit, before anything has changed.
         """
+        fits.require_one_kind(self.config, self.runtime)
         if start is None:
             return
         if start.weights_only:
@@ -97,6 +98,8 @@ class RunState:
         store.load(path, self.tensors(), self.ranks, lenient=OPTIONAL, verified=True)
         self.optimizer.after_load()
         self.step, self.consumed_samples = saved["step"], saved["consumed_samples"]
+        for sentence in fits.what_becomes_of_numbers(saved, self.config):
+            self.ranks.say(sentence)
 
     def _load_weights(self, path: Path) -> list[str]:
         """Take the weights of a verified checkpoint of the same model, whose vocabulary may be smaller; returns a sentence for

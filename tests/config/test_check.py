@@ -89,6 +89,10 @@ OPTIMISATION_MISTAKES = [
         ["--run.determinism=bitwise", "--compile.enabled"],
         'run.determinism = "bitwise" cannot hold with compile.enabled = true',
     ),
+    (
+        ["--run.determinism=elastic", "--compile.enabled"],
+        'run.determinism = "elastic" cannot hold with compile.enabled = true',
+    ),
 ]
 
 
@@ -102,8 +106,8 @@ LAYOUT_MISTAKES = [
     (
         4,
         ["--parallel.pp=2", "--parallel.dp=2", "--parallel.tp=2"],
-        "pp(2) * dp(2) * tp(2) = 8 ranks, but torchrun started 4; start 8 (torchrun's --nnodes times --nproc-per-node) "
-        "or set parallel.dp = 1.",
+        "pp(2) * dp(2) * tp(2) = 8 ranks, but torchrun started 4; start 8 (torchrun's --nnodes times --nproc-per-node)"
+        ", or set parallel.dp = 1, or -1, which takes the ranks there are.",
     ),
     (4, ["--parallel.tp=8", "--parallel.dp=2"], "pp(1) * dp(2) * tp(8) = 16 ranks, but torchrun started 4; start 16"),
     (8, ["--parallel.pp=3"], "pp(3) * tp(1) = 3 does not divide the ranks: torchrun started 8; start a multiple of 3"),
@@ -111,6 +115,16 @@ LAYOUT_MISTAKES = [
         2,
         ["--training.global_batch_size=30"],
         "global_batch_size = 30 is no multiple of micro_batch_size(4) * dp(2) = 8; the nearest that are: 24 and 32.",
+    ),
+    (
+        3,
+        ["--training.global_batch_size=32"],
+        "micro_batch_size(4) * dp(3) = 12; the nearest that are: 24 and 36; for this batch, take 2 or 4 ranks.",
+    ),
+    (
+        6,
+        ["--training.global_batch_size=32", "--parallel.pp=2"],
+        "micro_batch_size(4) * dp(3) = 12; the nearest that are: 24 and 36; for this batch, take 4 or 8 ranks.",
     ),
     (2, ["--training.global_batch_size=3"], "micro_batch_size(4) * dp(2) = 8; the nearest that are: 8."),
     (
@@ -257,6 +271,7 @@ def test_slow_choices_say_their_number() -> None:
     (fp16,) = notices(load(QUICKSTART, ["--training.precision=fp16"]), 2, "cpu")
     assert "1 GFLOP/s" in fp16
     assert notices(load(QUICKSTART, ["--training.precision=fp16"]), 2, "cuda") == []
+    assert "1 thread a rank" in " ".join(notices(load(QUICKSTART, ["--run.determinism=elastic"]), 2, "cpu"))
     for stage, volume in ((2, "moves 5 times"), (3, "moves 12 times")):
         (zero,) = notices(load(QUICKSTART, [f"--parallel.zero_stage={stage}"]), 2, "cpu")
         assert "4 microbatches" in zero and volume in zero

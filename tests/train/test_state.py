@@ -1,7 +1,8 @@
-"""Which checkpoints a run may go on from in bitwise mode: those whose sums and masks it repeats, and no others."""
+"""Which checkpoints a run may go on from in bitwise and elastic mode: those whose sums and masks it repeats, and no others."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,10 @@ from neox_native.config.schema import Config
 from neox_native.config.settings import SECTIONS, SETTINGS
 from neox_native.errors import UserError
 from neox_native.launch import Ranks
-from neox_native.train.fits import check_fits, metadata, runtime_of
+from neox_native.train.fits import (
+    WITHIN_A_MICROBATCH, check_fits, metadata, require_one_kind, runtime_of, what_becomes_of_numbers,
+)  # fmt: skip
+from neox_native.train.start import choose_determinism
 from neox_native.train.state import SHAPE_THE_TRAINING
 
 BASE = [
@@ -60,6 +64,70 @@ def test_bitwise_refuses_what_rounds_or_drops_otherwise_and_fast_does_not(dotted
     with pytest.raises(UserError, match=rf"bitwise.* step 3: .*{dotted} was .* agree to rounding only"):
         resume(written_by(other), run)
     resume(written_by(other), replace(run, run=replace(run.run, determinism="fast")))
+
+
+ELASTIC = "--run.determinism=elastic"
+
+
+@pytest.mark.parametrize("dotted", OTHER)
+def test_elastic_refuses_what_cuts_sums_within_a_microbatch_and_nothing_else(dotted: str) -> None:
+    run, other = checked(*BASE, ELASTIC), checked(*BASE, *OTHER[dotted], ELASTIC)
+    if dotted == "compile.enabled":
+        other = replace(other, compile=replace(other.compile, enabled=True))
+    if dotted not in WITHIN_A_MICROBATCH:
+        return resume(written_by(other), run)
+    with pytest.raises(UserError, match=rf'"elastic".* step 3: {dotted} was .* agree to rounding only.*"fast"\.$'):
+        resume(written_by(other), run)
+
+
+@pytest.mark.parametrize("was, now", [("bitwise", "elastic"), ("elastic", "bitwise")])
+def test_a_run_that_repeats_keeps_its_way_of_repeating(was: str, now: str) -> None:
+    saved = written_by(checked(*BASE, f"--run.determinism={was}"))
+    with pytest.raises(UserError, match=f"run.determinism was {was} and is now {now}; numbers would agree to rounding only"):
+        resume(saved, checked(*BASE, f"--run.determinism={now}"))
+    resume(saved, checked(*BASE, "--run.determinism=fast"))
+
+
+def test_a_fast_run_may_become_elastic_whatever_it_was_on() -> None:
+    fast = written_by(checked(*BASE, "--run.determinism=fast", "--training.micro_batch_size=2"))
+    elastic = checked(*BASE, ELASTIC)
+    resume(fast, elastic, device="cpu (AVX2, threads: 99)")
+    assert "from here on" in " ".join(what_becomes_of_numbers(fast, elastic))
+
+
+@pytest.mark.parametrize("mode, numbers", [("elastic", "the numbers stay the same"), ("fast", "the numbers agree to rounding")])
+def test_another_number_of_data_ranks_is_told_with_its_microbatches(mode: str, numbers: str) -> None:
+    before, after = (checked("--training.global_batch_size=32", f"--run.determinism={mode}", f"--parallel.dp={dp}") for dp in (4, 2))
+    [sentence] = what_becomes_of_numbers(written_by(before), after)
+    assert sentence == f"dp was 4 and is now 2: each rank computes 4 of a step's 8 microbatches instead of 2; {numbers}"
+    assert what_becomes_of_numbers(written_by(before), before) == []
+
+
+def test_bitwise_names_the_mode_that_may_change_its_layout() -> None:
+    bitwise = "--run.determinism=bitwise"
+    with pytest.raises(UserError, match='parallel.dp was 4 and is now 2; .* begins with "elastic" may change this'):
+        resume(written_by(checked(bitwise, "--parallel.dp=4")), checked(bitwise, "--parallel.dp=2"))
+
+
+def test_elastic_refuses_ranks_that_round_differently() -> None:
+    for mode in "elastic", "bitwise":
+        config = checked(f"--run.determinism={mode}", "--parallel.dp=2")
+        require_one_kind(config, {"device": "cpu (AVX2, threads: 1)"})
+        with pytest.raises(UserError, match="of one kind") if mode == "elastic" else nullcontext():
+            require_one_kind(config, {"device": "NVIDIA A100 + NVIDIA H100"})
+
+
+def test_elastic_computes_with_one_thread_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for mode, expected in ("fast", 2), ("bitwise", 2), ("elastic", 1):
+            choose_determinism(checked(f"--run.determinism={mode}", "--parallel.dp=1").run, torch.device("cpu"))
+            assert torch.get_num_threads() == expected and torch.are_deterministic_algorithms_enabled() == (mode != "fast")
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
 
 
 def test_every_setting_of_the_layout_is_tried() -> None:

@@ -5,6 +5,7 @@
         .metadata                         DCP's index: which box of which tensor lies where in which file
         metadata.json                     what the run says about itself: step, consumed samples, model, data, layout
         tokenizer.json                    the tokenizer, where it came from such a file
+        hashes.json                       a hash of every tensor and one of all, equal in every layout if the state is equal
         manifest.json                     size and crc32 of every other file; written last
 
 A checkpoint is written as `step_000000100.tmp-<token>`, flushed to the disk, and renamed when all ranks are done. So a
@@ -14,10 +15,12 @@ up to 32; at 4 GB/s a core it costs less than the disk. `safe.py` defends agains
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,9 @@ from neox_native.plain_files import is_plain_name, read_json
 
 MANIFEST = "manifest.json"
 METADATA = "metadata.json"
+HASHES = "hashes.json"
+HASH_FORMAT = 1
+"""Of what `hashes.py` computes: hashes of other formats are not compared."""
 READ_BYTES = 1 << 22
 LARGE_BYTES = 1 << 20
 
@@ -166,3 +172,32 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if problem is not None:
         raise UserError(problem + ".")
     return read_json(file)
+
+
+def write_hashes(path: Path, tensors: Mapping[str, str]) -> Record:
+    """Write the hash of each tensor, and that of all, flushed to the disk; returns the file's record."""
+    return write_json(path / HASHES, {"format": HASH_FORMAT, "state": state_hash(tensors), "tensors": dict(tensors)})
+
+
+def state_hash(tensors: Mapping[str, str]) -> str:
+    """One hash of the names and the hashes of all tensors."""
+    lines = "".join(f"{name} {tensors[name]}\n" for name in sorted(tensors))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def read_hashes(path: Path) -> dict[str, str] | None:
+    """The hash of each tensor of a checkpoint; None where it tells none, as those of earlier versions. Raises `UserError` where
+    the file is not whole."""
+    file, record = Path(path) / HASHES, read_manifest(path).get(HASHES)
+    if record is None:
+        return None
+    problem = damage(file, record)
+    if problem is not None:
+        raise UserError(problem + ".")
+    told = read_json(file)
+    tensors = told.get("tensors")
+    if told.get("format") != HASH_FORMAT:
+        return None
+    if not isinstance(tensors, dict) or not all(isinstance(each, str) for each in tensors.values()):
+        raise UserError(f"{file} is refused: it does not tell the hash of each tensor.")
+    return tensors

@@ -35,13 +35,15 @@ class Saved:
 
     step: int
     path: Path
-    size_bytes: int
     stall_seconds: float
     """How long training stood still for it, waiting for the save before included."""
     total_seconds: float
     """From the call to the rename."""
+    size_bytes: int
     deleted: tuple[int, ...]
     """Steps of the old checkpoints that made way."""
+    state_hash: str
+    """Of all that it holds, the same in every layout."""
     kept_because: str = ""
     """Why one that should make way could not be deleted; "" where all could."""
 
@@ -197,18 +199,19 @@ class Saver:
     ) -> None:
         """Write one checkpoint, then delete what retention lets go; without `stall_seconds` all of it was a stall."""
         path = store.save(self.directory, step, state, metadata, self._ranks, host_copies, self.beside)
-        size, deleted, kept_because = 0, (), ""
+        size, deleted, state_hash, kept_because = 0, (), "", ""
         self._passed_over.discard(step)
         with self._ranks.together("Deleting old checkpoints"):
             if self._ranks.is_first:  # alone: the others' view of a network disk may be older
                 size = sum(record["bytes"] for record in files.read_manifest(path).values())
+                state_hash = files.state_hash(files.read_hashes(path) or {})
                 if not keep_all:
                     deleted, kept_because = delete_old(self.directory, step, self.config, self._passed_over)
-        size, deleted, kept_because = self._ranks.from_first((size, deleted, kept_because))
+        told = self._ranks.from_first((size, deleted, state_hash, kept_because))
         self._tries_again = False
         seconds = time.perf_counter() - start
         stall = seconds if stall_seconds is None else stall_seconds
-        self._reports.append(Saved(step, path, size, stall, seconds, deleted, kept_because))
+        self._reports.append(Saved(step, path, stall, seconds, *told))
 
 
 def delete_old(directory: Path, saved_step: int, config: Checkpoint, damaged: set[int]) -> tuple[tuple[int, ...], str]:

@@ -9,7 +9,6 @@ shapes are those of the whole model, so a checkpoint knows nothing of the layout
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import warnings
 import zlib
@@ -21,65 +20,19 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from neox_native.checkpoint import files
 from neox_native.checkpoint.safe import INDEX, SafeLoadPlanner, SafeReader, read_index
+from neox_native.checkpoint.shards import SavePlanner, Writer
 from neox_native.durable import make_folder, put_in_place, temporary_name
 from neox_native.errors import UserError, in_words
+from neox_native.hashes import as_text
 from neox_native.launch import Ranks
-from neox_native.zero.state import Boxes
 
 State = dict[str, torch.Tensor]
 NAMES_SHOWN = 5
-
-
-class _RecordingFileSystem(FileSystem):
-    """DCP's file system, noting size and checksum of what is written."""
-
-    def __init__(self) -> None:
-        self.records: dict[str, files.Record] = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[files.ChecksumStream]:
-        assert mode == "wb", f"a checkpoint is written in one go, not in mode {mode}"
-        with files.ChecksumStream(Path(path)) as stream:
-            yield stream
-        self.records[Path(path).name] = stream.record
-
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        super().rename(path, new_path)
-        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
-
-
-class _Writer(dcp.FileSystemWriter):
-    """DCP's file writer over the recording file system; the index does not tell where it was written."""
-
-    def __init__(self, path: Path, from_host: bool, file_per_tensor: bool) -> None:
-        # Copying ahead from a GPU needs a stream of it; a background thread with host copies shall not touch the GPU.
-        ahead = {"per_thread_copy_ahead": 0} if from_host else {}
-        # The files of `_RecordingFileSystem` flush themselves to the disk; DCP would sync before they are flushed.
-        super().__init__(path, single_file_per_rank=not file_per_tensor, sync_files=False, **ahead)
-        self.fs = _RecordingFileSystem()
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()
-
-
-class SavePlanner(dcp.DefaultSavePlanner):
-    """DCP's planner for a flat dict of tensors, which may read the numbers from copies on the host."""
-
-    def __init__(self, host_copies: Mapping[str, torch.Tensor] | None = None) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.host_copies = host_copies
-
-    def lookup_object(self, index: Any) -> torch.Tensor:
-        if self.host_copies is None:
-            return super().lookup_object(index)
-        copy, described = self.host_copies[index.fqn], self.state_dict[index.fqn]
-        return described.like(copy).__get_tensor_shard__(index) if isinstance(described, Boxes) else copy
 
 
 def own_share(state: State) -> State:
@@ -132,7 +85,7 @@ def write(
     """
     assert all(isinstance(value, torch.Tensor) for value in state.values()), "tensors only, see [Note: state]"
     with new_folder(final, doing, ranks) as temporary:
-        records = _write(temporary, state, ranks, doing, SavePlanner(host_copies), file_per_tensor)
+        records, hashes = _write(temporary, state, ranks, doing, SavePlanner(host_copies), file_per_tensor)
         with ranks.together(doing):
             if ranks.is_first:
                 for name, content in beside.items():
@@ -140,6 +93,7 @@ def write(
                         stream.write(content)
                     records[name] = stream.record
                 records[files.METADATA] = files.write_json(temporary / files.METADATA, metadata)
+                records[files.HASHES] = files.write_hashes(temporary, hashes)
                 files.write_json(temporary / files.MANIFEST, {"files": records})
     return final
 
@@ -169,12 +123,17 @@ def new_folder(final: Path, doing: str, ranks: Ranks) -> Iterator[Path]:
 
 def _write(
     path: Path, state: State, ranks: Ranks, doing: str, planner: SavePlanner, file_per_tensor: bool
-) -> dict[str, files.Record]:
-    """Write the shards and the index; returns the records of all ranks' files."""
-    writer = _Writer(path, planner.host_copies is not None, file_per_tensor)
-    with ranks.together(doing), _dcp(ranks):
+) -> tuple[dict[str, files.Record], dict[str, str]]:
+    """Write the shards and the index; returns the records of all ranks' files, and the hash of each tensor."""
+    writer = Writer(path, planner.host_copies is not None, file_per_tensor)
+    with ranks.together(doing), _dcp(ranks), planner.helper:
         dcp.save(state, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.group is None)
-    return {name: record for records in ranks.gather(writer.fs.records) for name, record in records.items()}
+    records, hashes = dict[str, files.Record](), dict[str, int]()
+    for of_files, of_boxes in ranks.gather((writer.fs.records, planner.hashes())):
+        records |= of_files
+        for name, value in of_boxes.items():
+            hashes[name] = hashes.get(name, 0) + value
+    return records, {name: as_text(value) for name, value in hashes.items()}
 
 
 @contextmanager
@@ -270,6 +229,22 @@ def load(
             process_group=ranks.group, no_dist=ranks.group is None,
         )
     return metadata
+
+
+def read_alone(path: Path, name: str, index: Metadata) -> torch.Tensor:
+    """One tensor of a checkpoint, whole and of its own type, read by this process alone.
+
+    Args:
+        index: of that checkpoint, from `read_index`.
+    """
+    entry = index.state_dict_metadata[name]
+    assert isinstance(entry, TensorStorageMetadata), f"{name} is a pickled object"
+    if not _covered(entry):
+        raise UserError(f"The checkpoint {path} lacks parts of {name}.")
+    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+    with _dcp(Ranks()):
+        dcp.load({name: tensor}, storage_reader=SafeReader(path, index), planner=SafeLoadPlanner(), no_dist=True)
+    return tensor
 
 
 def check_fit(path: Path, wanted: State, index: Metadata, ranks: Ranks, only: str, lenient: tuple[str, ...]) -> None:

@@ -11,30 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from neox_native.hashes import tensor_hash
 from neox_native.launch import Ranks
 
 Copies = Iterable[tuple[str, torch.Tensor]]
 """Names and tensors that the ranks of a group should hold alike."""
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-"""The golden ratio in 64 bits, as a signed number: times a position, it spreads neighbours far apart."""
-_CHUNK = 1 << 22
-"""Elements hashed at a time: a hash needs 16 bytes for each of them."""
-
-
-def tensor_hash(tensor: torch.Tensor) -> torch.Tensor:
-    """A 64-bit hash of a tensor's bytes and their order, as an int64 scalar on its device; does not wait for the
-    device.
-
-    The sum of (4 bytes * an odd weight of their position) modulo 2^64: a change of any one element changes it.
-    """
-    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-    words = torch.nn.functional.pad(flat, (0, -len(flat) % 4)).view(torch.int32)
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for start in range(0, len(words), _CHUNK):
-        chunk = words[start : start + _CHUNK].to(torch.int64)
-        weights = torch.arange(start + 1, start + 1 + len(chunk), device=flat.device) * _GOLDEN | 1
-        total += (chunk * weights).sum()
-    return total
 
 
 def replica_hashes(tensors: Copies, group: dist.ProcessGroup) -> list[tuple[str, list[int]]]:

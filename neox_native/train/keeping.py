@@ -108,4 +108,5 @@ class Keeper:
             if isinstance(saved, NotSaved):
                 self.report.event("save failed", self.state.step, str(saved))
             else:
-                self.report.event("checkpoint", saved.step, str(saved), stall_seconds=saved.stall_seconds)
+                told = {"stall_seconds": saved.stall_seconds, "state_hash": saved.state_hash}
+                self.report.event("checkpoint", saved.step, str(saved), **told)

@@ -152,7 +152,7 @@ def test_old_checkpoints_make_way_after_the_new_one_is_complete(tmp_path: Path, 
     assert steps(tmp_path) == [f"step_{step:09d}" for step in (20, 40, 50)]
     reports = keeper.reports()
     assert [report.deleted for report in reports] == [(), (), (10,), (), (30,)]
-    assert "step 30: saved 3.9" in str(reports[2]) and " KiB in " in str(reports[2]) and "deleted steps 10" in str(reports[2])
+    assert "step 30: saved 4." in str(reports[2]) and " KiB in " in str(reports[2]) and "deleted steps 10" in str(reports[2])
     assert keeper.last_step == 50
 
 

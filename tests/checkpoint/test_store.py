@@ -15,8 +15,9 @@ import torch.distributed.checkpoint as dcp
 
 from neox_native.checkpoint import files, store
 from neox_native.errors import UserError
+from neox_native.hashes import as_text, tensor_hash
 from neox_native.launch import Ranks
-from tests.checkpoint.states import full, state, wrong
+from tests.checkpoint.states import NAMES, full, state, wrong
 from tests.ranks import run_ranks
 
 LAYOUTS = [(1, 1, 1), (1, 3, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2)]
@@ -55,6 +56,17 @@ def test_only_the_finished_folder_is_left(saved: Path) -> None:
     assert [path.name for path in saved.parent.iterdir()] == ["step_000000100"]
     assert set(files.read_manifest(saved)) == {path.name for path in saved.iterdir()} - {files.MANIFEST}
     assert files.read_metadata(saved) == {"step": 100, "note": "x"}
+
+
+def test_hashes_are_those_of_the_whole_tensors_whatever_the_layout(saved: Path, tmp_path: Path) -> None:
+    """The names of generators alone tell a layout."""
+    expected = {name: as_text(int(tensor_hash(full(name)))) for name in NAMES} | {"optimizer.step": as_text(int(tensor_hash(torch.tensor(7.0))))}
+    for path in saved, save(tmp_path, layout=(1, 3, 1)):
+        told = files.read_hashes(path)
+        assert told and {name: each for name, each in told.items() if not name.startswith("rng.")} == expected
+    flip_one_bit(path / files.HASHES)
+    with pytest.raises(UserError, match=f"{files.HASHES} is damaged"):
+        files.read_hashes(path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

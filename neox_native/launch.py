@@ -17,12 +17,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from neox_native.errors import UserError, in_words
+
+
+MEETING = timedelta(minutes=3)
+"""How long ranks wait for each other when they start."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,26 @@ class Launch:
     """How often torchrun has restarted this process, or Slurm its job. Nodes count for themselves: the numbers may differ."""
     job: str = ""
     """The launcher's name of this job, which restarts do not change; "" or "none" where it has none."""
+    node: int = 0
+    """Number of this process's node among those of this start."""
+    launcher: str = ""
+    """A name that this node's torchrun has to itself and keeps when it restarts its ranks; "" where it has none."""
+    restarts_left: int = 0
+    """How often torchrun would still restart this process after a failure."""
 
     @classmethod
     def from_environment(cls) -> Launch:
         """Read what torchrun sets."""
+        error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # LAUNCHER/attempt_N/RANK/error.json
         return cls(
             rank=int(os.environ.get("RANK", 0)),
             local_rank=int(os.environ.get("LOCAL_RANK", 0)),
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
             restarts=sum(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")),
             job=os.environ.get("TORCHELASTIC_RUN_ID", ""),
+            node=int(os.environ.get("GROUP_RANK", 0)),
+            launcher=Path(error_file).parents[2].name if error_file.count(os.sep) > 3 else "",
+            restarts_left=int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
         )
 
 
@@ -73,8 +88,7 @@ def start_process_group(device: torch.device, launch: Launch) -> None:
     if launch.world_size == 1 and "MASTER_ADDR" not in os.environ:
         store: dist.Store = dist.HashStore()
     else:
-        store, _, _ = next(dist.rendezvous("env://"))
-        store = fresh_store(store, launch)
+        store = fresh_store(launchers_store(launch), launch)
     dist.init_process_group(
         backend,
         store=store,
@@ -84,7 +98,26 @@ def start_process_group(device: torch.device, launch: Launch) -> None:
     )
 
 
-def fresh_store(store: dist.Store, launch: Launch, timeout: timedelta = timedelta(minutes=3)) -> dist.Store:
+def launchers_store(launch: Launch, timeout: timedelta = MEETING) -> dist.Store:
+    """The launcher's key-value store. A torchrun that shares its store with the ranks gives them the address of one that is
+    gone, where it was another node's and that node has left (torch 2.13).
+
+    Raises:
+        UserError: it does not answer within `timeout`.
+    """
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistError:
+        raise UserError(
+            f"Rank {launch.rank} of {launch.world_size} did not meet the others at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} within {timeout.total_seconds():.0f} seconds; look at that node, and where nodes come "
+            "and go (--nnodes MIN:MAX), start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."
+        ) from None
+    store.set_timeout(dist.default_pg_timeout)
+    return store
+
+
+def fresh_store(store: dist.Store, launch: Launch, timeout: timedelta = MEETING) -> dist.Store:
     """A part of the launcher's key-value store that no earlier attempt of this job has written to.
 
     torchrun keeps its store when it restarts the ranks, with the addresses of the dead ones in it, and its restart counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -9,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from neox_native.errors import UserError
-from neox_native.launch import Launch, fresh_store
+from neox_native.launch import Launch, fresh_store, launchers_store
 
 
 def attempt(store: dist.Store, world_size: int) -> list[bytes]:
@@ -46,3 +47,13 @@ def test_first_rank_names_those_that_do_not_come() -> None:
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(UserError, match="Rank 1, 2 of 3 did not start within 0 seconds; look at their nodes"):
         fresh_store(store, Launch(0, 0, 3), timedelta(seconds=0.05))
+
+
+def test_launcher_that_does_not_answer_is_named_with_a_way_out(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]), "RANK": "1", "WORLD_SIZE": "2"}
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=rf"did not meet the others at 127.0.0.1:{told['MASTER_PORT']} within 0 seconds"):
+            launchers_store(Launch(1, 1, 2), timedelta(seconds=0.2))

@@ -8,6 +8,9 @@ it does about one depends on when it comes:
 - from then on it is noted, the all-reduce that goes with each step tells all ranks, and they save and leave together;
 - a second one ends the process at once; the last checkpoint stands.
 
+Where torchrun's nodes are many, SIGTERM to one of them means that node. The others save and leave with it, as their
+collectives need it, but with `EXIT_STATUS`: their torchruns start them again, on what is left.
+
 When the work is done, or has failed, the process has `END_SECONDS` left. Then the thread ends it: a collective that no
 rank joins, or a file that cannot be closed, keeps nobody.
 """
@@ -32,7 +35,7 @@ import torch
 import torch.distributed as dist
 
 from neox_native.errors import open_standard_streams
-from neox_native.launch import Launch
+from neox_native.launch import Launch, Ranks
 from neox_native.reliability.watchdog import EXIT_STATUS, python_stacks
 
 ANNOUNCEMENT = signal.SIGUSR1
@@ -41,6 +44,8 @@ REQUESTS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 """Ctrl-C, a closed terminal, a scheduler. torchrun, which keeps its ranks in sessions of their own, passes all three on."""
 LAUNCHER_GONE = signal.NSIG
 """A number that no signal has: torchrun ended and left its ranks behind."""
+OF_A_NODE = (signal.SIGTERM, LAUNCHER_GONE)
+"""Requests that mean the node that heard them, not the whole job."""
 SAME_SECONDS = 1.0
 """Requests closer than this are one: a scheduler tells both torchrun, which passes it on, and the ranks."""
 END_SECONDS = 15.0
@@ -189,6 +194,15 @@ class LeaveRequest:
         self._told = told
         self._work = dist.all_reduce(self._told, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return None
+
+    def goes_on(self, launch: Launch, ranks: Ranks) -> list[int]:
+        """The nodes that were not asked to leave and whose launcher starts them again, see [Note: leaving]. A collective, for
+        ranks that leave."""
+        everyone = ranks.gather((launch.node, launch.restarts_left, self._requests.reason))
+        asked = {node for node, _, reason in everyone if reason}
+        if any(reason and reason not in OF_A_NODE for _, _, reason in everyone):
+            return []
+        return sorted({node for node, left, _ in everyone if left > 0} - asked)
 
     def _answer(self, told: torch.Tensor) -> str | None:
         reason, failed = told.tolist()

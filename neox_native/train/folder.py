@@ -27,6 +27,8 @@ OF_A_RUN = ("checkpoints", "hugging_face", "weights", "metrics.jsonl", "events.j
 LOCK = ".lock"
 BEGUN = ".begun"
 """Which job began where: what tells a restart of it that the run was set on its way."""
+LAUNCHERS = "launchers"
+"""Name in that file of the launchers of the last start, one per node."""
 
 
 class RunFolder:
@@ -78,6 +80,7 @@ class RunFolder:
             on rank 0, a line for each setting that has changed since the last start.
         """
         resume, changed = config.checkpoint.resume, list[str]()
+        launchers = sorted(set(self.ranks.gather(Launch.from_environment().launcher)) - {""})
         goes_on = replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
         with self.ranks.together(f"Writing to run.dir = {str(self.path)!r}"):
             if self.ranks.is_first:
@@ -85,7 +88,7 @@ class RunFolder:
                     aside = self._set_aside(self._abandoned(resume, step))
                     tidy(self.path)
                     changed = write_settings(self.path, goes_on, step, aside if resume == "none" else None)
-                    write_whole(self.path / BEGUN, _name_of_start(self.config).encode())
+                    write_whole(self.path / BEGUN, (json.dumps(_start(self.config) | {LAUNCHERS: launchers}) + "\n").encode())
         return changed
 
     @contextmanager
@@ -160,19 +163,26 @@ class RunFolder:
         return aside
 
 
-def has_begun(config: Config) -> bool:
-    """Whether this job, restarted since, has begun its run: whether the folder's newest state is its own.
+def has_begun(config: Config, restarted: bool, launchers: set[str]) -> bool:
+    """Whether this start is a restart, by its launcher, of a run that this job has begun: whether the folder's newest state is
+    its own. Where a node has come or left, torchrun starts its ranks again without counting it as a restart.
 
     One that named a checkpoint and has none of its own yet has nothing to go on with.
+
+    Args:
+        restarted: whether a launcher says that it restarts.
+        launchers: names of this start's launchers.
     """
     folder = Path(config.run.dir)
     try:
-        begun = read_text(folder / BEGUN) == _name_of_start(config)
-    except UserError:
+        told = json.loads(read_text(folder / BEGUN))
+    except (UserError, ValueError):
         return False
-    return begun and (config.checkpoint.resume == "none" or bool(files.finished(folder / "checkpoints")))
+    ours = isinstance(told, dict) and _start(config).items() <= told.items()
+    if not ours or not restarted and launchers.isdisjoint(told.get(LAUNCHERS, [])):
+        return False
+    return config.checkpoint.resume == "none" or bool(files.finished(folder / "checkpoints"))
 
 
-def _name_of_start(config: Config) -> str:
-    return json.dumps({"job": Launch.from_environment().job, "resume": config.checkpoint.resume}) + "\n"
-
+def _start(config: Config) -> dict[str, str]:
+    return {"job": Launch.from_environment().job, "resume": config.checkpoint.resume}

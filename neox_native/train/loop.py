@@ -13,18 +13,19 @@ from neox_native.data.build import Datasets
 from neox_native.data.loader import StepBatch
 from neox_native.engine.step import StepResult, TrainStep
 from neox_native.errors import UserError
-from neox_native.launch import Ranks
+from neox_native.launch import Launch, Ranks
 from neox_native.mesh import Mesh
 from neox_native.optim.schedule import Rates
 from neox_native.reliability.bad_steps import EmptySteps
 from neox_native.reliability.preemption import LeaveRequest, Requests
 from neox_native.reliability.replicas import check_replicas
-from neox_native.reliability.watchdog import Watchdog
+from neox_native.reliability.watchdog import EXIT_STATUS, Watchdog
 from neox_native.train.evaluate import evaluate, in_words
 from neox_native.train.keeping import Keeper
 from neox_native.train.report import Report
 from neox_native.train.start import batches_of
 from neox_native.train.state import RunState, copies, seed_dropout
+from neox_native.units import counted
 
 
 class Trainer:
@@ -59,7 +60,7 @@ class Trainer:
         self.report, self.keeper, self.watchdog, self.requests = report, keeper, watchdog, requests
         self.empty_steps = EmptySteps(mesh.rows.group, train_step.losses.device)
         self.leave = LeaveRequest(requests)
-        self.last_step = config.training.steps
+        self.last_step, self.starts_again = config.training.steps, False
         train_step.engine.timing.on_microbatch = watchdog.microbatch
 
     def run(self, batches: Iterator[StepBatch]) -> None:
@@ -71,6 +72,8 @@ class Trainer:
             self.keeper.saver.close()
             self.requests.end_within()
             self.report.close()
+        if self.starts_again:
+            raise SystemExit(EXIT_STATUS)
 
     def train(self, batches: Iterator[StepBatch]) -> None:
         """The steps, and what is due after each."""
@@ -90,10 +93,17 @@ class Trainer:
             with self.report.throughput.paused():
                 signal = self.keep()
             if signal:
-                self.report.event("signal", state.step, f"step {state.step}: leaving after {signal}; the state is saved")
-                return
+                return self.say_goodbye(signal)
         if state.step == self.last_step and self.keeper.saver.last_step == self.last_step:
             self.report.finished(step_folder(state.directory, self.last_step))
+
+    def say_goodbye(self, signal: str) -> None:
+        """Write down what ended the run, and who starts again."""
+        launch = Launch.from_environment()
+        nodes = self.leave.goes_on(launch, self.ranks)
+        self.starts_again = launch.node in nodes
+        more = f"; {counted(len(nodes), 'node')} not asked to leave: starting again" if nodes else ""
+        self.report.event("signal", self.state.step, f"step {self.state.step}: leaving after {signal}; the state is saved{more}")
 
     def look_back(self, batch: StepBatch, result: StepResult, rate: float | Tensor) -> None:
         """Note a step that was taken, then do what is due after it."""

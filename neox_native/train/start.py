@@ -90,11 +90,10 @@ def choose_start(config: Config, ranks: Ranks, folder: RunFolder, watchdog: Watc
 def after_restart(config: Config, ranks: Ranks) -> Config:
     """The settings as they hold for a restart by the launcher. A run that has begun goes on where it stood, whatever
     `checkpoint.resume` was; a named checkpoint stays the start until the run has saved one of its own."""
-    restarted = max(ranks.gather(Launch.from_environment().restarts)) > 0
-    if not restarted:
-        return config
+    launch = Launch.from_environment()
+    counts, launchers = zip(*ranks.gather((launch.restarts, launch.launcher)))
     with ranks.together(f"Looking for the run in run.dir = {config.run.dir!r}"):
-        begun = ranks.is_first and has_begun(config)
+        begun = ranks.is_first and has_begun(config, max(counts) > 0, set(launchers) - {""})
     if not ranks.from_first(begun):
         return config
     return replace(config, checkpoint=replace(config.checkpoint, resume="auto"))

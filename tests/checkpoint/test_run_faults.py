@@ -81,6 +81,16 @@ def restarted(on_rank: int) -> Callable[[], None]:
     return arrange
 
 
+def started_again(on_rank: int) -> Callable[[], None]:
+    """Let one rank's node be one of the last start, to which a node has come: nobody counts that as a restart."""
+
+    def arrange() -> None:
+        name = "old" if dist.get_rank() == on_rank else f"new_{os.getpid()}"
+        os.environ["TORCHELASTIC_ERROR_FILE"] = f"/logs/none_{name}/attempt_0/{dist.get_rank()}/error.json"
+
+    return arrange
+
+
 def test_run_rewound_to_an_older_checkpoint_stays_on_the_new_branch_through_a_restart(corpus, undisturbed, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(settings(corpus, whole, TWO_RANKS))
@@ -116,14 +126,19 @@ def test_checkpoint_of_another_folder_stays_the_start_until_the_run_has_saved(co
     assert curve(tmp_path / "second")[-8:] == curve(tmp_path / "first")[-8:]
 
 
-def test_new_start_is_made_once_and_then_goes_on_through_restarts(corpus, undisturbed, tmp_path):
+@pytest.mark.parametrize("again", [restarted, started_again])
+def test_new_start_is_made_once_and_then_goes_on_through_restarts(corpus, undisturbed, tmp_path, again):
     run(settings(corpus, tmp_path, TWO_RANKS, "--run.seed=7"))
     config = settings(corpus, tmp_path, TWO_RANKS, "--checkpoint.resume=none")
     with pytest.raises(RankError, match="killed here"):  # restarted before it had begun: it starts anew
-        run(config, lambda: (restarted(on_rank=1)(), at_step(6, 1, die)()))
+        run(config, lambda: (again(on_rank=1)(), at_step(6, 1, die)()))
     assert saved(tmp_path) == ["step_000000004"]
-    run(config, restarted(on_rank=1))
+    run(config, again(on_rank=1))
     assert curve(tmp_path) == undisturbed and not (tmp_path / "before-2").exists()
+    if again is started_again:
+        with pytest.raises(RankError, match="killed here"):
+            run(config, lambda: (again(on_rank=2)(), at_step(6, 1, die)()))  # other launchers: as it was told
+        assert (tmp_path / "before-2").exists()
 
 
 def nan_loss(step: TrainStep) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from neox_native.launch import Launch
+from neox_native.launch import Launch, Ranks
 from neox_native.reliability import preemption
 from neox_native.reliability.preemption import LAUNCHER_GONE, LeaveRequest, Requests, end_of_process
 from tests import ranks
@@ -225,3 +225,24 @@ def test_nothing_of_it_stays_when_it_is_closed() -> None:
         requests.close()
         requests.thread.join()
     assert (open_files(), threading.active_count()) == before
+
+
+@pytest.mark.parametrize(
+    "asked, restarts_left, going_on",
+    [
+        ({0: signal.SIGTERM}, 3, [1]),
+        ({3: LAUNCHER_GONE, 2: LAUNCHER_GONE}, 3, [0]),
+        ({0: signal.SIGTERM, 2: signal.SIGTERM}, 3, []),
+        ({0: signal.SIGINT}, 3, []),
+        ({0: signal.SIGTERM}, 0, []),
+    ],
+)
+def test_nodes_that_were_not_asked_to_leave_are_started_again(asked: dict[int, int], restarts_left: int, going_on: list[int]) -> None:
+    def rank() -> list[int]:
+        launch = Launch(dist.get_rank(), dist.get_rank() % 2, 4, node=dist.get_rank() // 2, restarts_left=restarts_left)
+        with hearing(launch) as requests:
+            leave = LeaveRequest(requests)
+            requests.reason = asked.get(launch.rank, 0)
+            return leave.goes_on(launch, Ranks())
+
+    assert run_ranks(4, rank) == [going_on] * 4

@@ -1,0 +1,157 @@
+"""Elastic mode: one run through seven layouts, killed at each change, is bit by bit the undisturbed run of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train as entry
+from neox_native.checkpoint.files import read_metadata, step_folder
+from neox_native.config.check import require
+from neox_native.config.load import load
+from neox_native.config.schema import Config
+from neox_native.data.indexed import IndexedWriter
+from neox_native.engine.step import TrainStep
+from neox_native.interop.checkpoints import CheckpointReader
+from tests.ranks import RankError, run_ranks
+
+BASE = [
+    "--model.num_layers=8", "--model.hidden_size=16", "--model.num_heads=2", "--model.seq_length=16",
+    "--model.vocab_size=60", "--model.vocab_multiple_of=4", "--training.steps=14", "--training.global_batch_size=8",
+    "--training.micro_batch_size=1", "--optimizer.lr=1e-2", "--logging.every=1", "--logging.tensorboard=false",
+    "--run.determinism=elastic", "--run.device=cpu", "--checkpoint.save_every=2", "--evaluation.every=2",
+    "--evaluation.batches=1", "--data.split=80,20,0",
+]  # fmt: skip
+STEPS_A_LAYOUT = 2
+LOOPED = ["--parallel.pp=4", "--parallel.virtual_stages=2"]
+WALK = [
+    ["--parallel.dp=1"],
+    ["--parallel.dp=2"],
+    ["--parallel.dp=4", "--parallel.zero_stage=3"],
+    ["--parallel.pp=2", "--parallel.dp=2", "--parallel.zero_stage=1"],
+    [*LOOPED, "--parallel.dp=1", "--parallel.pipeline_schedule=interleaved_1f1b"],
+    ["--parallel.dp=8"],
+    ["--parallel.dp=1"],
+]
+OTHER_WALK = [
+    ["--parallel.dp=8", "--parallel.zero_stage=2"],
+    ["--parallel.pp=2", "--parallel.dp=2", "--parallel.virtual_stages=2", "--parallel.pipeline_schedule=looped_bfs"],
+    [*LOOPED, "--parallel.dp=1", "--parallel.pipeline_schedule=zbv"],
+    ["--parallel.pp=2", "--parallel.dp=4", "--parallel.stage_layers=[3, 5]", "--parallel.pipeline_schedule=gpipe", "--parallel.zero_stage=3"],
+    [*LOOPED, "--parallel.dp=2", "--parallel.pipeline_schedule=interleaved_zero_bubble", "--parallel.zero_stage=1"],
+    ["--parallel.dp=2", "--parallel.zero_stage=1"],
+    ["--parallel.dp=1"],
+]
+RECOMPUTED = "--training.activation_checkpointing=full"
+TIED = "--model.tie_embeddings=true"
+MASKED = "--data.packing=unpacked"
+FP16 = ["--training.precision=fp16", "--training.initial_loss_scale=1e6", "--training.loss_scale_window=2"]
+SPIKES = ["--training.spike_threshold=0.5", "--training.spike_window=3", "--training.max_bad_steps=0"]
+TP = ["--parallel.tp=2", "--parallel.sequence_parallel=true"]
+LAYOUTS_OF_TP = [layout for layout in WALK[:5] if "--parallel.dp=4" not in layout] + [["--parallel.dp=4", "--parallel.zero_stage=2"], WALK[0]]
+
+CASES = {
+    "fp32, masked targets": (WALK, [MASKED]),
+    "bf16, tied, in the background": (WALK, ["--training.precision=bf16", TIED, "--checkpoint.async=true", "--training.clip_grad_norm=0"]),
+    "fp16, masked": (WALK, [*FP16, MASKED]),
+    "spikes, sgd": (WALK, [*SPIKES, "--optimizer.name=sgd", "--optimizer.lr=0.5"]),
+    "other schedules, tied": (OTHER_WALK, [TIED]),
+    "other schedules, fp16, masked": (OTHER_WALK, [*FP16, MASKED, "--training.clip_grad_norm=0.1"]),
+    "two rows a microbatch, bf16": (OTHER_WALK, ["--training.micro_batch_size=2", "--training.global_batch_size=16", "--training.precision=bf16"]),
+    "tp 2, sequence parallel": (LAYOUTS_OF_TP, TP),
+    "tp 2, tied, bf16": (LAYOUTS_OF_TP, [TP[0], TIED, "--training.precision=bf16"]),
+}  # fmt: skip
+QUICK = "fp32, masked targets"
+OF_THE_MACHINE = {"tokens_per_second", "step_seconds", "tflops_per_device", "mfu", "peak_memory_bytes"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A prefix of a token file of documents of all lengths, some shorter than a row."""
+    prefix, draw = str(tmp_path_factory.mktemp("data") / "corpus"), np.random.RandomState(0)
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for _ in range(200):
+            writer.add_document((draw.randint(60) + np.arange(draw.randint(5, 25))) % 60)
+    return prefix
+
+
+def train(corpus: str, folder: Path, *changes: str, kill_after: int | None = None) -> None:
+    """Train on as many ranks as the settings ask for; they kill themselves when this step has been trained and logged."""
+    config = load(None, [*BASE, f"--data.train={corpus}", f"--run.dir={folder}", *changes])
+    world_size = config.parallel.pp * config.parallel.dp * config.parallel.tp
+
+    def rank() -> None:
+        step = TrainStep.__call__
+
+        def mortal(self, batch, rate):
+            if kill_after is not None and batch.consumed_samples > kill_after * config.training.global_batch_size:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, batch, rate)
+
+        TrainStep.__call__ = mortal
+        entry.train(require(config, world_size), torch.device("cpu"))
+
+    if kill_after is None:
+        run_ranks(world_size, rank)
+    else:
+        with pytest.raises(RankError, match="was ended by signal 9"):
+            run_ranks(world_size, rank)
+
+
+def walk(corpus: str, folder: Path, layouts: list[list[str]], *changes: str) -> None:
+    """Train `STEPS_A_LAYOUT` steps in each layout, and one that is lost with the kill; the last one trains to the end."""
+    for number, layout in enumerate(layouts, start=1):
+        recomputed = [RECOMPUTED] if number % 2 == 0 else []
+        last = number == len(layouts)
+        train(corpus, folder, *changes, *layout, *recomputed, kill_after=None if last else STEPS_A_LAYOUT * number + 1)
+
+
+def logged(folder: Path) -> Iterator[dict]:
+    """Every number of a run's logs that is not of the machine."""
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        yield {name: value for name, value in json.loads(line).items() if name not in OF_THE_MACHINE}
+    for line in map(json.loads, (folder / "events.jsonl").read_text().splitlines()):
+        if line["kind"] in ("evaluation", "bad step", "empty step"):
+            yield {name: value for name, value in line.items() if name != "time"}
+
+
+def assert_same_run(found: Path, expected: Path, step: int) -> None:
+    """Equal logs, and equal checkpoints of `step`: tensor by tensor, then byte by byte."""
+    for mine, theirs in zip(logged(found), logged(expected), strict=True):
+        assert mine == theirs
+    checkpoints = step_folder(found / "checkpoints", step), step_folder(expected / "checkpoints", step)
+    mine, theirs = (CheckpointReader(path) for path in checkpoints)
+    different = [name for name in theirs.shapes if not torch.equal(mine(name), theirs(name))]
+    assert not different and mine.shapes == theirs.shapes
+    names = [sorted(path.name for path in folder.iterdir()) for folder in checkpoints]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name.endswith(".distcp"):
+            assert (checkpoints[0] / name).read_bytes() == (checkpoints[1] / name).read_bytes(), name
+    told = [read_metadata(path) for path in checkpoints]
+    for each in told:
+        each["config"]["run"]["dir"] = each["config"]["checkpoint"] = ""
+        each["config"]["training"]["activation_checkpointing"] = ""
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("case", [case if case == QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+def test_a_run_through_seven_layouts_is_the_run_of_one_process(corpus: str, tmp_path: Path, case: str) -> None:
+    layouts, changes = CASES[case]
+    walk(corpus, tmp_path / "walk", layouts, *changes)
+    steps = STEPS_A_LAYOUT * 7
+    train(corpus, tmp_path / "alone", *changes, "--parallel.dp=1")
+    assert_same_run(tmp_path / "walk", tmp_path / "alone", steps)
+    lines = [line for line in logged(tmp_path / "alone") if "grad_norm" in line]
+    assert len(lines) == steps
+    if "fp16" in case:
+        assert 0 < sum(line["grad_norm"] is None for line in lines) < steps / 2, "too few or too many overflows to show anything"
+    if "spikes" in case:
+        assert 0 < sum("spike" in str(line) for line in logged(tmp_path / "alone")) < steps, "no update was skipped, or all"

@@ -132,9 +132,10 @@ def notices(config: Config, world_size: int, device_type: str) -> list[str]:
         )
     if max(config.model.hidden_dropout, config.model.attention_dropout) > 0:
         found.append(
-            "Dropout masks depend on the layout: with model.hidden_dropout or model.attention_dropout above 0, another "
-            "mesh trains another, equally random, run; with tp and without sequence parallelism the heads of different ranks "
-            "drop the same attention weights."
+            "Dropout masks are drawn for a microbatch and a tensor-parallel rank: with model.hidden_dropout or "
+            "model.attention_dropout above 0, another training.micro_batch_size, parallel.tp, parallel.sequence_parallel or "
+            "compile.enabled trains another, equally random, run; with tp and without sequence parallelism the heads of "
+            "different ranks drop the same attention weights."
         )
     return found
 

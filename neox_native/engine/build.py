@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from neox_native.config.schema import Config, Model, Parallel
 from neox_native.dtypes import DTYPES
+from neox_native.engine.dropout import DropoutSeeds
 from neox_native.engine.objective import objective_of
 from neox_native.engine.single_stage import Engine, SingleStage
 from neox_native.engine.spikes import SpikeGuard
@@ -172,4 +173,5 @@ def build_step(
         training.clip_grad_norm,
         LossScale(training, device) if training.precision == "fp16" else None,
         SpikeGuard(training, device) if training.spike_threshold > 0 else None,
+        DropoutSeeds(mesh, config.run.seed, config.parallel.sequence_parallel),
     )

@@ -5,7 +5,7 @@ Shapes: M microbatches of a step, B sequences of a microbatch, T sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -23,9 +23,9 @@ class Engine(Protocol):
     """This rank's stages by number."""
     timing: Timing
 
-    def forward_backward(self, fields: Fields, loss_function: LossFunction) -> Tensor:
+    def forward_backward(self, fields: Fields, loss_function: LossFunction, dropout_seeds: Sequence[int]) -> Tensor:
         """Forward and backward; gradients go to the optimizer. Returns the sum of the losses, detached; zero on ranks
-        without the last stage."""
+        without the last stage. `dropout_seeds`: one for each microbatch, see `engine.dropout`."""
 
     def forward(self, fields: Fields, loss_function: LossFunction) -> Tensor:
         """Forward only; returns the same."""
@@ -38,12 +38,13 @@ class SingleStage:
         self.parts, self.sink = {0: model}, sink
         self.timing = Timing(device)
 
-    def forward_backward(self, fields: Fields, loss_function: LossFunction) -> Tensor:
+    def forward_backward(self, fields: Fields, loss_function: LossFunction, dropout_seeds: Sequence[int]) -> Tensor:
         """See `Engine`."""
         total = torch.zeros((), device=fields["tokens_BT"].device)
         for index, arguments in self._microbatches(fields):
             with self.timing.compute.running():
-                loss = loss_function(self.parts[0](arguments.pop("tokens_BT"), **arguments), index)
+                tokens_BT = arguments.pop("tokens_BT")
+                loss = loss_function(self.parts[0](tokens_BT, **arguments, dropout_seed=dropout_seeds[index]), index)
                 self.sink.microbatch(0, last=index == len(fields["tokens_BT"]) - 1)
                 loss.backward()
             total += loss.detach()

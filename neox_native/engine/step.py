@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neox_native.data.loader import StepBatch
+from neox_native.engine.dropout import DropoutSeeds
 from neox_native.engine.objective import NextToken, Objective
 from neox_native.engine.single_stage import Engine
 from neox_native.engine.spikes import SpikeGuard
@@ -92,6 +93,7 @@ class TrainStep:
         clip_grad_norm: largest global L2 norm of the gradient; 0 does not clip.
         loss_scale: for fp16.
         spike_guard: skips updates of losses that leap; costs an all-reduce of the loss in every step.
+        dropout_seeds: decide which elements are dropped.
     """
 
     def __init__(
@@ -102,9 +104,11 @@ class TrainStep:
         clip_grad_norm: float,
         loss_scale: LossScale | None = None,
         spike_guard: SpikeGuard | None = None,
+        dropout_seeds: DropoutSeeds | None = None,
     ):
         self.engine, self.optimizer, self.losses = engine, optimizer, losses
         self.clip_grad_norm, self.loss_scale, self.spike_guard = clip_grad_norm, loss_scale, spike_guard
+        self.dropout_seeds = dropout_seeds or DropoutSeeds(losses.mesh)
         modules = (module for part in engine.parts.values() for module in part.modules())
         self.auxiliary = [module for module in modules if isinstance(module, AuxiliaryLoss)]
         self.metrics = {*losses.objective.metrics, *(each.name for each in self.auxiliary)}
@@ -117,7 +121,8 @@ class TrainStep:
         if self.loss_scale:
             scale = self.loss_scale.of_step(len(fields["tokens_BT"]) * self.losses.mesh.rows.size)
         function = self.losses.function(batch, 1.0 if scale is None else scale)
-        loss = self.engine.forward_backward(fields | self._for_auxiliary(function, len(fields["tokens_BT"])), function)
+        fields |= self._for_auxiliary(function, len(fields["tokens_BT"]))
+        loss = self.engine.forward_backward(fields, function, self.dropout_seeds(batch))
         if scale is not None:
             loss = loss / scale
         spike = self.spike_guard.is_spike(self.losses.total(loss)) if self.spike_guard else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from neox_native.config.schema import Model
 from neox_native.model.kinds import Kind, residual_steps
 from neox_native.model.layers import Affine, Join, Normalize, norm_cards
+from neox_native.model.masks import seed_masks
 from neox_native.model.parameters import Cards, under
 from neox_native.model.positions import Context
 
@@ -35,6 +36,11 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
+        seed_masks(x_BTD.device, context.seed)
+        return self.compute(x_BTD, context._replace(seed=None))
+
+    def compute(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """`forward` without the seed: what may be compiled, once for all seeds."""
         for step in self.steps:
             normalised_BTD = self.normalize(x_BTD)
             branches = [getattr(self, module)(getattr(self, norm)(normalised_BTD), context) for norm, module in step]

@@ -34,6 +34,8 @@ class Context(NamedTuple):
     """Set where a cache holds earlier positions of this layer."""
     step: Auxiliary | None = None
     """Set in training steps of a model with auxiliary losses."""
+    seed: int | None = None
+    """Of this layer's dropout masks; None: they go on in the random stream. See [Note: masks]."""
 
 
 def rotary_tables(rotary_dim: int, seq_length: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:

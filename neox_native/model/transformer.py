@@ -18,6 +18,7 @@ from neox_native.model.auxiliary import Auxiliary
 from neox_native.model.block import Block, block_cards
 from neox_native.model.cache import Cache
 from neox_native.model.kinds import kinds_of_layers
+from neox_native.model.masks import seed_masks
 from neox_native.model.parameters import Card, Cards, normal, under
 from neox_native.model.readout import Readout, readout_cards
 
@@ -156,6 +157,7 @@ class Transformer(nn.Module):
         targets_BT: Tensor | None = None,
         loss_weight: Tensor | None = None,
         microbatch: Tensor | None = None,
+        dropout_seed: int | None = None,
     ) -> Tensor:
         """Tokens [B, T] (hidden states [B, T, D] without the embedding) -> what the readout says of them: logits [B, T, V],
         or values per token [B, T] with `targets_BT`; hidden states [B, T, D] without a readout.
@@ -167,6 +169,7 @@ class Transformer(nn.Module):
             readout_B: index in T of the one token of each row whose logits are wanted; they come as [B, 1, V].
             targets_BT: token that follows each token, -100 where that does not count.
             loss_weight, microbatch: see `Auxiliary`; both or none.
+            dropout_seed: what the masks of this forward pass are drawn by; see [Note: masks].
         """
         if cache is not None:
             positions_BT = cache.positions_BT
@@ -177,8 +180,11 @@ class Transformer(nn.Module):
         if loss_weight is not None:
             context = context._replace(step=Auxiliary(loss_weight, microbatch))
         if self.embed_in is not None:
+            seed_masks(x.device, dropout_seed)
             x = self.embed(x, positions_BT)
         for number, layer in self.layers.items():
+            if dropout_seed is not None:
+                context = context._replace(seed=initialize.seed_of(dropout_seed, f"layers.{number}"))
             if cache is not None:
                 context = context._replace(remember=partial(cache.extend, number))
             x = layer(x, context)

@@ -37,7 +37,7 @@ def assemble(
         for block in part.layers.values():
             if compilation.enabled:
                 # The bound method, not the module: names stay, and hooks on the block run outside the graph.
-                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+                block.compute = torch.compile(block.compute, fullgraph=True, dynamic=False)
             # Outside of the graph: inside, what it keeps of DTensors for backward includes their meshes, which torch refuses.
             if training.activation_checkpointing == "full":
                 recompute(block, split=parallel.pipeline_schedule in ZERO_BUBBLE)

@@ -5,7 +5,7 @@ Shapes: M microbatches of a step, B sequences of a microbatch, T sequence, D hid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +51,8 @@ class Stage(PipelineStage):
     timing: Timing
     microbatch: int
     """The last one that went forward."""
+    dropout_seeds: Sequence[int]
+    """Of the step's microbatches."""
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         """First messages to the neighbours, that open connections; torch 2.11 would connect a V's tip to itself."""
@@ -62,6 +64,10 @@ class Stage(PipelineStage):
         self.timing.on_microbatch(fwd_chunk_id)
         with self.timing.compute.running():
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        """The call of the stage's module: the seed joins here, behind torch's bookkeeping of tensors."""
+        return super().forward_maybe_with_nosync(*args, dropout_seed=self.dropout_seeds[self.microbatch], **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, loss=None, full_backward: bool = True, last_backward: bool = False):
         """Backward of one microbatch, or its input half."""
@@ -130,13 +136,15 @@ class Pipeline:
         (last,) = (stage for stage in self.stages if stage.is_last)
         return self.loss_function(values_BT, last.microbatch)
 
-    def forward_backward(self, fields: Fields, loss_function: LossFunction) -> Tensor:
+    def forward_backward(self, fields: Fields, loss_function: LossFunction, dropout_seeds: Sequence[int]) -> Tensor:
         """One step's microbatches forward and backward; gradients go to the sink.
 
         Returns:
             the sum of the microbatches' losses, detached; zero on ranks without the last stage.
         """
         self.loss_function = loss_function
+        for stage in self.stages:
+            stage.dropout_seeds = dropout_seeds
         first, last = 0 in self.parts, self.num_stages - 1 in self.parts
         losses: list[Tensor] = []
         unread = {"tokens_BT"} if last else {"tokens_BT", "targets_BT"}

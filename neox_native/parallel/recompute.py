@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -27,20 +25,17 @@ from neox_native.model.positions import Context
 def recompute(block: Block, split: bool = False) -> None:
     """Make a block forget its activations. Costs one more forward pass, in all 4/3 of the FLOPs.
 
-    `forward` is replaced, not wrapped in a module, so that parameter names and hooks stay where they are. Saving the
-    random state costs a device sync on a GPU, so only dropout asks for it.
+    `forward` is replaced, not wrapped in a module, so that parameter names and hooks stay where they are. Dropout draws the
+    same masks again by the context's seed, see [Note: masks]; no random state is kept.
 
     Args:
         split: the schedule splits backward passes. See [Note: recomputing once].
     """
     forward = block.forward
-    has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
     if split:
-        block.forward = lambda x, context: recompute_once(forward, x, context, has_dropout)
+        block.forward = lambda x, context: recompute_once(forward, x, context)
     else:
-        block.forward = lambda x, context: checkpoint(
-            forward, x, context, use_reentrant=False, preserve_rng_state=has_dropout
-        )
+        block.forward = lambda x, context: checkpoint(forward, x, context, use_reentrant=False, preserve_rng_state=False)
 
 
 class _Holder:
@@ -53,14 +48,10 @@ class _Filled(Exception):
     """All holders are filled: what is left of the forward pass is not needed."""
 
 
-def recompute_once(
-    forward: Callable[[Tensor, Context], Tensor], x_BTD: Tensor, context: Context, has_dropout: bool
-) -> Tensor:
+def recompute_once(forward: Callable[[Tensor, Context], Tensor], x_BTD: Tensor, context: Context) -> Tensor:
     """`forward(x_BTD, context)`, which is run again once when autograd first asks for an activation."""
     holders: list[weakref.ref[_Holder]] = []
     input_BTD = x_BTD.detach().requires_grad_(x_BTD.requires_grad)
-    devices = [x_BTD.device] if x_BTD.is_cuda else []
-    states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)] if has_dropout else []
 
     def pack(_activation: Tensor) -> _Holder:
         holder = _Holder()
@@ -79,14 +70,11 @@ def recompute_once(
                 raise _Filled
             return activation.detach()  # an output that its own graph kept would never be freed
 
-        with torch.random.fork_rng(devices) if has_dropout else nullcontext():
-            for state, restore in zip(states, (torch.set_rng_state, torch.cuda.set_rng_state)):
-                restore(state)
-            try:
-                with torch.enable_grad(), saved_tensors_hooks(fill, lambda activation: activation):
-                    forward(input_BTD, context)
-            except _Filled:
-                pass
+        try:
+            with torch.enable_grad(), saved_tensors_hooks(fill, lambda activation: activation):
+                forward(input_BTD, context)
+        except _Filled:
+            pass
 
     def unpack(holder: _Holder) -> Tensor:
         if holder.activation is None:

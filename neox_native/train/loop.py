@@ -24,7 +24,7 @@ from neox_native.train.evaluate import evaluate, in_words
 from neox_native.train.keeping import Keeper
 from neox_native.train.report import Report
 from neox_native.train.start import batches_of
-from neox_native.train.state import RunState, copies, seed_dropout
+from neox_native.train.state import RunState, copies
 from neox_native.units import counted
 
 
@@ -86,7 +86,6 @@ class Trainer:
         for batch in batches:
             rate = rates(state.step + 1)
             self.watchdog.at(state.step + 1, "train")
-            seed_dropout(settings, self.mesh, state.step + 1)
             result = self.train_step(batch, rate)
             state.step, state.consumed_samples = state.step + 1, batch.consumed_samples
             self.look_back(batch, result, rate)

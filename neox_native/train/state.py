@@ -22,7 +22,6 @@ from neox_native.errors import UserError
 from neox_native.interop.checkpoints import PREFIX
 from neox_native.launch import Ranks
 from neox_native.mesh import Mesh
-from neox_native.model.initialize import seed_of
 from neox_native.reliability.bad_steps import BadSteps
 from neox_native.train import fits
 from neox_native.zero.layout import ZeroStage
@@ -139,17 +138,6 @@ class RunState:
         first = step - self.bad_steps.longest
         older = [path for path in files.finished(self.directory) if (files.step_of(path) or 0) <= first]
         return self.bad_steps.verdict(str(older[0]) if older else "")
-
-
-def seed_dropout(config: Config, mesh: Mesh, step: int) -> None:
-    """Seed this rank's random stream, which only dropout draws from, for one step.
-
-    The masks of a step depend on the seed, the step and the rank's place, not on the steps before. So a resume has no random
-    state to restore, and ranks that drop alike still do so in another layout. Ranks of one tensor-parallel group hold the
-    same residual stream and must drop the same elements; with sequence parallelism they hold different tokens and must not.
-    """
-    tp = mesh.tensor.rank if config.parallel.sequence_parallel else 0
-    torch.manual_seed(seed_of(config.run.seed, f"dropout.{step}.{mesh.pipeline.rank}.{mesh.rows.rank}.{tp}"))
 
 
 def copies(

@@ -114,7 +114,7 @@ def on_mesh(
         )  # fmt: skip
         fields = {"tokens_BT": inputs, "targets_BT": targets}
         evaluated = pipeline.forward(fields, loss_function)
-        total = pipeline.forward_backward(fields, loss_function)
+        total = pipeline.forward_backward(fields, loss_function, range(microbatches))
         for value in (evaluated, total):
             dist.all_reduce(value, group=mesh.pipeline.group)
     return total.item(), whole_gradients(parts), evaluated.item()

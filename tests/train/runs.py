@@ -29,6 +29,7 @@ MODELS = {
     "tied": replace(MODEL, tie_embeddings=True),
     "grouped odd tied": replace(MODEL, num_kv_heads=2, vocab_size=61, vocab_multiple_of=1, tie_embeddings=True),
     "one key head": replace(MODEL, num_kv_heads=1, activation="swiglu", norm="rmsnorm", attention_bias=False),
+    "dropping": replace(MODEL, hidden_dropout=0.2, attention_dropout=0.2),
     "odd": replace(MODEL, vocab_size=61, vocab_multiple_of=1),
     "odd tied": replace(MODEL, vocab_size=61, vocab_multiple_of=1, tie_embeddings=True),
 }
@@ -169,9 +170,10 @@ def _without_copies(joined: torch.Tensor, rows: dict[int, tuple[range, range]]) 
 
 
 @cache
-def serial(model: str, optimizer: str, masked: bool) -> list[Outcome]:
-    """The twin: one process, one microbatch a step."""
-    return run_ranks(1, train, config_of(Parallel(dp=1), model, optimizer, micro_batch_size=8), masked)
+def serial(model: str, optimizer: str, masked: bool, micro_batch_size: int = 8, compiled: bool = False) -> list[Outcome]:
+    """The twin: one process, one microbatch a step unless told otherwise."""
+    config = config_of(Parallel(dp=1), model, optimizer, compiled, micro_batch_size=micro_batch_size)
+    return run_ranks(1, train, config, masked)
 
 
 def compare(
@@ -184,10 +186,11 @@ def compare(
     **training,
 ) -> None:
     """Assert that a layout's losses, gradient norms, evaluation, first gradients and last weights are its twin's: one
-    process, unless `twin` says otherwise."""
+    process, unless `twin` says otherwise. Where masks are drawn, it draws them as the layout does."""
     config = config_of(parallel, model, optimizer, compiled, **training)
+    drawn = (config.training.micro_batch_size, compiled) if config.model.hidden_dropout else ()
     outcomes = run_ranks(parallel.pp * parallel.dp * parallel.tp, train, config, masked)
-    expected = run_ranks(len(outcomes), train, twin, masked) if twin else serial(model, optimizer, masked)
+    expected = run_ranks(len(outcomes), train, twin, masked) if twin else serial(model, optimizer, masked, *drawn)
     for outcome in outcomes:
         close(outcome.losses, expected[0].losses)
         close(outcome.norms, expected[0].norms)

@@ -10,6 +10,7 @@ import torch
 from neox_native.config.schema import Config, Parallel, Training
 from neox_native.data.loader import StepBatch
 from neox_native.engine.build import build_engine, build_model
+from neox_native.engine.dropout import DropoutSeeds
 from neox_native.engine.spikes import SpikeGuard
 from neox_native.engine.step import Losses, TrainStep
 from neox_native.launch import Ranks
@@ -17,7 +18,7 @@ from neox_native.mesh import build_mesh
 from neox_native.model.readout import CrossEntropy
 from neox_native.optim.loss_scale import LossScale
 from neox_native.reliability.replicas import check_replicas
-from neox_native.train.state import copies, seed_dropout
+from neox_native.train.state import copies
 from tests.ranks import run_ranks
 from tests.train.runs import CPU, batch, close, config_of, serial, shards, train
 
@@ -28,7 +29,6 @@ def first_step(config: Config, damage: float = 0.0, spikes: bool = False) -> tup
     """One step in which one data rank's weights were multiplied by `damage`; whether it was skipped, the loss scale
     after it, this rank's own loss, and whether its weights moved."""
     mesh = build_mesh(config.parallel, CPU)
-    seed_dropout(config, mesh, 1)
     parts, optimizer = build_model(config, mesh, CPU)
     engine, losses = build_engine(config, mesh, CPU, parts, optimizer), Losses(mesh, CPU)
     scale = LossScale(config.training, CPU) if config.training.precision == "fp16" else None
@@ -39,7 +39,8 @@ def first_step(config: Config, damage: float = 0.0, spikes: bool = False) -> tup
         next(iter(parts.values())).layers["0" if mesh.pipeline.rank == 0 else "2"].input_layernorm.weight.data.mul_(damage)
     place = tuple(mesh.place.values())
     before = shards(optimizer, place, "shard")
-    step = TrainStep(engine, optimizer, losses, config.training.clip_grad_norm, scale, guard)
+    seeds = DropoutSeeds(mesh, config.run.seed, config.parallel.sequence_parallel)
+    step = TrainStep(engine, optimizer, losses, config.training.clip_grad_norm, scale, guard, seeds)
     result = step(batch(config, 0, place[1], masked=False), config.optimizer.lr)
     after = shards(optimizer, place, "shard")
     moved = any(not torch.equal(before.of[name][1], after.of[name][1]) for name in before.of)

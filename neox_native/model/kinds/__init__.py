@@ -1,8 +1,7 @@
 """Layer kinds by name. A kind is one file: a module that knows no rank, a card for each parameter, and its costs.
 
 A module of a kind maps x̂ [B, T, D], normalised and scaled, and the `Context` to its branch [B, T, D]. Its last projection
-is an `OutputLinear`, whose bias the block adds once after all branches are joined: the module's `output_bias`. Dropout is an
-`nn.Dropout`, by which recomputation knows that it must keep the random state.
+is an `OutputLinear`, whose bias the block adds once after all branches are joined: the module's `output_bias`.
 """
 
 from __future__ import annotations

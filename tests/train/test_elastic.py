@@ -52,25 +52,27 @@ OTHER_WALK = [
     ["--parallel.dp=1"],
 ]
 RECOMPUTED = "--training.activation_checkpointing=full"
+TWO_ROWS = ["--training.micro_batch_size=2", "--training.global_batch_size=16"]
 TIED = "--model.tie_embeddings=true"
 MASKED = "--data.packing=unpacked"
+DROPOUT = ["--model.hidden_dropout=0.2", "--model.attention_dropout=0.2"]
 FP16 = ["--training.precision=fp16", "--training.initial_loss_scale=1e6", "--training.loss_scale_window=2"]
 SPIKES = ["--training.spike_threshold=0.5", "--training.spike_window=3", "--training.max_bad_steps=0"]
 TP = ["--parallel.tp=2", "--parallel.sequence_parallel=true"]
 LAYOUTS_OF_TP = [layout for layout in WALK[:5] if "--parallel.dp=4" not in layout] + [["--parallel.dp=4", "--parallel.zero_stage=2"], WALK[0]]
 
 CASES = {
-    "fp32, masked targets": (WALK, [MASKED]),
+    "fp32, masked targets, dropout": (WALK, [MASKED, *DROPOUT]),
     "bf16, tied, in the background": (WALK, ["--training.precision=bf16", TIED, "--checkpoint.async=true", "--training.clip_grad_norm=0"]),
     "fp16, masked": (WALK, [*FP16, MASKED]),
     "spikes, sgd": (WALK, [*SPIKES, "--optimizer.name=sgd", "--optimizer.lr=0.5"]),
     "other schedules, tied": (OTHER_WALK, [TIED]),
     "other schedules, fp16, masked": (OTHER_WALK, [*FP16, MASKED, "--training.clip_grad_norm=0.1"]),
-    "two rows a microbatch, bf16": (OTHER_WALK, ["--training.micro_batch_size=2", "--training.global_batch_size=16", "--training.precision=bf16"]),
-    "tp 2, sequence parallel": (LAYOUTS_OF_TP, TP),
+    "two rows a microbatch, bf16, dropout": (OTHER_WALK, [*TWO_ROWS, "--training.precision=bf16", *DROPOUT]),
+    "tp 2, sequence parallel, dropout": (LAYOUTS_OF_TP, [*TP, *DROPOUT]),
     "tp 2, tied, bf16": (LAYOUTS_OF_TP, [TP[0], TIED, "--training.precision=bf16"]),
 }  # fmt: skip
-QUICK = "fp32, masked targets"
+QUICK = "fp32, masked targets, dropout"
 OF_THE_MACHINE = {"tokens_per_second", "step_seconds", "tflops_per_device", "mfu", "peak_memory_bytes"}
 
 

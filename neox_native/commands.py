@@ -24,6 +24,7 @@ def _tool(name: str) -> Callable[[], None]:
 
 
 benchmark = _tool("benchmark")
+compare = _tool("compare")
 convert = _tool("convert")
 evaluate = _tool("evaluate")
 generate = _tool("generate")

@@ -27,7 +27,7 @@ LAYERS = [
     {"interop", "plan"},
     {"inference"},
     {"evaluation", "train"},
-    {"commands"},
+    {"commands", "compare"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FREE_OF_DISTRIBUTED = [

@@ -98,6 +98,11 @@ def _lines(file: Path) -> list[bytes]:
     return list(io.BytesIO(file.read_bytes())) if file.is_file() else []
 
 
+def read_log(file: Path) -> Iterator[dict[str, Any]]:
+    """What the whole lines of a log say; nothing where there is no such file."""
+    return (said for line in _lines(file) if (said := _said(line)) is not None)
+
+
 def mend_logs(folder: Path, resumed_step: int) -> None:
     """Drop what a killed run has torn, and the steps beyond the resumed one, which will be taken again; whatever else happened
     to the run stays."""
@@ -127,9 +132,9 @@ def _step_of(said: dict[str, Any]) -> float:
     return step if type(step) is int else math.inf
 
 
-def _evaluation(said: dict[str, Any] | None) -> tuple[float, float] | None:
+def _evaluation(said: dict[str, Any]) -> tuple[float, float] | None:
     """Loss and step, where what a line of events.jsonl says is an evaluation with a loss."""
-    if said is None or said.get("kind") != "evaluation":
+    if said.get("kind") != "evaluation":
         return None
     loss = said.get("loss")
     return (loss, _step_of(said)) if isinstance(loss, float) and math.isfinite(loss) else None
@@ -157,7 +162,7 @@ class Writers:
             mend_logs(folder, resumed_step)
             self._metrics: TextIO = opened.enter_context(append_to(folder / METRICS))
             self._events: TextIO = opened.enter_context(append_to(folder / EVENTS))
-            self.best = min(filter(None, map(_evaluation, map(_said, _lines(folder / EVENTS)))), default=None)
+            self.best = min(filter(None, map(_evaluation, read_log(folder / EVENTS))), default=None)
             """The lowest validation loss of the run and its step, earlier starts included."""
             sync_folder(folder)
             if tensorboard:

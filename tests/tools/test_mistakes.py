@@ -59,6 +59,7 @@ def test_a_number_that_cannot_be_is_refused(
     [
         (["benchmark", "--speed"], "Unrecognized arguments: --speed"),
         (["benchmark", "--data", "--peers"], "--peers: not allowed with argument --data"),
+        (["compare", "a"], "The following arguments are required: B"),
         (["convert"], "The following arguments are required: to-hf | from-hf | from-neox"),
         (["convert", "to-hf", "c"], "The following arguments are required: OUT"),
         (["evaluate", "--checkpoint", "c"], "One of the arguments --data --text --tasks is required"),

@@ -1,0 +1,1 @@
+"""Two runs beside each other: what they logged, and what they saved."""

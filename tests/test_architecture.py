@@ -17,7 +17,7 @@ from tests.field_reads import SCHEMA, fields_read, reads_in
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "neox_native"
 LAYERS = [
-    {"errors", "units", "dtypes", "hashes"},
+    {"errors", "units", "dtypes", "fixed_point", "hashes"},
     {"plain_files", "options"},
     {"config"},
     {"durable", "launch"},

@@ -16,6 +16,7 @@ from neox_native.engine.objective import objective_of
 from neox_native.engine.single_stage import Engine, SingleStage
 from neox_native.engine.spikes import SpikeGuard
 from neox_native.engine.step import Losses, TrainStep
+from neox_native.fixed_point import FixedGradients, FixedSums, RoundedSums
 from neox_native.mesh import Mesh
 from neox_native.model import initialize
 from neox_native.model.kinds import kinds_of_layers
@@ -63,12 +64,16 @@ def build_optimizer(
     The last step of `parallel/assemble.py`'s order: only the optimizer knows which rows of a parameter this rank
     keeps, so it materialises them, one full parameter in memory at a time.
     """
+    # What is summed to one number: each microbatch's gradient, by either reader of a tied matrix, on each tp rank.
+    num_addends = 2 * config.parallel.tp * config.training.num_microbatches(1)
+    elastic = config.run.determinism == "elastic"
     optimizer = ShardedOptimizer(
         units,
         ZeroStage(config.parallel.zero_stage),
-        optimizer_factory(config.optimizer),
+        optimizer_factory(config.optimizer, elementwise=elastic),
         DTYPES[config.training.precision],
         device,
+        FixedGradients(num_addends, device) if elastic else None,
     )
 
     def draw(spec: ParameterSpec) -> Tensor:
@@ -94,12 +99,17 @@ def units_of(
     numbers = {sharers(card, parallel.tp) for card in described.values()} - {1}
     neighbours = {number: mesh.tensor_neighbours(number) for number in sorted(numbers)}
     owned: set[int] = set()
+    readouts = [part.readout for part in parts.values() if part.readout is not None]
+    tied_heads = [readout.embed_out.weight for readout in readouts if model.tie_embeddings]
 
     def spec(part: Transformer, name: str, parameter: nn.Parameter) -> ParameterSpec:
         card, sum_over = described[name], []
         if tp.peers is not None and card.has_partial_gradient(parallel.sequence_parallel):
             sum_over.append(tp.peers)
-        copy_of_first = False
+        copy_of_first, aliases = False, ()
+        if name == "embed_in.weight" and part.embed_in is not None:
+            aliases = tuple(head for head in tied_heads if head is not parameter)
+            owned.update(id(head) for head in aliases)
         if model.tie_embeddings and name == part.global_name("embed_out.weight") and ends is not None:
             sum_over.append(ends)  # both ends of the pipeline read the matrix
             copy_of_first = part.embed_in is None
@@ -108,7 +118,7 @@ def units_of(
         shared, rows, number = None, rows_of_rank(card, parallel.tp, tp.rank), sharers(card, parallel.tp)
         if rows is not None:
             shared = SharedRows(*rows, card.shape[0], neighbours[number], counted=tp.rank % number == 0)
-        return ParameterSpec(name, parameter, Rule(card.decay, card.lr_multiplier), tuple(sum_over), counted, shared)
+        return ParameterSpec(name, parameter, Rule(card.decay, card.lr_multiplier), tuple(sum_over), counted, shared, aliases)
 
     def units(part: Transformer, name: str, readers: list[nn.Module], modules: dict[str, nn.Module]) -> list[Unit]:
         specs: dict[str, list[ParameterSpec]] = {}
@@ -169,7 +179,7 @@ def build_step(
     return TrainStep(
         engine,
         optimizer,
-        Losses(mesh, device, objective_of(config.objective)),
+        Losses(mesh, device, objective_of(config.objective), FixedSums() if config.run.determinism == "elastic" else RoundedSums()),
         training.clip_grad_norm,
         LossScale(training, device) if training.precision == "fp16" else None,
         SpikeGuard(training, device) if training.spike_threshold > 0 else None,

@@ -24,8 +24,8 @@ class Engine(Protocol):
     timing: Timing
 
     def forward_backward(self, fields: Fields, loss_function: LossFunction, dropout_seeds: Sequence[int]) -> Tensor:
-        """Forward and backward; gradients go to the optimizer. Returns the sum of the losses, detached; zero on ranks
-        without the last stage. `dropout_seeds`: one for each microbatch, see `engine.dropout`."""
+        """Forward and backward; gradients go to the optimizer. Returns the loss of each microbatch [M], detached; none [0] on
+        ranks without the last stage. `dropout_seeds`: one for each microbatch, see `engine.dropout`."""
 
     def forward(self, fields: Fields, loss_function: LossFunction) -> Tensor:
         """Forward only; returns the same."""
@@ -40,23 +40,24 @@ class SingleStage:
 
     def forward_backward(self, fields: Fields, loss_function: LossFunction, dropout_seeds: Sequence[int]) -> Tensor:
         """See `Engine`."""
-        total = torch.zeros((), device=fields["tokens_BT"].device)
+        losses = []
         for index, arguments in self._microbatches(fields):
             with self.timing.compute.running():
                 tokens_BT = arguments.pop("tokens_BT")
                 loss = loss_function(self.parts[0](tokens_BT, **arguments, dropout_seed=dropout_seeds[index]), index)
                 self.sink.microbatch(0, last=index == len(fields["tokens_BT"]) - 1)
                 loss.backward()
-            total += loss.detach()
-        return total
+            losses.append(loss.detach())
+        return torch.stack(losses)
 
     @torch.no_grad()
     def forward(self, fields: Fields, loss_function: LossFunction) -> Tensor:
         """See `Engine`."""
-        total = torch.zeros((), device=fields["tokens_BT"].device)
-        for index, arguments in self._microbatches(fields):
-            total += loss_function(self.parts[0](arguments.pop("tokens_BT"), **arguments), index)
-        return total
+        losses = [
+            loss_function(self.parts[0](arguments.pop("tokens_BT"), **arguments), index)
+            for index, arguments in self._microbatches(fields)
+        ]
+        return torch.stack(losses)
 
     def _microbatches(self, fields: Fields) -> Iterator[tuple[int, dict[str, Tensor]]]:
         for index in range(len(fields["tokens_BT"])):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from neox_native.engine.dropout import DropoutSeeds
 from neox_native.engine.objective import NextToken, Objective
 from neox_native.engine.single_stage import Engine
 from neox_native.engine.spikes import SpikeGuard
+from neox_native.fixed_point import RoundedSums
 from neox_native.mesh import Mesh
 from neox_native.model.auxiliary import AuxiliaryLoss
 from neox_native.optim.loss_scale import LossScale
@@ -24,17 +26,17 @@ class StepResult(NamedTuple):
     """Tensors on the device; reading one waits for it."""
 
     loss: Tensor
-    """This rank's share of the mean loss per token [nats]: the sum over dp and pp is the step's loss."""
+    """This rank's share of the mean loss per token [nats]; `Losses.total` makes the step's loss of it."""
     grad_norm: Tensor
     """Global L2 norm before clipping, the same on all ranks."""
     skipped: Tensor
     """Not zero where loss or gradient were not finite, or the loss a spike, so that nothing was updated."""
     metrics: dict[str, Tensor]
-    """This rank's share of named metrics, divided by the step's weight as the loss is: the sum over all ranks is the step's."""
+    """This rank's shares of named metrics, divided by the step's weight as the loss is."""
 
 
 class StepLoss:
-    """The loss function of one step's microbatches; it sums the objective's metrics up as it goes.
+    """The loss function of one step's microbatches; it collects the objective's metrics as it goes.
 
     Args:
         fields: the step's `loss_fields`, on the device.
@@ -46,44 +48,56 @@ class StepLoss:
         self, objective: Objective, fields: Fields, weight: Tensor, weighing: dist.Work | None = None, scale: Tensor | float = 1.0
     ):
         self.objective, self.fields, self.weight, self.weighing, self.scale = objective, fields, weight, weighing, scale
-        self.metrics: dict[str, Tensor] = {}
+        self.metrics: dict[str, list[Tensor]] = {}
+        """For each microbatch the sum of each metric."""
 
     def factor(self) -> Tensor:
         """What a microbatch's sum is multiplied by: the loss scale over the step's weight."""
         if self.weighing is not None:
             self.weighing.wait()  # it had the first forward pass to finish
-        return self.scale / self.weight.clamp(min=1.0)
+        return self.scale / self.weight.clamp(min=1)
 
     def __call__(self, values_BT: Tensor, microbatch: int) -> Tensor:
         """The microbatch's share of the step's loss, scaled."""
         loss, metrics = self.objective(values_BT, {name: field[microbatch] for name, field in self.fields.items()})
         for name, value in metrics.items():
-            self.metrics[name] = self.metrics.get(name, 0.0) + value.detach()
+            self.metrics.setdefault(name, []).append(value.detach())
         return loss * self.factor()
 
 
 class Losses:
-    """The loss of a step, the same in every layout: the objective's sum / its weight over all ranks."""
+    """The loss of a step, the same in every layout: the objective's sum / its weight over all ranks.
 
-    def __init__(self, mesh: Mesh, device: torch.device, objective: Objective | None = None):
-        self.mesh, self.device, self.objective = mesh, device, objective or NextToken()
+    Args:
+        sums: how losses and metrics of microbatches add up.
+    """
+
+    def __init__(self, mesh: Mesh, device: torch.device, objective: Objective | None = None, sums: RoundedSums | None = None):
+        self.mesh, self.device, self.objective, self.sums = mesh, device, objective or NextToken(), sums or RoundedSums()
 
     def function(self, batch: StepBatch, scale: Tensor | float = 1.0) -> StepLoss:
         """The loss function of the microbatches of this data rank's share of a step."""
-        weight = torch.full((), self.objective.weight(batch), dtype=torch.float32, device=self.device)
+        weight = torch.tensor(self.objective.weight(batch), device=self.device)
         weighing = dist.all_reduce(weight, group=self.mesh.rows.group, async_op=True)
         return StepLoss(self.objective, to_device(batch.loss_fields, self.device), weight, weighing, scale)
 
-    def sums(self, batch: StepBatch) -> StepLoss:
+    def sums_of(self, batch: StepBatch) -> StepLoss:
         """The loss function that sums the objective over microbatches and divides by nothing."""
-        return StepLoss(self.objective, to_device(batch.loss_fields, self.device), torch.ones((), device=self.device))
+        return StepLoss(self.objective, to_device(batch.loss_fields, self.device), torch.tensor(1, device=self.device))
 
     def total(self, share: Tensor) -> Tensor:
-        """The whole step's value from each rank's share, in fp64."""
-        value = share.detach().to(torch.float64, copy=True)
+        """The whole step's loss, in fp64, from each rank's share, one of `sums.share`."""
+        total = self.sums.ready(share)
         for axis in self.mesh.loss_shares:
-            dist.all_reduce(value, group=axis.group)
-        return value
+            dist.all_reduce(total, group=axis.group)
+        return self.sums.value(total)
+
+    def totals(self, shares: Sequence[Tensor | None]) -> Tensor:
+        """The same of metrics [n], of which any rank may have shares."""
+        nothing = self.sums.share(torch.zeros(1, device=self.device))
+        total = self.sums.ready(torch.stack([nothing if share is None else share for share in shares]))
+        dist.all_reduce(total)
+        return self.sums.value(total)
 
 
 class TrainStep:
@@ -122,11 +136,13 @@ class TrainStep:
             scale = self.loss_scale.of_step(len(fields["tokens_BT"]) * self.losses.mesh.rows.size)
         function = self.losses.function(batch, 1.0 if scale is None else scale)
         fields |= self._for_auxiliary(function, len(fields["tokens_BT"]))
-        loss = self.engine.forward_backward(fields, function, self.dropout_seeds(batch))
+        self.optimizer.begin(scale)
+        losses_M = self.engine.forward_backward(fields, function, self.dropout_seeds(batch))
         if scale is not None:
-            loss = loss / scale
+            losses_M = losses_M / scale
+        loss = self.losses.sums.share(losses_M)
         spike = self.spike_guard.is_spike(self.losses.total(loss)) if self.spike_guard else None
-        grad_norm, skipped = self.optimizer.step(learning_rate, self.clip_grad_norm, scale, loss, spike)
+        grad_norm, skipped = self.optimizer.step(learning_rate, self.clip_grad_norm, scale, losses_M.sum(), spike)
         if self.loss_scale:
             self.loss_scale.update(1.0 - grad_norm.isfinite().float())
         return StepResult(loss, grad_norm, skipped, self._shares(function))
@@ -143,10 +159,11 @@ class TrainStep:
 
     def _shares(self, function: StepLoss) -> dict[str, Tensor]:
         """This rank's shares of the metrics. Ranks of one tensor-parallel group have the same values: the first one counts."""
-        sums = dict(function.metrics) if self.losses.mesh.tensor.rank == 0 else {}
+        terms = dict(function.metrics) if self.losses.mesh.tensor.rank == 0 else {}
         for each in self.auxiliary:
-            sums[each.name] = sums.get(each.name, 0.0) + each.sums.sum()
-        return {name: value / function.weight.clamp(min=1.0) for name, value in sums.items()}
+            terms[each.name] = [*terms.get(each.name, []), *each.sums]
+        weight = function.weight.clamp(min=1)
+        return {name: self.losses.sums.share(torch.stack(values) / weight) for name, values in terms.items()}
 
 
 def to_device(fields: Fields, device: torch.device) -> dict[str, Tensor]:

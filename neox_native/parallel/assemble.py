@@ -4,6 +4,7 @@ the optimizer's, which knows what this rank keeps."""
 from __future__ import annotations
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
@@ -23,7 +24,8 @@ def assemble(
 ) -> dict[int, Transformer]:
     """This rank's parts of the model, on the meta device: global stage number -> part.
 
-    Parameters have the training dtype and, where tp > 1, are DTensors over the tp axis.
+    Parameters have the training dtype and, where tp > 1, are DTensors over the tp axis. A tied head has a parameter of its own,
+    so that its gradient is told from the embedding's on one rank as it is on two.
     """
     num_stages = parallel.pp * parallel.virtual_stages
     layers = stage_layers(model, num_stages, parallel.stage_layers)
@@ -34,6 +36,8 @@ def assemble(
         part.to(DTYPES[training.precision])
         if parallel.tp > 1:
             tensor.apply(part, mesh.tensor.mesh, parallel.sequence_parallel)
+        if model.tie_embeddings and part.embed_in is not None and part.readout is not None:
+            part.readout.embed_out.weight = nn.Parameter(torch.empty_like(part.embed_in.weight))
         for block in part.layers.values():
             if compilation.enabled:
                 # The bound method, not the module: names stay, and hooks on the block run outside the graph.
@@ -42,8 +46,6 @@ def assemble(
             if training.activation_checkpointing == "full":
                 recompute(block, split=parallel.pipeline_schedule in ZERO_BUBBLE)
         parts[number] = part
-    if model.tie_embeddings and 0 in parts and num_stages - 1 in parts:
-        parts[num_stages - 1].readout.embed_out.weight = parts[0].embed_in.weight
     return parts
 
 

@@ -40,8 +40,8 @@ class GradientSink(Protocol):
     def microbatch(self, stage_index: int, last: bool) -> None:
         """A backward pass of this stage begins; `last` if no other microbatch of the step follows."""
 
-    def absorb(self, stage_index: int) -> None:
-        """A weight-gradient pass of this stage ended; its gradients lie in `.grad`, no hook saw them."""
+    def absorb(self) -> None:
+        """A weight-gradient pass ended; its gradients lie in `.grad`, no hook saw them."""
 
 
 class Stage(PipelineStage):
@@ -81,7 +81,7 @@ class Stage(PipelineStage):
         self.sink.microbatch(self.stage_index, False)
         with self.timing.compute.running():
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        self.sink.absorb(self.stage_index)
+        self.sink.absorb()
 
 
 class Pipeline:
@@ -140,7 +140,7 @@ class Pipeline:
         """One step's microbatches forward and backward; gradients go to the sink.
 
         Returns:
-            the sum of the microbatches' losses, detached; zero on ranks without the last stage.
+            the loss of each microbatch [M], detached; none [0] on ranks without the last stage.
         """
         self.loss_function = loss_function
         for stage in self.stages:
@@ -156,7 +156,7 @@ class Pipeline:
                 return_outputs=False,
                 **{name: tensor.flatten(0, 1) for name, tensor in fields.items() if name not in unread},
             )
-        return torch.stack([loss.detach() for loss in losses]).sum() if last else torch.zeros((), device=self.device)
+        return torch.stack([loss.detach() for loss in losses]) if last else torch.empty(0, device=self.device)
 
     @torch.no_grad()
     def forward(self, fields: Fields, loss_function: LossFunction) -> Tensor:
@@ -165,7 +165,7 @@ class Pipeline:
         Each microbatch walks through all stages in order, so that the ranks' sends and receives cannot wait for each
         other in a circle. With one stage per rank the microbatches still follow one another like a pipeline.
         """
-        total = torch.zeros((), device=self.device)
+        losses = []
         for index in range(len(fields["tokens_BT"])):
             self.timing.on_microbatch(index)
             arguments = {name: tensor[index] for name, tensor in fields.items()}
@@ -175,8 +175,8 @@ class Pipeline:
                     hidden = self.parts[stage](tokens if stage == 0 else self._receive(stage, hidden), **arguments)
                     self._send(stage, hidden)
             if self.num_stages - 1 in self.parts:
-                total += loss_function(hidden, index)
-        return total
+                losses.append(loss_function(hidden, index))
+        return torch.stack(losses) if losses else torch.empty(0, device=self.device)
 
     def _peer(self, stage: int) -> int | None:
         """The pipeline rank of a neighbouring stage; None where that stage is this rank's own or does not exist."""

@@ -79,14 +79,14 @@ def _partial_gradient_bytes(config: Config, share: Share) -> int:
 def data_parallel_bytes(config: Config, pp_rank: int) -> int:
     """What a rank sends over the dp axis in a step. Stage 0 all-reduces fp32 gradients; 1 reduce-scatters them and
     all-gathers parameters once; 2 reduce-scatters in every microbatch; 3 also gathers twice in each (Rajbhandari et al. 2020
-    §7). Rows are padded, see [Note: rows and units]. One number more counts tokens."""
+    §7). Rows are padded, see [Note: rows and units]. One int64 more counts targets."""
     d, e, m = config.parallel.dp, ELEMENT_BYTES[config.training.precision], num_microbatches(config)
     elements = [layout.world * layout.size for layout in share_of(config, pp_rank).units]
     stage = zero_stage_of(config.parallel)
     reductions = {0: 2, 1: 1, 2: m, 3: m}[stage]
     gathers = {0: 0, 1: 1, 2: 1, 3: 2 * m}[stage]
     per_unit = (reductions * ring(FP32_BYTES * count, d) + gathers * ring(e * count, d) for count in elements)
-    return sum(per_unit) + ring(FP32_BYTES, d, 2)
+    return sum(per_unit) + ring(8, d, 2)
 
 
 def point_to_point_bytes(config: Config, pp_rank: int) -> int:

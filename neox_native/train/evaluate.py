@@ -7,30 +7,29 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from neox_native.data.loader import StepBatch
 from neox_native.engine.single_stage import Engine
 from neox_native.engine.step import Losses, to_device
 
 
-def evaluate(engine: Engine, losses: Losses, batches: Iterable[StepBatch]) -> tuple[Tensor, int]:
-    """This rank's share of the mean loss over `batches` [nats], and their weight on all ranks: their number of targets.
+def evaluate(engine: Engine, losses: Losses, batches: Iterable[StepBatch]) -> float | None:
+    """The mean loss over `batches` [nats], the same on all ranks; None where they have no target. A collective.
 
-    All targets weigh the same, whichever batch holds them. The share is a tensor on the device; its sum over dp and pp is
-    the loss, which is 0 and means nothing where there is no target. Dropout is off meanwhile.
+    All targets weigh the same, whichever batch holds them. Dropout is off meanwhile.
     """
     for part in engine.parts.values():
         part.eval()
-    total, count = torch.zeros((), dtype=torch.float64, device=losses.device), 0
+    shares, count = [], 0
     for batch in batches:
-        total += engine.forward(to_device(batch.model_fields, losses.device), losses.sums(batch))
+        shares.append(losses.sums.share(engine.forward(to_device(batch.model_fields, losses.device), losses.sums_of(batch)).double()))
         count += losses.objective.weight(batch)
     for part in engine.parts.values():
         part.train()
-    num_targets = torch.tensor(count, device=losses.device)
-    dist.all_reduce(num_targets, group=losses.mesh.rows.group)
-    return total / num_targets.clamp(min=1), int(num_targets.item())
+    weight = torch.tensor(count, device=losses.device)
+    dist.all_reduce(weight, group=losses.mesh.rows.group)
+    total = losses.total(torch.stack(shares).sum(dim=0))
+    return (total / weight).item() if weight else None
 
 
 def in_words(loss: float, tokenizer: str) -> str:

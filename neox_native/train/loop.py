@@ -172,8 +172,7 @@ class Trainer:
         losses = self.train_step.losses
         with self.report.throughput.paused():
             batches = self.while_listening(batches_of(self.data.valid, self.config, self.mesh, losses.device, before * size, settings.batches))
-            share, num_targets = evaluate(self.train_step.engine, losses, batches)
-            loss = losses.total(share).item() if num_targets else None
+            loss = evaluate(self.train_step.engine, losses, batches)
         found = f"no validation loss: none of the tokens in its {settings.batches} batches is to be predicted"
         if loss is not None:
             found = f"validation loss {in_words(loss, self.config.data.tokenizer)} over {settings.batches} batches"

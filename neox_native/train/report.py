@@ -104,10 +104,8 @@ class Report:
         """The step's named metrics, from all ranks' shares."""
         if not self.metrics:
             return {}
-        nothing = torch.zeros((), device=self.device)
-        shares = torch.stack([result.metrics.get(name, nothing) for name in self.metrics]).double()
-        dist.all_reduce(shares)
-        return dict(zip(self.metrics, shares.tolist()))
+        totals = self.losses.totals([result.metrics.get(name) for name in self.metrics])
+        return dict(zip(self.metrics, totals.tolist()))
 
     def _for_the_console(self) -> dict[str, float]:
         """fp16's loss scale; the memory that was predicted; and the share of the time since the last call in which the
@@ -118,8 +116,9 @@ class Report:
         if self.predicted.peak_bytes is not None and self.device.type == "cuda":
             found["predicted GiB"] = self.predicted.peak_bytes / 2**30
         if self.mesh.pipeline.size > 1:
-            seconds = self.losses.total(torch.tensor([compute, whole], device=self.device)).tolist()
-            found["bubble"] = 1 - seconds[0] / seconds[1]
+            seconds = torch.tensor([compute, whole], device=self.device)
+            dist.all_reduce(seconds)
+            found["bubble"] = 1 - (seconds[0] / seconds[1]).item()
             found["predicted bubble"] = share_of_step(self.predicted.bubble_fraction)
         return found
 

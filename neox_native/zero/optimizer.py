@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from neox_native.fixed_point import FixedGradients, carry, limbs, value_of
 from neox_native.zero import collectives
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.order import UnitsOfStage
@@ -43,20 +44,21 @@ class Trained:
     """Master weights."""
     gradient: Tensor
     """After a step: its gradient, reduced and clipped."""
+    sum: Tensor
+    """What becomes the gradient while it is summed: integers, or the gradient itself."""
     first_row: int
     """The row of the tp-local parameter with which both begin."""
     unit: ShardedUnit
 
-    @property
-    def own_and_copied(self) -> tuple[Tensor, Tensor]:
-        """The gradient's rows that this tp rank has alone, and those of which others have copies."""
-        own = len(self.gradient) if self.spec.shared is None else max(0, len(self.spec.shared.own) - self.first_row)
-        return self.gradient[:own], self.gradient[own:]
+    def own_and_copied(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the gradient's rows, or their sums, those that this tp rank has alone, and those of which others have copies."""
+        own = len(rows) if self.spec.shared is None else max(0, len(self.spec.shared.own) - self.first_row)
+        return rows[:own], rows[own:]
 
     @property
     def counted(self) -> list[Tensor]:
         """What of the gradient this rank counts in the global norm."""
-        own, copied = self.own_and_copied
+        own, copied = self.own_and_copied(self.gradient)
         pieces = [own, copied] if self.spec.shared is not None and self.spec.shared.counted else [own]
         return [piece for piece in pieces if piece.numel()] if self.spec.counted else []
 
@@ -73,6 +75,7 @@ class ShardedOptimizer:
             the device; otherwise both.
         param_dtype: type of the parameters that the model reads.
         device: where everything lives.
+        fixed: adds gradients up as integers, so that their sums do not depend on the layout. Then `begin` tells of each step.
     """
 
     def __init__(
@@ -82,10 +85,11 @@ class ShardedOptimizer:
         make_optimizer: MakeOptimizer,
         param_dtype: torch.dtype,
         device: torch.device,
+        fixed: FixedGradients | None = None,
     ):
-        self.device, self.make_optimizer = device, make_optimizer
+        self.device, self.make_optimizer, self.fixed = device, make_optimizer, fixed
         self.units_of_stage = {
-            number: UnitsOfStage([ShardedUnit(unit, zero_stage, param_dtype, device) for unit in units])
+            number: UnitsOfStage([ShardedUnit(unit, zero_stage, param_dtype, device, fixed) for unit in units])
             for number, units in units_by_stage.items()
         }
         self.units = [unit for units in self.units_of_stage.values() for unit in units.units]
@@ -101,9 +105,9 @@ class ShardedOptimizer:
         for units in self.units_of_stage.values():
             units.install_hooks()
         self.trained = [
-            Trained(spec, shard, gradient, slot.span(unit.rank)[0], unit)
+            Trained(spec, shard, gradient, partial, slot.span(unit.rank)[0], unit)
             for unit in self.units
-            for spec, slot, shard, gradient in zip(unit.specs, unit.layout.slots, unit.shards, unit.gradients)
+            for spec, slot, shard, gradient, partial in zip(unit.specs, unit.layout.slots, unit.shards, unit.gradients, unit.sums)
         ]
         self._make_optimizer()
 
@@ -135,9 +139,16 @@ class ShardedOptimizer:
         that cannot tell says False: `step` reduces then, without overlap."""
         self.units_of_stage[stage_index].begin(last)
 
-    def absorb(self, stage_index: int) -> None:
-        """A weight-gradient pass of a zero-bubble schedule ended: no hook fires in it."""
-        self.units_of_stage[stage_index].absorb()
+    def absorb(self) -> None:
+        """A weight-gradient pass of a zero-bubble schedule ended: no hook fires in it. Its stage may read a parameter that
+        belongs to a unit of another one, as a tied head does."""
+        for units in self.units_of_stage.values():
+            units.absorb()
+
+    def begin(self, loss_scale: Tensor | None) -> None:
+        """A step begins, whose loss is multiplied by `loss_scale`."""
+        if self.fixed is not None:
+            self.fixed.begin(loss_scale)
 
     @torch.no_grad()
     def step(
@@ -162,8 +173,11 @@ class ShardedOptimizer:
             finite, or `skip`), else 0.0; both fp32 scalars on the device.
         """
         self._reduce()
-        norm = self._global_norm(loss)
+        for unit in self.units:
+            unit.settle()
+        norm = self._global_norm(loss) if self.fixed is None else self._fixed_norm(self.fixed, loss)
         if loss_scale is not None:
+            loss_scale = loss_scale if self.fixed is None else loss_scale / self.fixed.shift
             norm = norm / loss_scale
         found_inf = 1.0 - norm.isfinite().float()
         if skip is not None:
@@ -220,16 +234,16 @@ class ShardedOptimizer:
         partial: dict[str, tuple[dist.ProcessGroup, list[Tensor]]] = {}
         for trained in self.trained:
             for group in trained.spec.sum_over:
-                partial.setdefault(group.group_name, (group, []))[1].append(trained.gradient)
-            _, copied = trained.own_and_copied
+                partial.setdefault(group.group_name, (group, []))[1].append(trained.sum)
+            _, copied = trained.own_and_copied(trained.sum)
             if copied.numel():
                 group = trained.spec.shared.group
                 partial.setdefault(group.group_name, (group, []))[1].append(copied)
-        for group, gradients in partial.values():
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
+        for group, sums in partial.values():
+            flat = torch.cat([each.flatten() for each in sums])
             collectives.all_reduce(flat, group).wait()
-            pieces = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [piece.view_as(like) for piece, like in zip(pieces, gradients)])
+            pieces = flat.split([each.numel() for each in sums])
+            torch._foreach_copy_(sums, [piece.view_as(like) for piece, like in zip(pieces, sums)])
 
     def _global_norm(self, loss: Tensor | None) -> Tensor:
         """L2 norm of the whole model's gradient, every element counted once. Not finite if any element is not, or the
@@ -246,6 +260,20 @@ class ShardedOptimizer:
         if dist.get_world_size() > 1:
             dist.all_reduce(square)
         return square.sqrt().float()
+
+    def _fixed_norm(self, fixed: FixedGradients, loss: Tensor | None) -> Tensor:
+        """What `_global_norm` returns, from a sum of limbs; NaN where it is not finite."""
+        square = torch.zeros(3, dtype=torch.int64, device=self.device)
+        square[2] = fixed.faults()
+        if loss is not None:
+            square[2] += ~loss.isfinite()
+        for trained in self.trained:
+            if trained.unit.num_replicas == 1 or dist.get_rank(trained.unit.group) == 0:
+                for piece in trained.counted:
+                    square = carry(square + limbs(piece, squared=True))
+        if dist.get_world_size() > 1:
+            dist.all_reduce(square)
+        return value_of(square).sqrt().float()
 
     def _set_learning_rate(self, lr: float | Tensor) -> None:
         for group in self.optimizer.param_groups:

@@ -45,8 +45,8 @@ class UnitsOfStage:
         """Collect gradients as they come; make parameters present when modules run."""
         for index, unit in enumerate(self.units):
             for position in range(len(unit.gradients)):
-                parameter = unit.specs[position].parameter
-                parameter.register_post_accumulate_grad_hook(lambda _p, u=unit, j=position: self._on_gradient(u, j))
+                for parameter in unit.specs[position].parameters:
+                    parameter.register_post_accumulate_grad_hook(lambda _p, u=unit, j=position: self._on_gradient(u, j))
             modules = unit.modules if unit.zero_stage else ()
             for module in modules:
                 module.register_forward_pre_hook(lambda _module, _inputs, i=index: self._before_forward(i))
@@ -57,7 +57,7 @@ class UnitsOfStage:
     def begin(self, last: bool) -> None:
         """A backward pass begins; `last` if it is the step's last."""
         for unit in self.units:
-            unit.arrived.clear()
+            unit.begin()
             if State.GATHERING in unit.state:  # started in vain by the forward pass: a gather uses memory until it ends
                 unit.make_present()
         self._flush()  # in case the pass before delivered no gradient at all

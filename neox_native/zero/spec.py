@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,14 @@ class ParameterSpec:
     """Whether this rank counts the gradient in the global norm: one of those who hold the same shard does."""
     shared: SharedRows | None = None
     """For a parameter whose parts over tp overlap."""
+    aliases: tuple[nn.Parameter, ...] = ()
+    """Other parameters with the same content, whose gradients are added to this one's: a tied head, whose gradient comes from
+    another rank in some layouts, and is therefore a summand of its own in all of them."""
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """It and its aliases."""
+        return self.parameter, *self.aliases
 
     @property
     def shape(self) -> torch.Size:
@@ -98,6 +106,21 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():  # otherwise to_local() records a graph node
         return tensor.to_local()
+
+
+def local_gradient(spec: ParameterSpec, gradient: Tensor) -> Tensor:
+    """This rank's part of a gradient that autograd has left, cut like the parameter; partial if `sum_over` says so."""
+    if isinstance(gradient, DTensor):
+        mesh = gradient.device_mesh
+        deferred = any(group.group_name == mesh.get_group().group_name for group in spec.sum_over)
+        if deferred:
+            if not isinstance(gradient.placements[0], Partial):
+                # torch 2.11 sums it itself in split backward passes; in equal shares it survives being summed again.
+                return local(gradient) / mesh.size()
+        elif gradient.placements[0] != spec.placement:
+            # A vocabulary-parallel embedding's gradient arrives whole, a sequence-parallel norm's partial.
+            gradient = gradient.redistribute(placements=[spec.placement])
+    return local(gradient)
 
 
 def give_storage(parameter: nn.Parameter, value: Tensor) -> None:

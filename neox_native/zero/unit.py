@@ -14,12 +14,15 @@ accumulation that low precision needs. Stages 0 and 1 keep the matrix and reduce
 the step; the result lies in my own row. Stages 2 and 3 reduce in every backward pass into a row of their own and free
 the matrix. Stage 0 is the same with one row, the whole parameter, and an all-reduce.
 
+With `FixedGradients` the matrix holds integers, whose sum no order changes, until `settle` turns this rank's row into fp32.
+
 Gradients are summed, never averaged: the loss is already divided by the tokens of the whole step. After a step the rows
 hold the gradient that was applied, until the next training forward makes use of their memory.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from enum import Flag, auto
@@ -27,12 +30,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
 
+from neox_native.fixed_point import FixedGradients
 from neox_native.zero import collectives
 from neox_native.zero.layout import Layout, Slot, ZeroStage, lay_out
-from neox_native.zero.spec import ParameterSpec, Unit, give_storage, local
+from neox_native.zero.spec import ParameterSpec, Unit, give_storage, local, local_gradient
 
 Draw = Callable[[ParameterSpec], Tensor]
 """Initial value of a parameter's tp-local shard, in fp32."""
@@ -74,11 +78,15 @@ class ShardedUnit:
         zero_stage: what to shard over the unit's group. A group of one rank has nothing to shard: every stage is stage 0.
         dtype: type of the parameters.
         device: where everything lives.
+        fixed: adds gradients up as integers; without it they are added in fp32.
     """
 
-    def __init__(self, unit: Unit, zero_stage: ZeroStage, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, unit: Unit, zero_stage: ZeroStage, dtype: torch.dtype, device: torch.device, fixed: FixedGradients | None = None
+    ):
         self.modules, self.group, self.state_mesh = unit.modules, unit.group, unit.state_mesh
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.fixed = dtype, device, fixed
+        self.sum_dtype = torch.float32 if fixed is None else torch.int64
         size = dist.get_world_size(unit.group)
         self.zero_stage = zero_stage if size > 1 else ZeroStage.NONE
         self.rank, world = (dist.get_rank(unit.group), size) if self.zero_stage else (0, 1)
@@ -113,17 +121,21 @@ class ShardedUnit:
         """Whether frozen parameters, too, must be gathered before they are read: they were loaded."""
 
     def _hold_gradients(self) -> None:
-        self.places: list[tuple[Tensor, Tensor | None]] = []
-        """Where each parameter's gradient goes in the matrix."""
+        self.places: list[list[Tensor]] = []
+        """Where each parameter's gradient goes in the matrix, part after part."""
         self.matrix: Tensor | None = self._new_matrix() if self.keeps_matrix else None
-        row = torch.zeros(self.trained_layout.size, device=self.device) if self.matrix is None else self.matrix[self.rank]
-        self.gradient_row = row
-        self.gradients = [local_view(row, slot, self.rank) for slot in self.trained_layout.slots]
-        """This rank's shard of each trainable parameter's gradient."""
+        size, slots = self.trained_layout.size, self.trained_layout.slots
+        row = torch.zeros(size, dtype=self.sum_dtype, device=self.device)
+        self.sum_row = row if self.matrix is None else self.matrix[self.rank]
+        self.sums = [local_view(self.sum_row, slot, self.rank) for slot in slots]
+        """This rank's shard of each trainable parameter's gradient while it is summed."""
+        row = self.sum_row if self.fixed is None else self.sum_row.view(torch.float32)[:size]
+        self.gradients = [local_view(row, slot, self.rank) for slot in slots]
+        """The same in fp32, once it is settled."""
         self.filled: set[int] = set()
         """Parameters that have contributed to the matrix."""
-        self.arrived: set[int] = set()
-        """Parameters whose gradient the current backward pass has delivered."""
+        self.missing: Counter[int] = Counter()
+        """For each parameter, how many of its gradients the current backward pass has yet to deliver: one for each reader."""
         self.reduction: collectives.Handle | None = None
         self.num_reductions = 0
         """Reductions in this step."""
@@ -137,7 +149,8 @@ class ShardedUnit:
             assert fits, (spec.name, value.shape, value.dtype, slot.shape)
             storage = torch.zeros(self.layout.world * slot.width, dtype=self.dtype, device=self.device)
             storage[: slot.num_elements].copy_(value.reshape(-1))
-            give_storage(spec.parameter, storage.data[: slot.num_elements].view(slot.shape))
+            for parameter in spec.parameters:
+                give_storage(parameter, storage.data[: slot.num_elements].view(slot.shape))
             start, stop = slot.span(self.rank)
             if self.master is not None and spec.parameter.requires_grad:
                 shard = local_view(self.master, slot, self.rank)
@@ -226,41 +239,48 @@ class ShardedUnit:
                 storage.untyped_storage().resize_(0)
             self.state ^= State.PRESENT
 
+    def begin(self) -> None:
+        """A backward pass begins."""
+        self.missing = Counter({position: len(self.specs[position].parameters) for position in range(len(self.gradients))})
+
     @property
     def complete(self) -> bool:
         """Whether the current backward pass has delivered every gradient."""
-        return len(self.arrived) == len(self.gradients)
+        return not self.missing.total()
 
     def arrive(self, position: int) -> None:
-        """Autograd has finished the gradient of one parameter, so every node of the backward pass that reads it has run:
-        stage 3 releases it, before the gradient asks for memory."""
-        self.arrived.add(position)
-        if self.releases:
+        """Autograd has finished a gradient of one parameter. If it was the last, every node of the backward pass that reads the
+        parameter has run: stage 3 releases it, before the gradient asks for memory."""
+        self.missing[position] -= 1
+        if self.releases and not self.missing[position]:
             self.storages[position].untyped_storage().resize_(0)
             if self.complete and not self.has_frozen:
                 self.drop()
         self.take(position)
 
     def take(self, position: int) -> None:
-        """Copy or add the whole gradient that lies in a parameter's `.grad`, if there is one, into the matrix."""
-        spec = self.specs[position]
-        if spec.parameter.grad is None:
-            return
+        """Copy or add the whole gradients that lie in a parameter's `.grad`, if there are any, into the matrix."""
+        for parameter in self.specs[position].parameters:
+            if parameter.grad is not None:
+                self._take(position, parameter)
+
+    def _take(self, position: int, parameter: nn.Parameter) -> None:
         self.finish_reduction()  # the matrix is wanted again
         assert self.num_reductions == 0 or not self.keeps_matrix, "the step's reduction has begun"
         if self.matrix is None:
             self.matrix = self._new_matrix()
         self.state |= State.FILLING
-        gradient, (full, short) = _local_gradient(spec), self.places[position]
-        put = Tensor.add_ if position in self.filled else Tensor.copy_  # both convert to fp32
+        gradient, places = local_gradient(self.specs[position], parameter.grad).flatten(), self.places[position]
+        for place, piece in zip(places, gradient.split([place.numel() for place in places])):
+            self._put(place, piece.view(place.shape), add=position in self.filled)
         self.filled.add(position)
-        if short is None:
-            put(full, gradient.reshape(full.shape))
+        parameter.grad = None
+
+    def _put(self, place: Tensor, gradient: Tensor, add: bool) -> None:
+        if self.fixed is None:
+            place.add_(gradient) if add else place.copy_(gradient)  # both convert to fp32
         else:
-            body, tail = gradient.split([len(gradient) - len(short), len(short)])
-            put(full, body.reshape(full.shape))
-            put(short, tail)
-        spec.parameter.grad = None
+            self.fixed.collect(place, gradient, add)
 
     def start_reduction(self) -> None:
         """Sum the matrix over the group; parameters that received no gradient count as zero."""
@@ -269,7 +289,7 @@ class ShardedUnit:
         for position, slot in enumerate(self.trained_layout.slots):
             if position not in self.filled:
                 self.matrix[:, slot.offset : slot.offset + slot.width].zero_()
-        output = self.gradient_row
+        output = self.sum_row
         if not self.keeps_matrix:
             output.untyped_storage().resize_(output.numel() * output.element_size())
             output = output if self.num_reductions == 0 else self.matrix[self.rank]
@@ -292,7 +312,7 @@ class ShardedUnit:
         if not self.keeps_matrix:
             assert self.matrix is not None
             if self.num_reductions > 1:
-                self.gradient_row.add_(self.matrix[self.rank])
+                self.sum_row.add_(self.matrix[self.rank])
             self.matrix, self.places = None, []
         self.filled.clear()
 
@@ -300,11 +320,16 @@ class ShardedUnit:
         """A training forward begins. If it is the step's first, stages 2 and 3 free the last step's gradient; its row comes
         back with the first reduction."""
         if not self.keeps_matrix and self.num_reductions == 0:
-            self.gradient_row.untyped_storage().resize_(0)
+            self.sum_row.untyped_storage().resize_(0)
+
+    def settle(self) -> None:
+        """All sums are complete: `gradients` become valid, and `sums` invalid where they are integers."""
+        if self.fixed is not None:
+            self.fixed.settle(self.sum_row)
 
     def _new_matrix(self) -> Tensor:
         layout = self.trained_layout
-        matrix = torch.empty(layout.world, layout.size, dtype=torch.float32, device=self.device)
+        matrix = torch.empty(layout.world, layout.size, dtype=self.sum_dtype, device=self.device)
         self.places = [_places(matrix, slot) for slot in layout.slots]
         return matrix
 
@@ -315,25 +340,10 @@ def local_view(row: Tensor, slot: Slot, rank: int) -> Tensor:
     return row[slot.offset : slot.offset + shape[0] * slot.inner].view(shape)
 
 
-def _places(matrix: Tensor, slot: Slot) -> tuple[Tensor, Tensor | None]:
-    """A parameter's full chunks as [ranks, width], and the short chunk after them, if there is one, as its rows."""
+def _places(matrix: Tensor, slot: Slot) -> list[Tensor]:
+    """A parameter's full chunks as [ranks, width], and the short chunk after them, if there is one, as [1, its width]."""
     num_full = slot.shape[0] // slot.chunk
-    full = matrix[:num_full, slot.offset : slot.offset + slot.width]
-    return full, local_view(matrix[num_full], slot, num_full) if slot.shape[0] % slot.chunk else None
-
-
-def _local_gradient(spec: ParameterSpec) -> Tensor:
-    """The gradient that autograd has left, this rank's part, cut like the parameter; partial if `sum_over` says so."""
-    gradient = spec.parameter.grad
-    assert gradient is not None
-    if isinstance(gradient, DTensor):
-        mesh = gradient.device_mesh
-        deferred = any(group.group_name == mesh.get_group().group_name for group in spec.sum_over)
-        if deferred:
-            if not isinstance(gradient.placements[0], Partial):
-                # torch 2.11 sums it itself in split backward passes; in equal shares it survives being summed again.
-                return local(gradient) / mesh.size()
-        elif gradient.placements[0] != spec.placement:
-            # A vocabulary-parallel embedding's gradient arrives whole, a sequence-parallel norm's partial.
-            gradient = gradient.redistribute(placements=[spec.placement])
-    return local(gradient)
+    places = [matrix[:num_full, slot.offset : slot.offset + slot.width]]
+    if rest := slot.shape[0] % slot.chunk:
+        places.append(matrix[num_full : num_full + 1, slot.offset : slot.offset + rest * slot.inner])
+    return places

@@ -26,7 +26,7 @@ class NoSink:
     def microbatch(self, stage_index: int, last: bool) -> None:
         pass
 
-    def absorb(self, stage_index: int) -> None:
+    def absorb(self) -> None:
         pass
 
 
@@ -92,8 +92,6 @@ def on_mesh(
         if parallel.tp > 1:
             shard_tables(part, mesh.tensor.mesh)
     num_stages = parallel.pp * parallel.virtual_stages
-    if model.tie_embeddings and len(parts) > 1 and 0 in parts and num_stages - 1 in parts:
-        parts[num_stages - 1].readout.embed_out.weight = parts[0].embed_in.weight
     inputs, targets = batch(model, microbatches, size)
 
     def loss_function(values, microbatch):
@@ -113,8 +111,8 @@ def on_mesh(
             torch.float32, CPU, mesh.pipeline.group, NoSink(),
         )  # fmt: skip
         fields = {"tokens_BT": inputs, "targets_BT": targets}
-        evaluated = pipeline.forward(fields, loss_function)
-        total = pipeline.forward_backward(fields, loss_function, range(microbatches))
+        evaluated = pipeline.forward(fields, loss_function).sum()
+        total = pipeline.forward_backward(fields, loss_function, range(microbatches)).sum()
         for value in (evaluated, total):
             dist.all_reduce(value, group=mesh.pipeline.group)
     return total.item(), whole_gradients(parts), evaluated.item()
@@ -123,12 +121,9 @@ def on_mesh(
 def whole_gradients(parts: dict[int, Transformer]) -> dict[str, torch.Tensor]:
     """Global name -> full gradient of every parameter on this rank."""
     gradients: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
     for part in parts.values():
         for name, parameter in part.named_parameters():
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            gradient = parameter.grad
-            gradients[part.global_name(name)] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            name = part.global_name(name)
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient  # of both readers of a tied matrix
     return gradients

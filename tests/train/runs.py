@@ -6,17 +6,14 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import Shard
 
 from neox_native.config.check import require
 from neox_native.config.schema import Compile, Config, Model, Optimizer, Parallel, Training
 from neox_native.data.loader import StepBatch
 from neox_native.data.order import rows_of_rank
-from neox_native.engine.build import build_engine, build_model
-from neox_native.engine.step import Losses, TrainStep
+from neox_native.engine.build import build_engine, build_model, build_step
 from neox_native.mesh import build_mesh
-from neox_native.optim.loss_scale import LossScale
 from neox_native.train.evaluate import evaluate
 from tests.ranks import run_ranks
 
@@ -103,9 +100,8 @@ def train(config: Config, masked: bool = False) -> Outcome:
     mesh = build_mesh(config.parallel, CPU)
     place = tuple(mesh.place.values())
     parts, optimizer = build_model(config, mesh, CPU)
-    engine, losses = build_engine(config, mesh, CPU, parts, optimizer), Losses(mesh, CPU)
-    scale = LossScale(config.training, CPU) if config.training.precision == "fp16" else None
-    step = TrainStep(engine, optimizer, losses, config.training.clip_grad_norm, scale)
+    engine = build_engine(config, mesh, CPU, parts, optimizer)
+    step = build_step(config, mesh, CPU, engine, optimizer)
     gradients: list[Shards] = []
     update = optimizer._update
 
@@ -118,18 +114,10 @@ def train(config: Config, masked: bool = False) -> Outcome:
     found, norms = [], []
     for number in range(STEPS):
         result = step(batch(config, number, place[1], masked), config.optimizer.lr)
-        found.append(total(result.loss, mesh))
+        found.append(step.losses.total(result.loss).item())
         norms.append(result.grad_norm.item())
-    evaluation, _ = evaluate(engine, losses, [batch(config, 50, place[1], masked)])
-    return Outcome(found, norms, total(evaluation, mesh), gradients[0], shards(optimizer, place, "shard"))
-
-
-def total(value: torch.Tensor, mesh) -> float:
-    """Sum over dp and pp."""
-    value = value.double()
-    for axis in mesh.rows, mesh.pipeline:
-        dist.all_reduce(value, group=axis.group)
-    return value.item()
+    evaluation = evaluate(engine, step.losses, [batch(config, 50, place[1], masked)])
+    return Outcome(found, norms, evaluation, gradients[0], shards(optimizer, place, "shard"))
 
 
 def whole(parts: list[Shards], sharded: bool = False) -> dict[str, torch.Tensor]:

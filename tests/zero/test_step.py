@@ -133,7 +133,7 @@ def absorbed(case: Case) -> dict[str, Tensor]:
             gradients = torch.autograd.grad(loss_of(model, micro), trained)
             for parameter, gradient in zip(trained, gradients):
                 parameter.grad = gradient
-            optimizer.absorb(0)
+            optimizer.absorb()
         optimizer.step(learning_rate(case), case.clip)
     return gather(optimizer, "shard")
 

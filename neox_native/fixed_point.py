@@ -1,0 +1,136 @@
+"""Sums that do not depend on their order: floating-point numbers rounded, each on its own, to multiples of a power of two.
+
+The sum of integers is the same in every order, so it is the same on any number of ranks. What is summed must not depend on
+the layout either: gradients and losses of whole microbatches. Rounding happens once before the sum and once after it.
+
+[Note: range and grain] Gradients are summed as int64 multiples of 2^-48. A sum of magnitude 2^-24 or more is then at least as
+fine as fp32, whose neighbours there lie 2^-48 apart; AdamW's epsilon, 1e-8, is 2^21 grains. The largest addend is 2^62
+grains over the number of addends, so that no sum can wrap: as the gradient of a step's mean loss is a sum of N shares of the
+size 1/N, a microbatch may have gradients up to about 2^14 / (2 * tp) (the 2 are the readers of a tied embedding). Under fp16 all of this
+is multiplied by the largest power of two in the loss scale, which is exact.
+
+Everything else is a sum of two limbs, see `limbs`: the gradient's squared norm, losses, metrics. An addend that is not
+finite, or that leaves the range, makes the result NaN in every layout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GRAIN = 2.0**-48
+"""What one unit of an integer gradient stands for, without a loss scale. See [Note: range and grain]."""
+HIGH, LOW = 16, 42
+"""Binary digits behind the point of a high limb, and further ones of a low limb."""
+LARGEST = 2.0**26
+"""Largest magnitude of a number in limbs."""
+PIECE = 1 << 20
+"""Elements that are converted at a time: so many low limbs add up without a carry, and temporaries stay small."""
+
+
+class FixedGradients:
+    """Turns gradients into integers that add up to the same sum in every order, and their sums back into fp32.
+
+    Args:
+        num_addends: largest number of gradients that are summed to one number in a step.
+    """
+
+    def __init__(self, num_addends: int, device: torch.device):
+        self.limit = 2.0**62 / (1 << (num_addends - 1).bit_length())
+        """Largest addend [grains]."""
+        self.peak = torch.zeros((), device=device)
+        """Largest magnitude that the step has met [grains]; NaN once it has met one."""
+        self.shift = torch.ones((), device=device)
+        """The largest power of two in the step's loss scale; sums are divided by it."""
+
+    def begin(self, loss_scale: Tensor | None) -> None:
+        """A step begins, whose gradients are multiplied by `loss_scale`."""
+        self.peak = torch.zeros_like(self.peak)
+        if loss_scale is not None:
+            self.shift = torch.ldexp(torch.ones_like(self.peak), torch.frexp(loss_scale.float()).exponent - 1)
+
+    def collect(self, sums: Tensor, gradient: Tensor, add: bool) -> None:
+        """Add a gradient to integers of its shape [n, m], or write it there. Both are taken in pieces of columns."""
+        columns, grains_of_one = max(1, PIECE // len(sums)), 1 / (GRAIN * self.shift)
+        for target, piece in zip(sums.split(columns, dim=1), gradient.split(columns, dim=1)):
+            grains = piece.float() * grains_of_one
+            self.peak = torch.maximum(self.peak, torch.linalg.vector_norm(grains, torch.inf))
+            grains.round_()
+            if add:
+                target.add_(grains.to(torch.int64))
+            else:
+                target.copy_(grains)
+
+    def settle(self, sums: Tensor) -> None:
+        """Turn the integers [n] into fp32 numbers, less the power of two in the loss scale, in the first half of their memory."""
+        floats = sums.view(torch.float32)[: len(sums)]
+        for start in range(0, len(sums), PIECE):
+            # Through fp64: a direct conversion rounds as the kernel likes. The integers behind the piece are not touched.
+            floats[start : start + PIECE] = sums[start : start + PIECE].double() * GRAIN
+
+    def faults(self) -> Tensor:
+        """1 if an addend of this rank left the range or was not finite, else 0, as an int64 scalar."""
+        return (~(self.peak <= self.limit)).to(torch.int64)
+
+
+def limbs(values: Tensor, squared: bool = False) -> Tensor:
+    """The sum of `values`, or of their squares, as int64 [3], which adds up with others, over ranks too: high limb, low limb, and the number of
+    values that are not finite or larger than `LARGEST`.
+
+    A value is rounded to the nearest multiple of 2^-58: high * 2^-16 + low * 2^-58 with 0 <= low <= 2^42. After a `carry`,
+    2^20 results can be added without another.
+    """
+    total = torch.zeros(3, dtype=torch.int64, device=values.device)
+    for piece in values.detach().flatten().split(PIECE):
+        piece = piece.double().square() if squared else piece.double()
+        fits = piece.abs() <= LARGEST
+        scaled = torch.where(fits, piece, 0.0) * 2.0**HIGH
+        high = scaled.floor()
+        low = ((scaled - high) * 2.0**LOW).round()
+        total = carry(total + torch.stack([part.to(torch.int64).sum() for part in (high, low, ~fits)]))
+    return total
+
+
+def carry(sums: Tensor) -> Tensor:
+    """The same numbers [..., 3] with low limbs below 2^42."""
+    high, low, faults = sums.unbind(-1)
+    return torch.stack([high + (low >> LOW), low & ((1 << LOW) - 1), faults], dim=-1)
+
+
+def value_of(sums: Tensor) -> Tensor:
+    """The fp64 number that limbs [..., 3] stand for; NaN where an addend did not fit."""
+    high, low, faults = carry(sums).unbind(-1)
+    value = high.double() * 2.0**-HIGH + low.double() * 2.0 ** -(HIGH + LOW)
+    return torch.where(faults == 0, value, torch.nan)
+
+
+class RoundedSums:
+    """Losses and metrics add up as floating-point numbers: their sum depends on the layout in its last digits."""
+
+    def share(self, values: Tensor) -> Tensor:
+        """The sum of values [n], in a form that adds up with that of others."""
+        return values.detach().sum()
+
+    def ready(self, share: Tensor) -> Tensor:
+        """A copy of a share, for a collective to add up."""
+        return share.to(torch.float64, copy=True)
+
+    def value(self, total: Tensor) -> Tensor:
+        """The number in fp64."""
+        return total
+
+
+class FixedSums(RoundedSums):
+    """Losses and metrics add up as limbs: their sum is the same in every layout."""
+
+    def share(self, values: Tensor) -> Tensor:
+        """See `RoundedSums`."""
+        return limbs(values)
+
+    def ready(self, share: Tensor) -> Tensor:
+        """See `RoundedSums`."""
+        return carry(share)
+
+    def value(self, total: Tensor) -> Tensor:
+        """See `RoundedSums`."""
+        return value_of(total)

@@ -232,14 +232,16 @@ def load(
 
 
 def read_alone(path: Path, name: str, index: Metadata) -> torch.Tensor:
-    """One tensor of a checkpoint, whole and of its own type, read by this process alone.
+    """One tensor of a checkpoint, whole and of its own type, read by this process alone. Raises `UserError` where it is not
+    there as the index tells.
 
     Args:
         index: of that checkpoint, from `read_index`.
     """
     entry = index.state_dict_metadata[name]
     assert isinstance(entry, TensorStorageMetadata), f"{name} is a pickled object"
-    if not _covered(entry):
+    needed = math.prod(entry.size) * entry.properties.dtype.itemsize
+    if not _covered(entry) or needed > sum(record["bytes"] for record in files.read_manifest(path).values()):
         raise UserError(f"The checkpoint {path} lacks parts of {name}.")
     tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
     with _dcp(Ranks()):

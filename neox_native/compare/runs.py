@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +33,21 @@ class Side:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.alone = (path / files.MANIFEST).is_file() or (path / INDEX).is_file()
-        found = [path] if self.alone else files.finished(path / "checkpoints") or files.finished(path)
-        self.checkpoints = {step: each for each in found if (step := self._step(each)) is not None}
+        if self.alone:
+            step = files.read_metadata(path).get("step")
+            self.checkpoints = {step if type(step) is int else 0: path}
+        else:
+            found = files.finished(path / "checkpoints") or files.finished(path)
+            self.checkpoints = {step: each for each in found if (step := files.step_of(each)) is not None}
         self.log: logs.Log = {} if self.alone else logs.read(path)
         if not self.checkpoints and not self.log:
             raise UserError(
                 f"{path} is neither the folder of a run, which has a {logs.METRICS}, nor a checkpoint, which has a {files.MANIFEST}."
             )
 
-    def _step(self, checkpoint: Path) -> int | None:
-        return int(files.read_metadata(checkpoint).get("step", 0)) if self.alone else files.step_of(checkpoint)
-
-    @cached_property
     def config(self) -> Config | None:
-        """Settings of the run's last start, else those that its last checkpoint tells, if it does."""
+        """Settings of the run's last start, else those that its last checkpoint tells, if it does. Raises `UserError` where this
+        version cannot read them."""
         if not self.alone and (self.path / SETTINGS_FILE).is_file():
             return load(self.path / SETTINGS_FILE)
         told = files.read_metadata(self.checkpoints[max(self.checkpoints)]) if self.checkpoints else {}
@@ -58,15 +58,17 @@ class Side:
 class Comparison:
     """What was compared, and what differs."""
 
-    settings: dict[str, tuple[Any, Any]]
-    """Those that differ, which is no difference between the runs' numbers."""
-    num_logged: int = 0
+    settings: dict[str, tuple[Any, Any]] | str
+    """Those that differ, which is no difference between the runs' numbers, or why that cannot be told."""
+    lengths: tuple[tuple[int, int], tuple[int, int]]
+    """Steps that each run logged, and checkpoints that each has."""
+    num_logged: int
     """Logged steps that were compared."""
-    logged: list[LogDifference] = field(default_factory=list)
+    logged: list[LogDifference]
     """Values that differ, the first to do so first."""
-    saved_steps: tuple[int, ...] = ()
+    saved_steps: tuple[int, ...]
     """Steps whose checkpoints were compared, the last one being the first that differs."""
-    saved: StateDifference | None = None
+    saved: StateDifference | None
     """What the last of them differ in."""
 
     @property
@@ -87,19 +89,19 @@ class Comparison:
 
     def lines(self) -> Iterator[str]:
         """The same for people."""
-        if self.settings:
+        if isinstance(self.settings, str):
+            yield f"settings cannot be compared: {self.settings}"
+        elif self.settings:
             yield "settings that differ:"
             yield from (f"  {name}  {to_toml(first)} | {to_toml(second)}" for name, (first, second) in self.settings.items())
-        yield f"{counted(self.num_logged, 'logged step')} compared: " + (
-            f"{counted(len(self.logged), 'value')} differ" if self.logged else "bitwise equal" if self.num_logged else "none in common"
-        )
+        logged, saved = (f"compared, of {one:,} and {other:,}" for one, other in self.lengths)
+        differ = f"{counted(len(self.logged), 'value')} differ, first at step {self.logged[0].step}" if self.logged else "bitwise equal"
+        yield f"{counted(self.num_logged, 'logged step')} {logged}" + f": {differ}" * (self.num_logged > 0)
         yield from (f"  {difference}" for difference in self.logged[:SHOWN])
         if len(self.logged) > SHOWN:
             yield f"  and {len(self.logged) - SHOWN} more"
-        equal = len(self.saved_steps) - (self.saved is not None)
-        yield f"{counted(len(self.saved_steps), 'checkpoint')} compared: " + (
-            f"{equal} bitwise equal, then" if self.saved else "bitwise equal" if self.saved_steps else "none in common"
-        )
+        differ = "the last one differs" if self.saved else "bitwise equal"
+        yield f"{counted(len(self.saved_steps), 'checkpoint')} {saved}" + f": {differ}" * bool(self.saved_steps)
         if self.saved:
             yield f"  step {self.saved_steps[-1]}: {self.saved}"
 
@@ -119,7 +121,8 @@ def compare(first: Path, second: Path) -> Comparison:
         steps.append(step)
         if saved := states.compare(mine, theirs):
             break
-    return Comparison(_settings(one.config, other.config), num_logged, logged, tuple(steps), saved)
+    lengths = (len(one.log), len(other.log)), (len(one.checkpoints), len(other.checkpoints))
+    return Comparison(_settings(one, other), lengths, num_logged, logged, tuple(steps), saved)
 
 
 def _pairs(one: Side, other: Side) -> dict[int, tuple[Path, Path]]:
@@ -130,10 +133,15 @@ def _pairs(one: Side, other: Side) -> dict[int, tuple[Path, Path]]:
     return {step: (one.checkpoints[step], other.checkpoints[step]) for step in common}
 
 
-def _settings(one: Config | None, other: Config | None) -> dict[str, tuple[Any, Any]]:
-    if one is None or other is None:
+def _settings(one: Side, other: Side) -> dict[str, tuple[Any, Any]] | str:
+    """Those that differ, as far as both sides tell theirs, or what keeps this version from reading them."""
+    try:
+        mine, theirs = one.config(), other.config()
+    except UserError as error:
+        return str(error)
+    if mine is None or theirs is None:
         return {}
-    pairs = {name: (setting.of(one), setting.of(other)) for name, setting in SETTINGS.items() if name not in OF_A_START}
+    pairs = {name: (setting.of(mine), setting.of(theirs)) for name, setting in SETTINGS.items() if name not in OF_A_START}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -68,7 +68,8 @@ def test_runs_whose_times_alone_differ_are_bitwise_equal(
     events = [{"kind": "evaluation", "step": 2, "loss": 2.5, "time": "today"}]
     other = write_run(tmp_path / "b", [4.0, 3.0, 2.0, 1.0], events, {1: {}, 3: {}}, step_seconds=9.0, aside=1.0)
     assert exit_status(monkeypatch, base, other) == 0
-    assert capsys.readouterr().out == "3 logged steps compared: bitwise equal\n2 checkpoints compared: bitwise equal\n"
+    steps, saves = "3 logged steps compared, of 3 and 4: bitwise equal", "2 checkpoints compared, of 2 and 2: bitwise equal"
+    assert capsys.readouterr().out == f"{steps}\n{saves}\n"
 
 
 def test_the_first_step_that_differs_is_named_with_both_values(base: Path, tmp_path: Path) -> None:
@@ -136,6 +137,14 @@ def test_what_cannot_be_compared_is_a_sentence(
     files.write_json(damaged / files.MANIFEST, {"files": records})
     with pytest.raises(UserError, match="model.embed_in.weight is not what hashes.json tells"):
         compare(base, damaged)
+    (damaged / files.HASHES).write_text("{}")
+    with pytest.raises(UserError, match="hashes.json has 2 bytes, its manifest says"):
+        compare(base, damaged)
+    (elsewhere / "metrics.jsonl").write_text('{"step": 1, "loss": 4.0}\n{"step": []}\n7\n{"step": 2, "lo')
+    (elsewhere / "config.toml").write_text("nonsense = 1")
+    shutil.copy(Path(__file__).parents[2] / "configs" / "quickstart.toml", base / "config.toml")
+    found = compare(base, elsewhere)
+    assert found.equal and found.num_logged == 1 and next(found.lines()).startswith("settings cannot be compared: ")
 
 
 def test_layouts_have_the_same_hashes_until_their_numbers_differ(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class Comparison:
             yield "settings that differ:"
             yield from (f"  {name}  {to_toml(first)} | {to_toml(second)}" for name, (first, second) in self.settings.items())
         logged, saved = (f"compared, of {one:,} and {other:,}" for one, other in self.lengths)
-        differ = f"{counted(len(self.logged), 'value')} differ, first at step {self.logged[0].step}" if self.logged else "bitwise equal"
+        differ = f"the first difference is at step {self.logged[0].step}" if self.logged else "bitwise equal"
         yield f"{counted(self.num_logged, 'logged step')} {logged}" + f": {differ}" * (self.num_logged > 0)
         yield from (f"  {difference}" for difference in self.logged[:SHOWN])
         if len(self.logged) > SHOWN:

@@ -6,8 +6,10 @@ the layout either: gradients and losses of whole microbatches. Rounding happens 
 [Note: range and grain] Gradients are summed as int64 multiples of 2^-48. A sum of magnitude 2^-24 or more is then at least as
 fine as fp32, whose neighbours there lie 2^-48 apart; AdamW's epsilon, 1e-8, is 2^21 grains. The largest addend is 2^62
 grains over the number of addends, so that no sum can wrap: as the gradient of a step's mean loss is a sum of N shares of the
-size 1/N, a microbatch may have gradients up to about 2^14 / (2 * tp) (the 2 are the readers of a tied embedding). Under fp16 all of this
-is multiplied by the largest power of two in the loss scale, which is exact.
+size 1/N, a microbatch's own gradients may reach about 2^14 / (2 * tp) (the 2 are the readers of a tied embedding). Under fp16
+all of this is multiplied by the largest power of two in the loss scale, which is exact. On step 100 of the quickstart, where
+the median gradient is 4e-5, 0.2% of the sums of 8 microbatches are below 2^-24; 99.9% of all lie within 6e-8 of the exact sum,
+relative, where sums in fp32 lie within 1.3e-5.
 
 Everything else is a sum of two limbs, see `limbs`: the gradient's squared norm, losses, metrics. An addend that is not
 finite, or that leaves the range, makes the result NaN in every layout.

@@ -19,6 +19,7 @@ RULES = (
     rules.optimizer_shape,
     rules.loss_scale,
     rules.saving,
+    rules.profiled,
     rules.repeatable,
 )
 LAYOUT_RULES = (

@@ -6,6 +6,7 @@ The rules assume that every number is in its range: `out_of_range` comes first, 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -146,6 +147,18 @@ def saving(config: Config) -> Iterator[str]:
         yield f'checkpoint.save_steps = "{steps}" must be "pythia" or a list of steps, such as [0, 100, 1000].'
     if not config.checkpoint.resume:
         yield 'checkpoint.resume is empty: say "auto", "none" or the path of a checkpoint.'
+
+
+def profiled(config: Config) -> Iterator[str]:
+    """Steps to profile are some, and among the run's."""
+    asked, steps = config.run.profile, config.training.steps
+    if not asked:
+        return
+    named = config.run.profiled_steps if re.fullmatch("[0-9]{1,18}:[0-9]{1,18}", asked) else range(0)
+    if not named or named[0] < 1:
+        yield f'run.profile = "{asked}" must be FIRST:END, such as "10:13" for steps 10, 11 and 12, with 1 <= FIRST < END.'
+    elif named[0] > steps:
+        yield f'run.profile = "{asked}" begins after the last step, training.steps = {steps}; name earlier steps, or train longer.'
 
 
 def repeatable(config: Config) -> Iterator[str]:

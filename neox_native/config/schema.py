@@ -36,6 +36,15 @@ class Run:
     check_replicas_every: int = 0
     """Compare what replicas hold alike after every so many steps and before each save, by hash; 0 never does [steps]. With
     ZeRO, data-parallel ranks have no copies that could drift apart, but for frozen weights."""
+    profile: str = ""
+    """"10:13" profiles steps 10, 11 and 12, the end left out as in a slice: in the folder `profile` of the run, each rank writes
+    a Chrome trace, for ui.perfetto.dev, and a table of its dearest kernels. Those steps are slower. Empty: none [steps]."""
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps of `profile`."""
+        first, _, end = self.profile.partition(":")
+        return range(int(first), int(end)) if self.profile else range(0)
 
 
 @dataclass(frozen=True)

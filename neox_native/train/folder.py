@@ -23,7 +23,7 @@ from neox_native.metrics.writers import check_logs, mend_logs
 from neox_native.plain_files import read_text
 from neox_native.train.provenance import EARLIER, SETTINGS_FILE, write_settings
 
-OF_A_RUN = ("checkpoints", "hugging_face", "weights", "metrics.jsonl", "events.jsonl", "tensorboard")
+OF_A_RUN = ("checkpoints", "hugging_face", "weights", "metrics.jsonl", "events.jsonl", "tensorboard", "profile")
 LOCK = ".lock"
 BEGUN = ".begun"
 """Which job began where: what tells a restart of it that the run was set on its way."""

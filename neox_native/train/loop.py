@@ -15,6 +15,7 @@ from neox_native.engine.step import StepResult, TrainStep
 from neox_native.errors import UserError
 from neox_native.launch import Launch, Ranks
 from neox_native.mesh import Mesh
+from neox_native.metrics.profile import Profile
 from neox_native.optim.schedule import Rates
 from neox_native.reliability.bad_steps import EmptySteps
 from neox_native.reliability.preemption import LeaveRequest, Requests
@@ -60,6 +61,7 @@ class Trainer:
         self.report, self.keeper, self.watchdog, self.requests = report, keeper, watchdog, requests
         self.empty_steps = EmptySteps(mesh.rows.group, train_step.losses.device)
         self.leave = LeaveRequest(requests)
+        self.profile = Profile(config.run, ranks.rank, train_step.losses.device)
         self.last_step, self.starts_again = config.training.steps, False
         train_step.engine.timing.on_microbatch = watchdog.microbatch
 
@@ -86,6 +88,7 @@ class Trainer:
         for batch in batches:
             rate = rates(state.step + 1)
             self.watchdog.at(state.step + 1, "train")
+            self.profile.begin(state.step + 1)
             result = self.train_step(batch, rate)
             state.step, state.consumed_samples = state.step + 1, batch.consumed_samples
             self.look_back(batch, result, rate)
@@ -132,6 +135,9 @@ class Trainer:
             self.keeper.finish_saves()
         self.keeper.export_if_due()
         self.keeper.report_saves()
+        if self.profile.is_due(self.state.step, leaving=bool(signal) or self.state.step == self.last_step):
+            self.watchdog.at(self.state.step, "profile")
+            self.report.event("profile", self.state.step, f"step {self.state.step}: {self.profile.write()}")
         return signal
 
     def log(self, batch: StepBatch, result: StepResult, rate: float | Tensor) -> None:

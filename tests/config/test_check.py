@@ -83,6 +83,11 @@ OPTIMISATION_MISTAKES = [
         "training.initial_loss_scale = 4096.0 is below training.min_loss_scale = 8192.0",
     ),
     (["--run.dir="], "run.dir is empty"),
+    *(
+        ([f"--run.profile={asked}"], f'run.profile = "{asked}" must be FIRST:END, such as "10:13" for steps 10, 11 and 12')
+        for asked in ("10", "10-13", "13:10", "10:10", "0:3", "-1:3", "a:b", "1:2:3", ":3")
+    ),
+    (["--run.profile=300:303"], 'run.profile = "300:303" begins after the last step, training.steps = 200'),
     (["--checkpoint.save_steps=sometimes"], 'checkpoint.save_steps = "sometimes" must be "pythia" or a list of steps'),
     (["--checkpoint.resume="], "checkpoint.resume is empty"),
     (

@@ -5,6 +5,7 @@
     python tools/benchmark.py --checkpoint   saving and loading beside torch.save
     python tools/benchmark.py --data         preparation, index, loader
     python tools/benchmark.py --generate     generation beside Hugging Face
+    python tools/benchmark.py --determinism  the modes of run.determinism beside each other
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from neox_native.errors import report_user_errors
 from neox_native.metrics.throughput import device_name
 from neox_native.options import Parser
 
-SUBJECTS = ("training", "peers", "checkpoint", "data", "generate")
+SUBJECTS = ("training", "peers", "checkpoint", "data", "generate", "determinism")
 
 
 def machine() -> str:

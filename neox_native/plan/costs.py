@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from neox_native.config.layout_rules import ZERO_BUBBLE
 from neox_native.config.schema import Config, Parallel
-from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
+from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES, INT64_BYTES
 from neox_native.model.flops import model_flops_of_layer, model_flops_of_readout
 from neox_native.model.kinds import residual_steps
 from neox_native.parallel.cuts import sharers
@@ -22,6 +22,8 @@ from neox_native.plan.shares import (
     Kinds,
     Share,
     activation_bytes,
+    gradient_bytes,
+    norm_bytes,
     num_microbatches,
     share_of,
     states_costs,
@@ -63,30 +65,31 @@ def tensor_parallel_bytes(config: Config, pp_rank: int) -> int:
 
 
 def _partial_gradient_bytes(config: Config, share: Share) -> int:
-    """What the first data-parallel rank sends once a step: its fp32 gradients that are partial sums over tp, and those of
+    """What the first data-parallel rank sends once a step: its gradients that are partial sums over tp, and those of
     rows that several ranks hold alike. See [Note: shared heads]."""
     tp, sums = config.parallel.tp, Counter[int]()
     cards = (card for unit in share.cards(config.model) for card in unit)
     for card, slot in zip(cards, share.slots):
         rows = slot.span(0)[1]
         if card.has_partial_gradient(config.parallel.sequence_parallel):
-            sums[tp] += FP32_BYTES * rows * slot.inner
+            sums[tp] += gradient_bytes(config) * rows * slot.inner
         if (ranks := sharers(card, tp)) > 1:
-            sums[ranks] += FP32_BYTES * max(0, rows - card.groups.own // ranks) * slot.inner
+            sums[ranks] += gradient_bytes(config) * max(0, rows - card.groups.own // ranks) * slot.inner
     return sum(ring(num_bytes, ranks, 2) for ranks, num_bytes in sums.items())
 
 
 def data_parallel_bytes(config: Config, pp_rank: int) -> int:
-    """What a rank sends over the dp axis in a step. Stage 0 all-reduces fp32 gradients; 1 reduce-scatters them and
+    """What a rank sends over the dp axis in a step. Stage 0 all-reduces gradients; 1 reduce-scatters them and
     all-gathers parameters once; 2 reduce-scatters in every microbatch; 3 also gathers twice in each (Rajbhandari et al. 2020
     §7). Rows are padded, see [Note: rows and units]. One int64 more counts targets."""
     d, e, m = config.parallel.dp, ELEMENT_BYTES[config.training.precision], num_microbatches(config)
+    g = gradient_bytes(config)
     elements = [layout.world * layout.size for layout in share_of(config, pp_rank).units]
     stage = zero_stage_of(config.parallel)
     reductions = {0: 2, 1: 1, 2: m, 3: m}[stage]
     gathers = {0: 0, 1: 1, 2: 1, 3: 2 * m}[stage]
-    per_unit = (reductions * ring(FP32_BYTES * count, d) + gathers * ring(e * count, d) for count in elements)
-    return sum(per_unit) + ring(8, d, 2)
+    per_unit = (reductions * ring(g * count, d) + gathers * ring(e * count, d) for count in elements)
+    return sum(per_unit) + ring(INT64_BYTES, d, 2)
 
 
 def point_to_point_bytes(config: Config, pp_rank: int) -> int:
@@ -99,17 +102,17 @@ def point_to_point_bytes(config: Config, pp_rank: int) -> int:
 
 
 def tied_bytes(config: Config, pp_rank: int) -> int:
-    """What the first and the last stage send each other in a step, where both hold the embedding matrix: its fp32
+    """What the first and the last stage send each other in a step, where both hold the embedding matrix: its
     gradients."""
     share = share_of(config, pp_rank)
     if not config.model.tie_embeddings or share.first == share.last:
         return 0
-    return ring(FP32_BYTES * math.prod(share.slots[0 if share.first else -1].local_shape(0)), 2, 2)
+    return ring(gradient_bytes(config) * math.prod(share.slots[0 if share.first else -1].local_shape(0)), 2, 2)
 
 
 def traffic(config: Config, pp_rank: int) -> dict[str, int]:
-    """Bytes that a rank's collectives send in a step, by axis. The gradient's norm, one fp64 number, goes over "world", or
-    over the one axis that is the whole world."""
+    """Bytes that a rank's collectives send in a step, by axis. The gradient's norm goes over "world", or over the one axis
+    that is the whole world."""
     parallel = config.parallel
     degrees = {"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp}
     sent = {
@@ -119,7 +122,7 @@ def traffic(config: Config, pp_rank: int) -> dict[str, int]:
         "world": 0,
     }
     axes = [axis for axis, degree in degrees.items() if degree > 1]
-    sent[axes[0] if len(axes) == 1 else "world"] += ring(8, math.prod(degrees.values()), 2)
+    sent[axes[0] if len(axes) == 1 else "world"] += ring(norm_bytes(config), math.prod(degrees.values()), 2)
     return sent
 
 

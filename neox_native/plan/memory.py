@@ -17,7 +17,7 @@ from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.parallel.cuts import share_of_vocabulary
 from neox_native.plan.flight import Moment, moments
 from neox_native.plan.kept import Layer, Stage, stages_of
-from neox_native.plan.shares import activation_bytes, num_microbatches, share_of, stream_bytes, zero_stage_of
+from neox_native.plan.shares import activation_bytes, gradient_bytes, num_microbatches, share_of, stream_bytes, zero_stage_of
 
 MOMENTS = {"adamw": 2, "sgd": 1}
 
@@ -32,7 +32,7 @@ def resident(config: Config, pp_rank: int) -> dict[str, int]:
     return {
         "parameters": e * share.padded if stage < 3 else (e * share.row if e < FP32_BYTES else 0),
         # Stages 2 and 3 give the last step's rows back when the first forward pass begins.
-        "gradients": FP32_BYTES * share.world * share.row if stage < 2 else 0,
+        "gradients": gradient_bytes(config) * share.world * share.row if stage < 2 else 0,
         "optimizer_state": masters + MOMENTS[config.optimizer.name] * FP32_BYTES * share.owned,
         "activations": 0,
         # torch's stages have a buffer for each microbatch that they will receive from another rank.
@@ -120,7 +120,7 @@ def _phase(
         others = [stage for stage, reduced in zip(sizes.stages, moment.reduced) if reduced and stage is not now]
         matrices += sum(stage.lingering for stage in others)
         reduced = sum(stage.elements for stage in others) + (now.elements if moment.reduced[moment.turn] else rows)
-        phase["gradients"] = FP32_BYTES * (matrices + reduced // sizes.config.parallel.dp)
+        phase["gradients"] = gradient_bytes(sizes.config) * (matrices + reduced // sizes.config.parallel.dp)
     if sizes.zero == 3:
         phase |= {"parameters": sizes.e * present, "communication": sizes.e * gathered}
     return phase

@@ -2,7 +2,7 @@
 
 [Note: letters] b sequences of a microbatch, T sequence length, h hidden size, V padded vocabulary, L layers of a rank,
 m microbatches per step; p, d, t the degrees of pipeline, data and tensor parallelism, v virtual stages; e bytes of an
-element of the training precision. A config must be resolved: `parallel.dp` is a number.
+element of the training precision, g of one of a gradient's sum. A config must be resolved: `parallel.dp` is a number.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from neox_native.config.schema import Config, Model, Parallel
-from neox_native.dtypes import ELEMENT_BYTES
+from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES, INT64_BYTES
 from neox_native.errors import UserError
 from neox_native.model.block import block_cards
 from neox_native.model.costs import Costs
@@ -147,6 +147,17 @@ def stream_bytes(config: Config) -> int:
     """The residual stream of one microbatch, as it lies on a rank and travels between stages: cut with sequence
     parallelism."""
     return activation_bytes(config) // (config.parallel.tp if config.parallel.sequence_parallel else 1)
+
+
+def gradient_bytes(config: Config) -> int:
+    """g: one element of a gradient while it is summed over microbatches and ranks, where it lies and on its way."""
+    return INT64_BYTES if config.run.determinism == "elastic" else FP32_BYTES
+
+
+def norm_bytes(config: Config) -> int:
+    """The gradient's squared norm while it is summed over ranks: one fp64 number, or three integers, see [Note: range and
+    grain]."""
+    return INT64_BYTES * (3 if config.run.determinism == "elastic" else 1)
 
 
 def zero_stage_of(parallel: Parallel) -> int:

@@ -23,6 +23,7 @@ from neox_native.plan.hardware import Gpu
 from neox_native.plan.shares import (
     Kinds,
     activation_bytes,
+    gradient_bytes,
     layer_costs,
     num_microbatches,
     share_of,
@@ -58,6 +59,9 @@ NEOX = Software(fused=False, overlaps_gathers=False, slowdown=1.17)
 OVERLAPPED = Software(fused=True, overlaps_tensor_parallel=True, launch_seconds=0.05e-3)
 EXPOSED_WITH_OVERLAP = 0.3
 """Share of tensor-parallel collectives that stays exposed where they run beside pieces of the matrix products."""
+CONVERTED_BYTES, SETTLED_BYTES = 36, 220
+"""What eager kernels read and write in elastic mode to turn a gradient's element into an integer, beside adding it up; and
+once a step, to turn a sum back and to add its square up in limbs."""
 DTENSOR_SECONDS = 0.25e-3
 """More host time for the forward pass of one layer kind with tensor parallelism: some 25 DTensor operations of 10
 microseconds each."""
@@ -255,10 +259,10 @@ def _exposed_data_parallel(config: Config, machine: Machine, pp_rank: int, forwa
     units, matrices = share.units, share.world * share.row
     speed = machine.ring_bytes_per_second(parallel.dp, parallel.tp)
     start, ring = len(units) * machine.gpu.collective_seconds, (parallel.dp - 1) / parallel.dp
-    reduce = (2 if stage == 0 else 1) * FP32_BYTES * matrices * ring / speed + start
+    reduce = (2 if stage == 0 else 1) * gradient_bytes(config) * matrices * ring / speed + start
     gather = e * matrices * ring / speed + start
     beside = forward if machine.software.overlaps_gathers else 0.0
-    tail = FP32_BYTES * units[0].world * units[0].size * ring / speed
+    tail = gradient_bytes(config) * units[0].world * units[0].size * ring / speed
     if stage == 0:
         return max(reduce - backward, tail)
     if stage == 1:
@@ -270,8 +274,10 @@ def _exposed_data_parallel(config: Config, machine: Machine, pp_rank: int, forwa
 
 def _update(config: Config, machine: Machine, pp_rank: int) -> float:
     """The time in which the optimizer reads and writes master and two moments in fp32 and reads the gradient, and in which
-    every microbatch's gradients are added up in fp32."""
-    e = ELEMENT_BYTES[config.training.precision]
+    every microbatch's gradients are added up."""
+    e, g, m = ELEMENT_BYTES[config.training.precision], gradient_bytes(config), num_microbatches(config)
     share = share_of(config, pp_rank)
-    added = num_microbatches(config) * (2 * FP32_BYTES + 2 * e) * share.parameters
-    return machine.seconds_of_memory(7 * FP32_BYTES * share.row + 2 * e * share.parameters + added)
+    added, updated = m * (2 * g + 2 * e) * share.parameters, 7 * FP32_BYTES * share.row + 2 * e * share.parameters
+    if config.run.determinism == "elastic":
+        added, updated = added + m * CONVERTED_BYTES * share.parameters, updated + SETTLED_BYTES * share.row
+    return machine.seconds_of_memory(updated + added)

@@ -28,7 +28,8 @@ class ZeroStage(IntEnum):
     """What is sharded over the d ranks of a unit's group (Rajbhandari et al. 2020 §5), and what a rank then holds between
     steps, in bytes per parameter, under AdamW: weights + fp32 gradients + fp32 master weights and two moments.
 
-    Here fp32 weights are their own master in stages 0 to 2: that copy (4 or 4/d bytes) does not exist.
+    Here fp32 weights are their own master in stages 0 to 2: that copy (4 or 4/d bytes) does not exist. Gradients that add up as
+    integers take 8 bytes, not 4: the second summand below doubles.
     """
 
     NONE = 0

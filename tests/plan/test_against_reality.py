@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
 from neox_native.config.check import require
-from neox_native.config.schema import Config, Model, Parallel, Training
+from neox_native.config.schema import Config, Model, Parallel, Run, Training
 from neox_native.engine.build import build_engine, build_model, build_step
 from neox_native.mesh import build_mesh
 from neox_native.plan.dry_run import axes_of, dry_run, fake_batch, run_step
@@ -26,6 +24,7 @@ LAYOUTS = [
     (Parallel(dp=1, pp=2), {"activation_checkpointing": "full"}),
     (Parallel(dp=1, pp=2, tp=2, pipeline_schedule="interleaved_1f1b", virtual_stages=2), {}),
 ]
+CASES = [(*layout, "fast") for layout in LAYOUTS] + [(*layout, "elastic") for layout in LAYOUTS[:2]]
 
 
 def real_step(config: Config) -> tuple[int, dict[str, int], int, int]:
@@ -40,11 +39,12 @@ def real_step(config: Config) -> tuple[int, dict[str, int], int, int]:
     return max(peak.num_bytes for peak in ledger.peaks().values()), sent, ledger.totals.sent_bytes, ledger.totals.flops
 
 
-@pytest.mark.parametrize("parallel, training", LAYOUTS, ids=str)
-def test_a_real_step_needs_what_the_dry_run_says(parallel: Parallel, training: dict) -> None:
+@pytest.mark.parametrize("parallel, training, determinism", CASES, ids=str)
+def test_a_real_step_needs_what_the_dry_run_says(parallel: Parallel, training: dict, determinism: str) -> None:
     ranks = parallel.pp * parallel.dp * parallel.tp
     settings = Training(global_batch_size=8 * parallel.dp, micro_batch_size=2, **training)
-    config = require(dataclasses.replace(Config(), model=MODEL, training=settings, parallel=parallel), ranks)
+    config = Config(run=Run(determinism=determinism), model=MODEL, training=settings, parallel=parallel)
+    config = require(config, ranks)
     rank = ranks - 1
     peak, sent, neighbours, flops = run_ranks(ranks, real_step, config)[rank]
     report = dry_run(config, rank, ranks, exact=True)

@@ -8,7 +8,7 @@ import pytest
 
 from neox_native.config.check import require
 from neox_native.config.load import load
-from neox_native.config.schema import Config, Model, Parallel, Training
+from neox_native.config.schema import Config, Model, Parallel, Run, Training
 from neox_native.model.costs import Costs, Kept, Product
 from neox_native.model.flops import model_flops_per_token
 from neox_native.model.kinds import KINDS
@@ -20,18 +20,26 @@ from neox_native.plan.memory import memory
 from neox_native.plan.shares import share_of
 from tests.test_extension import TAPS, TOY
 
-# Config, ranks, rank, microbatch, microbatches per step, settings of [parallel], [training] and [model].
+# Config, ranks, rank, microbatch, microbatches per step, settings of [parallel], [training], [model] and [run].
 Case = tuple[str, int, int, int, int, str]
 NO_RECOMPUTATION = "activation_checkpointing=none"
 LOOPED = "virtual_stages=2 pipeline_schedule"
+ELASTIC = "determinism=elastic num_layers=2"
 SORTS = 'pattern=["attention","attention+feed_forward","feed_forward"]'
 FEW: list[Case] = [
     ("70m", 4, 0, 4, 3, "zero_stage=3"),
     ("70m", 4, 0, 4, 3, "tp=4 sequence_parallel=true num_kv_heads=2 vocab_multiple_of=1"),
     ("70m", 4, 2, 4, 4, "pp=2 tie_embeddings=true"),
     ("70m", 4, 2, 4, 4, f"pp=2 tp=2 {SORTS}"),
+    *(("70m", 2, 0, 4, 2, f"zero_stage={stage} {ELASTIC}") for stage in (0, 3)),
+    ("70m", 8, 4, 4, 4, f"pp=2 tp=2 zero_stage=2 sequence_parallel=true num_kv_heads=1 tie_embeddings=true {ELASTIC}"),
 ]
 MANY: list[Case] = [
+    *(("160m", 4, 0, 4, 3, f"zero_stage={stage} determinism=elastic") for stage in (0, 1, 2, 3)),
+    ("410m", 8, 6, 4, 8, "pp=4 zero_stage=1 determinism=elastic"),
+    ("160m", 8, 2, 2, 4, "pp=4 zero_stage=3 determinism=elastic virtual_stages=3 pipeline_schedule=interleaved_1f1b"),
+    ("410m", 8, 4, 2, 4, f"pp=2 tp=2 zero_stage=2 determinism=elastic {LOOPED}=looped_bfs"),
+    ("70m", 4, 2, 4, 16, f"pp=2 determinism=elastic {LOOPED}=interleaved_zero_bubble {NO_RECOMPUTATION}"),
     ("70m", 4, 0, 4, 3, "tp=2 sequence_parallel=true"),
     ("160m", 16, 0, 4, 3, "tp=4 num_kv_heads=1 zero_stage=2"),
     ("160m", 1, 0, 4, 3, NO_RECOMPUTATION),
@@ -74,7 +82,7 @@ MANY: list[Case] = [
 
 def resolved(name: str, ranks: int, micro: int, microbatches: int, settings: str) -> Config:
     """The config of a case."""
-    sections = {"parallel": Parallel, "training": Training, "model": Model}
+    sections = {"parallel": Parallel, "training": Training, "model": Model, "run": Run}
     overrides = [f"--training.micro_batch_size={micro}"]
     split = 1
     for setting in settings.split():

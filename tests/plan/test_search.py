@@ -11,7 +11,7 @@ import pytest
 
 from neox_native.config.check import problems, require
 from neox_native.config.load import load
-from neox_native.config.schema import Config, Model, Parallel, Training
+from neox_native.config.schema import Config, Model, Parallel, Run, Training
 from neox_native.errors import UserError, report_user_errors
 from neox_native.plan.calibrate import calibrate, to_toml
 from neox_native.plan.dry_run import distinct_ranks, dry_run
@@ -22,6 +22,7 @@ from neox_native.plan.search import MEMORY_SHARE, Candidate, reasons, search
 from neox_native.plan.speed import COMPILED, EAGER, Machine, stage_passes, step_time
 from tools import plan as tool, show_schedule
 
+ELASTIC = "--run.determinism=elastic"
 H100 = Machine(find_gpu("H100"))
 
 
@@ -60,10 +61,11 @@ def test_the_first_five_stay_under_eighty_gigabytes_in_the_dry_run(twenty_billio
 
 def test_the_written_config_is_the_best_layout_and_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "best.toml"
-    tool.main(["search", "--config", "configs/pythia/410m.toml", "--gpus", "8", "--gpu", "a100-40", "--write", str(target)])
+    tool.main(["search", "--config", "configs/pythia/410m.toml", "--gpus", "8", "--gpu", "a100-40", "--write", str(target), ELASTIC])
     printed = capsys.readouterr().out
     config = require(load(target), 8)
-    assert config.model == load("configs/pythia/410m.toml").model
+    given = load("configs/pythia/410m.toml", [ELASTIC])
+    assert (config.model, config.run) == (given.model, given.run)
     assert f"pp {config.parallel.pp} dp {config.parallel.dp} tp {config.parallel.tp}" in printed
     assert "tokens/s/GPU" in printed and "What lost, and why" in printed
     assert peak_bytes(config) <= MEMORY_SHARE * find_gpu("A100-40").memory_bytes
@@ -158,14 +160,16 @@ def test_held_out_runs_are_predicted_within_fifteen_percent_and_in_order() -> No
 
 
 def test_each_cost_makes_the_step_longer() -> None:
-    def seconds(machine: Machine = H100, recompute: str = "none", **parallel: object) -> float:
+    def seconds(machine: Machine = H100, recompute: str = "none", mode: str = "fast", **parallel: object) -> float:
         training = Training(global_batch_size=64, micro_batch_size=2, precision="bf16", activation_checkpointing=recompute)
         model = Model(num_layers=16, hidden_size=2048, num_heads=16)
-        return step_time(require(Config(model=model, training=training, parallel=Parallel(**parallel)), 16), machine).seconds
+        config = Config(run=Run(determinism=mode), model=model, training=training, parallel=Parallel(**parallel))
+        return step_time(require(config, 16), machine).seconds
 
     assert seconds(recompute="full") > seconds()
     assert seconds(Machine(H100.gpu, 8, COMPILED)) < seconds(Machine(H100.gpu, 8, EAGER))
     assert seconds(tp=8) > seconds(zero_stage=1)
+    assert seconds(mode="elastic", zero_stage=1) > seconds(mode="bitwise", zero_stage=1)
     assert seconds(pp=4) > seconds(pp=4, pipeline_schedule="interleaved_1f1b", virtual_stages=2)
     slow_network = Machine(replace(H100.gpu, network_bytes_per_second=1e9), 8)
     assert seconds(slow_network) > 1.5 * seconds()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -30,8 +30,8 @@ class Bytes:
     reduced: float
 
 
-def by_the_papers(stage: int, d: int, m: int, e: int, trained: int, frozen: int) -> Bytes:
-    """Rajbhandari et al. 2020 §5 and §7, with gradients in fp32, and fp32 weights that are their own masters.
+def by_the_papers(stage: int, d: int, m: int, e: int, trained: int, frozen: int, g: int = 4) -> Bytes:
+    """Rajbhandari et al. 2020 §5 and §7, with gradients in fp32 or of `g` bytes, and fp32 weights that are their own masters.
 
     Args:
         stage, d, m: of ZeRO; ranks; microbatches.
@@ -40,9 +40,9 @@ def by_the_papers(stage: int, d: int, m: int, e: int, trained: int, frozen: int)
     """
     masters = 0 if e == 4 else 4
     shares = {0: (1, 1, 1), 1: (1, 1, d), 2: (1, d, d), 3: (d, d, d)}[stage]
-    held = trained * sum(size / share for size, share in zip((e, 4, masters + 8), shares)) + frozen * e / shares[0]
+    held = trained * sum(size / share for size, share in zip((e, g, masters + 8), shares)) + frozen * e / shares[0]
     gathered = {0: 0, 1: e * trained, 2: e * trained, 3: 2 * m * e * (trained + frozen)}[stage]
-    reduced = 4 * trained * {0: 2, 1: 1, 2: m, 3: m}[stage]
+    reduced = g * trained * {0: 2, 1: 1, 2: m, 3: m}[stage]
     return Bytes(held, gathered * (d - 1) / d, reduced * (d - 1) / d)
 
 
@@ -119,22 +119,24 @@ def measure(case: Case, dp: int) -> tuple[dict[str, int], dict[str, int], list[i
 def test_a_run_holds_and_moves_what_the_papers_say(dp: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in {"WIDTH": 64, "FFN": 128, "VOCAB": 64}.items():  # they need no padding
         monkeypatch.setattr(toy, name, size)
-    cases = [Case(stage=stage, optimizer="adamw", dtype=dtype, frozen=(FROZEN,)) for stage in STAGES]
+    common = Case(optimizer="adamw", dtype=dtype, frozen=(FROZEN,))
+    cases = [replace(common, stage=stage, fixed=fixed) for stage in STAGES for fixed in (False, True)]
     sizes = {name: parameter.numel() for name, parameter in toy.build(cases[0]).named_parameters()}
     frozen = sizes.pop(FROZEN)
     for results in run_ranks(dp, lambda: [measure(case, dp) for case in cases]):
         for case, (_calls, moved, held) in zip(cases, results):
-            papers = by_the_papers(case.stage, dp, case.accumulation, dtype.itemsize, sum(sizes.values()), frozen)
+            g, trained = 8 if case.fixed else 4, sum(sizes.values())
+            papers = by_the_papers(case.stage, dp, case.accumulation, dtype.itemsize, trained, frozen, g)
             gathered = moved.pop("all_gather", 0)
-            assert Bytes(held[0], gathered, sum(moved.values())) == papers and held[1] == held[0], case.stage
+            assert Bytes(held[0], gathered, sum(moved.values())) == papers and held[1] == held[0], case
 
 
 @pytest.mark.parametrize("m", [1, 2])
 def test_one_collective_per_unit(m: int) -> None:
-    cases = [Case(stage=stage, accumulation=m) for stage in STAGES]
+    cases = [Case(stage=stage, accumulation=m, fixed=fixed) for fixed in (False, True) for stage in STAGES]
     calls = [result[0] for result in run_ranks(2, lambda: [measure(case, 2) for case in cases])[0]]
     units = 5  # embedding, three blocks, head
-    assert calls == [
+    assert calls == 2 * [
         {"all_reduce": units},
         {"all_gather": units, "reduce_scatter": units},
         {"all_gather": units, "reduce_scatter": m * units},

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from neox_native.config.schema import Parallel
+from neox_native.fixed_point import FixedGradients
 from neox_native.mesh import build_mesh
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.optimizer import ShardedOptimizer
@@ -70,6 +71,8 @@ class Case:
     frozen: tuple[str, ...] = ()
     recompute: bool = False
     compiled: bool = False
+    fixed: bool = False
+    """Gradients add up as integers."""
     clip: float = 0.5
     steps: int = STEPS
     scale: float = 1.0
@@ -177,6 +180,7 @@ def sharded(case: Case, dp: int) -> tuple[Toy, ShardedOptimizer]:
         make_optimizer(case.optimizer),
         case.dtype,
         torch.device("cpu"),
+        FixedGradients(GLOBAL_BATCH, torch.device("cpu")) if case.fixed else None,
     )
     optimizer.materialize(lambda spec: initial[spec.name].detach())
     return model, optimizer

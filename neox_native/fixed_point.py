@@ -17,6 +17,8 @@ finite, or that leaves the range, makes the result NaN in every layout.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,10 @@ HIGH, LOW = 16, 42
 """Binary digits behind the point of a high limb, and further ones of a low limb."""
 LARGEST = 2.0**26
 """Largest magnitude of a number in limbs."""
-PIECE = 1 << 20
-"""Elements that are converted at a time: so many low limbs add up without a carry, and temporaries stay small."""
+PIECES = {"cpu": 1 << 16, "cuda": 1 << 20}
+"""Elements that are converted at a time: temporaries stay in a CPU's cache, and up to 2^20 low limbs add up without a carry."""
+MANY = 1024
+"""Extremes that are kept until one is made of them."""
 
 
 class FixedGradients:
@@ -40,57 +44,92 @@ class FixedGradients:
     def __init__(self, num_addends: int, device: torch.device):
         self.limit = 2.0**62 / (1 << (num_addends - 1).bit_length())
         """Largest addend [grains]."""
-        self.peak = torch.zeros((), device=device)
-        """Largest magnitude that the step has met [grains]; NaN once it has met one."""
+        self.extremes = [torch.zeros((), device=device)]
+        """Among them is the largest magnitude that the step has met [grains]; NaN once it has met one."""
         self.shift = torch.ones((), device=device)
         """The largest power of two in the step's loss scale; sums are divided by it."""
+        self.grains_of_one = 1 / (GRAIN * self.shift)
 
     def begin(self, loss_scale: Tensor | None) -> None:
         """A step begins, whose gradients are multiplied by `loss_scale`."""
-        self.peak = torch.zeros_like(self.peak)
+        self.extremes = [torch.zeros_like(self.shift)]
         if loss_scale is not None:
-            self.shift = torch.ldexp(torch.ones_like(self.peak), torch.frexp(loss_scale.float()).exponent - 1)
+            self.shift = torch.ldexp(torch.ones_like(self.shift), torch.frexp(loss_scale.float()).exponent - 1)
+        self.grains_of_one = 1 / (GRAIN * self.shift)
 
     def collect(self, sums: Tensor, gradient: Tensor, add: bool) -> None:
         """Add a gradient to integers of its shape [n, m], or write it there. Both are taken in pieces of columns."""
-        columns, grains_of_one = max(1, PIECE // len(sums)), 1 / (GRAIN * self.shift)
-        for target, piece in zip(sums.split(columns, dim=1), gradient.split(columns, dim=1)):
-            grains = piece.float() * grains_of_one
-            self.peak = torch.maximum(self.peak, torch.linalg.vector_norm(grains, torch.inf))
+        for target, piece in zip(_columns(sums), _columns(gradient)):
+            grains = piece.float() * self.grains_of_one
+            self.extremes += torch.aminmax(grains)  # a tenth of the time of a norm
             grains.round_()
             if add:
                 target.add_(grains.to(torch.int64))
             else:
                 target.copy_(grains)
+        if len(self.extremes) > MANY:
+            self.extremes = list(torch.aminmax(torch.stack(self.extremes)))
 
     def settle(self, sums: Tensor) -> None:
         """Turn the integers [n] into fp32 numbers, less the power of two in the loss scale, in the first half of their memory."""
-        floats = sums.view(torch.float32)[: len(sums)]
-        for start in range(0, len(sums), PIECE):
+        floats, size = sums.view(torch.float32)[: len(sums)], _size(sums)
+        for start in range(0, len(sums), size):
             # Through fp64: a direct conversion rounds as the kernel likes. The integers behind the piece are not touched.
-            floats[start : start + PIECE] = sums[start : start + PIECE].double() * GRAIN
+            floats[start : start + size] = sums[start : start + size].double() * GRAIN
 
     def faults(self) -> Tensor:
         """1 if an addend of this rank left the range or was not finite, else 0, as an int64 scalar."""
-        return (~(self.peak <= self.limit)).to(torch.int64)
+        return _faults(self.extremes, self.limit)
 
 
-def limbs(values: Tensor, squared: bool = False) -> Tensor:
-    """The sum of `values`, or of their squares, as int64 [3], which adds up with others, over ranks too: high limb, low limb, and the number of
-    values that are not finite or larger than `LARGEST`.
+def limbs(tensors: Sequence[Tensor], squared: bool = False) -> Tensor:
+    """The sum of all values, or of their squares, as int64 [3], which adds up with others, over ranks too: high limb, low limb,
+    and a number that is not zero where a value is not finite or larger than `LARGEST`.
 
     A value is rounded to the nearest multiple of 2^-58: high * 2^-16 + low * 2^-58 with 0 <= low <= 2^42. After a `carry`,
     2^20 results can be added without another.
     """
-    total = torch.zeros(3, dtype=torch.int64, device=values.device)
-    for piece in values.detach().flatten().split(PIECE):
-        piece = piece.double().square() if squared else piece.double()
-        fits = piece.abs() <= LARGEST
-        scaled = torch.where(fits, piece, 0.0) * 2.0**HIGH
+    nothing = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
+    highs, lows, extremes = [nothing], [nothing], [nothing.double()]
+    for values in _joined(tensors):
+        scaled = values.double()
+        scaled = (scaled.square_() if squared else scaled).mul_(2.0**HIGH)
+        extremes += torch.aminmax(scaled)
         high = scaled.floor()
-        low = ((scaled - high) * 2.0**LOW).round()
-        total = carry(total + torch.stack([part.to(torch.int64).sum() for part in (high, low, ~fits)]))
-    return total
+        highs.append(high.to(torch.int64).sum())
+        lows.append(scaled.sub_(high).mul_(2.0**LOW).round_().to(torch.int64).sum())
+    faults = _faults(extremes, LARGEST * 2.0**HIGH).expand(len(highs))
+    return carry(carry(torch.stack([torch.stack(highs), torch.stack(lows), faults], dim=-1)).sum(dim=0))
+
+
+def _faults(extremes: Sequence[Tensor], largest: float) -> Tensor:
+    """1 if any of them is not finite or larger than `largest`, else 0, as an int64 scalar."""
+    return (~(torch.stack(extremes).abs().amax() <= largest)).to(torch.int64)
+
+
+def _size(tensor: Tensor) -> int:
+    """Elements of a piece on the tensor's device."""
+    return PIECES.get(tensor.device.type, PIECES["cpu"])
+
+
+def _columns(matrix: Tensor) -> Sequence[Tensor]:
+    """Pieces of columns of a matrix [n, m]."""
+    size = _size(matrix)
+    return [matrix] if matrix.numel() <= size else matrix.split(max(1, size // len(matrix)), dim=1)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The values of all tensors as flat pieces. Small tensors are joined: each would take as many kernels as a large one."""
+    room = size = _size(tensors[0])
+    waiting: list[Tensor] = []
+    for values in (piece for tensor in tensors if tensor.numel() for piece in _columns(tensor.detach().reshape(1, -1))):
+        if values.numel() > room:
+            yield torch.cat(waiting, dim=1)
+            waiting, room = [], size
+        waiting.append(values)
+        room -= values.numel()
+    if waiting:
+        yield torch.cat(waiting, dim=1)
 
 
 def carry(sums: Tensor) -> Tensor:
@@ -127,7 +166,7 @@ class FixedSums(RoundedSums):
 
     def share(self, values: Tensor) -> Tensor:
         """See `RoundedSums`."""
-        return limbs(values)
+        return limbs([values])
 
     def ready(self, share: Tensor) -> Tensor:
         """See `RoundedSums`."""

@@ -31,7 +31,7 @@ def test_sums_of_gradients_do_not_depend_on_their_order_and_are_those_of_fp64(mo
     exact = torch.stack(gradients).double().sum(dim=0).flatten()
     assert not faults and (found - exact).abs().max() <= 2.0**-24 * exact.abs().max()
     assert torch.equal(summed(gradients[::-1])[0], found)
-    monkeypatch.setattr(fixed_point, "PIECE", 100)
+    monkeypatch.setitem(fixed_point.PIECES, "cpu", 100)
     assert torch.equal(summed(gradients)[0], found)
     # The sums of rows that lie apart are the same.
     parts = [summed([gradient[:, columns] for gradient in gradients])[0] for columns in (slice(0, 7), slice(7, None))]
@@ -56,20 +56,22 @@ def test_what_leaves_the_range_is_a_fault_and_what_reaches_its_end_does_not_wrap
     assert not faults and found.tolist() == [64 * largest, -64 * largest]
 
 
-def test_limbs_add_up_in_any_order_to_what_fp64_says():
+def test_limbs_add_up_in_any_order_to_what_fp64_says(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(5000, generator=generator, dtype=torch.float64) * 10.0 ** (torch.arange(5000) % 12 - 6)
-    total = limbs(values)
+    total = limbs([values])
     assert value_of(total).item() == pytest.approx(math.fsum(values.tolist()), rel=1e-15)
-    pieces = [limbs(piece) for piece in values[torch.randperm(5000, generator=generator)].split(7)]
+    pieces = [limbs([piece]) for piece in values[torch.randperm(5000, generator=generator)].split(7)]
     assert torch.equal(carry(torch.stack(pieces).sum(dim=0)), total)
     small = values.float() / 1e3
-    squares = limbs(small, squared=True)
+    squares = limbs([small], squared=True)
     assert value_of(squares).item() == pytest.approx(math.fsum(value * value for value in small.tolist()), rel=1e-15)
+    monkeypatch.setitem(fixed_point.PIECES, "cpu", 64)
+    assert torch.equal(limbs([*values.split([1, 2999, 0, 2000]), values[:0]]), total) and not limbs([values[:0]]).any()
     assert torch.equal(value_of(torch.stack([total, squares])), torch.stack([value_of(total), value_of(squares)]))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 2 * LARGEST, -2 * LARGEST])
 def test_limbs_of_what_does_not_fit_are_not_a_number(bad):
-    assert value_of(limbs(torch.tensor([1.0, bad])) + limbs(torch.ones(3))).isnan()
-    assert value_of(limbs(torch.tensor([LARGEST, -LARGEST / 2]))).item() == LARGEST / 2
+    assert value_of(limbs([torch.tensor([1.0, bad])]) + limbs([torch.ones(3)])).isnan()
+    assert value_of(limbs([torch.tensor([LARGEST, -LARGEST / 2])])).item() == LARGEST / 2

@@ -267,10 +267,9 @@ class ShardedOptimizer:
         square[2] = fixed.faults()
         if loss is not None:
             square[2] += ~loss.isfinite()
-        for trained in self.trained:
-            if trained.unit.num_replicas == 1 or dist.get_rank(trained.unit.group) == 0:
-                for piece in trained.counted:
-                    square = carry(square + limbs(piece, squared=True))
+        first = [each for each in self.trained if each.unit.num_replicas == 1 or dist.get_rank(each.unit.group) == 0]
+        if counted := [piece for trained in first for piece in trained.counted]:
+            square = square + limbs(counted, squared=True)
         if dist.get_world_size() > 1:
             dist.all_reduce(square)
         return value_of(square).sqrt().float()

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from neox_native.config.schema import Optimizer
-from neox_native.optim import elementwise
 from neox_native.optim.groups import optimizer_factory
 
 RULES = {
@@ -35,9 +34,8 @@ def trained(rule: str, cuts: list[int], own: bool = True, skipped: int = 3) -> t
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_an_element_is_updated_alike_in_shards_of_any_length(rule, monkeypatch):
+def test_an_element_is_updated_alike_in_shards_of_any_length(rule):
     whole, state = trained(rule, [])
-    monkeypatch.setitem(elementwise.PIECES, "cpu", 64)
     for cuts in [*range(1, 40)], [*range(0, SIZE, 12)], [7, 4001]:
         weights, moments = trained(rule, cuts)
         assert torch.equal(weights, whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,9 @@ class RunState:
         Raises `UserError` where they had ended the run: on the same settings it would only end again.
         """
         before, count = fits.config_of(saved), saved.get(BAD_STEPS)
-        changed = any(getattr(before, name) != getattr(self.config, name) for name in SHAPE_THE_TRAINING)
+        training = replace(self.config.training, activation_checkpointing=before.training.activation_checkpointing)  # the same numbers
+        now = replace(self.config, training=training)
+        changed = any(getattr(before, name) != getattr(now, name) for name in SHAPE_THE_TRAINING)
         if isinstance(count, int) and not changed:
             self.bad_steps.go_on_from(count)
             if found := self.verdict(saved["step"]):

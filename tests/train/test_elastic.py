@@ -65,7 +65,7 @@ CASES = {
     "fp32, masked targets, dropout": (WALK, [MASKED, *DROPOUT]),
     "bf16, tied, in the background": (WALK, ["--training.precision=bf16", TIED, "--checkpoint.async=true", "--training.clip_grad_norm=0"]),
     "fp16, masked": (WALK, [*FP16, MASKED]),
-    "spikes, sgd": (WALK, [*SPIKES, "--optimizer.name=sgd", "--optimizer.lr=0.5"]),
+    "spikes, sgd": (WALK, [*SPIKES, MASKED, "--optimizer.name=sgd", "--optimizer.lr=3"]),
     "other schedules, tied": (OTHER_WALK, [TIED]),
     "other schedules, fp16, masked": (OTHER_WALK, [*FP16, MASKED, "--training.clip_grad_norm=0.1"]),
     "two rows a microbatch, bf16, dropout": (OTHER_WALK, [*TWO_ROWS, "--training.precision=bf16", *DROPOUT]),

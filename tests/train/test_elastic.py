@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +11,13 @@ import pytest
 import torch
 
 import train as entry
-from neox_native.checkpoint.files import read_metadata, step_folder
 from neox_native.config.check import require
 from neox_native.config.load import load
-from neox_native.config.schema import Config
 from neox_native.data.indexed import IndexedWriter
 from neox_native.engine.step import TrainStep
-from neox_native.interop.checkpoints import CheckpointReader
 from tests.ranks import RankError, run_ranks
+from tests.train.same_run import assert_same_run, logged
 
-pytestmark = pytest.mark.xfail(reason="sums are of floating-point numbers still")
 
 BASE = [
     "--model.num_layers=8", "--model.hidden_size=16", "--model.num_heads=2", "--model.seq_length=16",
@@ -73,7 +68,6 @@ CASES = {
     "tp 2, tied, bf16": (LAYOUTS_OF_TP, [TP[0], TIED, "--training.precision=bf16"]),
 }  # fmt: skip
 QUICK = "fp32, masked targets, dropout"
-OF_THE_MACHINE = {"tokens_per_second", "step_seconds", "tflops_per_device", "mfu", "peak_memory_bytes"}
 
 
 @pytest.fixture(scope="module")
@@ -117,42 +111,13 @@ def walk(corpus: str, folder: Path, layouts: list[list[str]], *changes: str) -> 
         train(corpus, folder, *changes, *layout, *recomputed, kill_after=None if last else STEPS_A_LAYOUT * number + 1)
 
 
-def logged(folder: Path) -> Iterator[dict]:
-    """Every number of a run's logs that is not of the machine."""
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        yield {name: value for name, value in json.loads(line).items() if name not in OF_THE_MACHINE}
-    for line in map(json.loads, (folder / "events.jsonl").read_text().splitlines()):
-        if line["kind"] in ("evaluation", "bad step", "empty step"):
-            yield {name: value for name, value in line.items() if name != "time"}
-
-
-def assert_same_run(found: Path, expected: Path, step: int) -> None:
-    """Equal logs, and equal checkpoints of `step`: tensor by tensor, then byte by byte."""
-    for mine, theirs in zip(logged(found), logged(expected), strict=True):
-        assert mine == theirs
-    checkpoints = step_folder(found / "checkpoints", step), step_folder(expected / "checkpoints", step)
-    mine, theirs = (CheckpointReader(path) for path in checkpoints)
-    different = [name for name in theirs.shapes if not torch.equal(mine(name), theirs(name))]
-    assert not different and mine.shapes == theirs.shapes
-    names = [sorted(path.name for path in folder.iterdir()) for folder in checkpoints]
-    assert names[0] == names[1]
-    for name in names[0]:
-        if name.endswith(".distcp"):
-            assert (checkpoints[0] / name).read_bytes() == (checkpoints[1] / name).read_bytes(), name
-    told = [read_metadata(path) for path in checkpoints]
-    for each in told:
-        each["config"]["run"]["dir"] = each["config"]["checkpoint"] = ""
-        each["config"]["training"]["activation_checkpointing"] = ""
-    assert told[0] == told[1]
-
-
 @pytest.mark.parametrize("case", [case if case == QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_a_run_through_seven_layouts_is_the_run_of_one_process(corpus: str, tmp_path: Path, case: str) -> None:
     layouts, changes = CASES[case]
     walk(corpus, tmp_path / "walk", layouts, *changes)
     steps = STEPS_A_LAYOUT * 7
     train(corpus, tmp_path / "alone", *changes, "--parallel.dp=1")
-    assert_same_run(tmp_path / "walk", tmp_path / "alone", steps)
+    assert_same_run(tmp_path / "walk", tmp_path / "alone", steps)  # the last checkpoints are both of one process
     lines = [line for line in logged(tmp_path / "alone") if "grad_norm" in line]
     assert len(lines) == steps
     if "fp16" in case:

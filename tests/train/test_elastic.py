@@ -116,11 +116,11 @@ def test_a_run_through_seven_layouts_is_the_run_of_one_process(corpus: str, tmp_
     layouts, changes = CASES[case]
     walk(corpus, tmp_path / "walk", layouts, *changes)
     steps = STEPS_A_LAYOUT * 7
-    train(corpus, tmp_path / "alone", *changes, "--parallel.dp=1")
+    train(corpus, tmp_path / "alone", *changes, "--parallel.dp=1", "--checkpoint.save_every=0")
     assert_same_run(tmp_path / "walk", tmp_path / "alone", steps)  # the last checkpoints are both of one process
     lines = [line for line in logged(tmp_path / "alone") if "grad_norm" in line]
     assert len(lines) == steps
-    if "fp16" in case:
-        assert 0 < sum(line["grad_norm"] is None for line in lines) < steps / 2, "too few or too many overflows to show anything"
-    if "spikes" in case:
-        assert 0 < sum("spike" in str(line) for line in logged(tmp_path / "alone")) < steps, "no update was skipped, or all"
+    skipped = sum(line.get("kind") == "bad step" for line in logged(tmp_path / "alone"))
+    assert skipped == 0 or "fp16" in case or "spikes" in case
+    if "fp16" in case or "spikes" in case:
+        assert 0 < skipped < steps - 2, "too few or too many updates were skipped to show anything"

@@ -53,20 +53,31 @@ def test_what_to_type_next_is_said_as_it_is_there(tmp_path: Path, monkeypatch: p
 
 
 def test_training_is_a_command_of_its_own(tmp_path: Path) -> None:
-    """Away from the clone, as `neox-train`; and Ctrl-C is left to the system before torch is imported."""
+    """Away from the clone, as `neox-train`; and Ctrl-C is left to the system, and the allocator chosen, before torch is imported."""
     code = (
         # As at a terminal; a script's background ignores Ctrl-C.
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from neox_native import commands; sys.argv = ['neox-train', '--help']; "
-        "sys.addaudithook(lambda event, told: event != 'import' or told[0] != 'torch' or print(signal.getsignal(signal.SIGINT)));"
+        "sys.addaudithook(lambda event, told: event != 'import' or told[0] != 'torch' or "
+        "print(signal.getsignal(signal.SIGINT), os.environ.get('PYTORCH_ALLOC_CONF')));"
         "commands.train()"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    unset = {name: value for name, value in os.environ.items() if name not in __main__.ALLOCATOR_SETTINGS}
+    environment = {**unset, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     for setting in ("model.rotary_pct", "parallel.zero_stage", "checkpoint.async", "lr_schedule.kind"):
         assert f"--{setting} " in done.stdout
-    assert done.stdout.startswith(f"{signal.SIG_DFL}\n")
+    assert done.stdout.startswith(f"{signal.SIG_DFL} expandable_segments:True\n")
+
+
+@pytest.mark.parametrize("name", __main__.ALLOCATOR_SETTINGS)
+def test_the_users_allocator_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in __main__.ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    __main__.choose_allocator()
+    assert {each: os.environ.get(each) for each in __main__.ALLOCATOR_SETTINGS if each in os.environ} == {name: "max_split_size_mb:512"}
 
 
 def test_a_shipped_config_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from neox_native.metrics.writers import EVENTS, METRICS, read_log
 
-OF_THE_MACHINE = {"step", "tokens_per_second", "step_seconds", "tflops_per_device", "mfu", "peak_memory_bytes"}
+OF_THE_MACHINE = {"step", "tokens_per_second", "step_seconds", "tflops_per_device", "mfu", "mfu_causal", "peak_memory_bytes"}
 """Fields of a logged step that are not compared."""
 EVENT_FIELDS = {"evaluation": "loss", "checkpoint": "state_hash", "bad step": "sample_ids", "empty step": "message"}
 """What is compared of each kind of event."""

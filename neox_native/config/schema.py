@@ -168,7 +168,8 @@ class Training:
     micro_batch_size: Count = 4
     """Sequences per forward pass of one rank [sequences]."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of parameters and activations; bf16 and fp16 keep fp32 master weights and accumulate gradients in fp32."""
+    """Type of parameters and activations; bf16 and fp16 keep fp32 master weights and accumulate gradients in fp32. With
+    run.determinism "fast", GPUs multiply fp32 matrices in TF32."""
     clip_grad_norm: float = 1.0
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
     activation_checkpointing: Literal["none", "full"] = "none"

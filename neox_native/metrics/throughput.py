@@ -1,4 +1,4 @@
-"""How fast and how large: step time, tokens/s, FLOP/s, MFU, peak memory. Nothing here waits for the device."""
+"""How fast and how large: step time, tokens/s, FLOP/s, MFU, peak memory."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+
+from neox_native.parallel.timing import Stopwatch
 
 PEAK_FLOPS_PER_SECOND = {
     "B200": 2.25e15,
     "GB200": 2.5e15,
     "H200": 989e12,
+    "H200 NVL": 835e12,
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -68,6 +71,9 @@ class Speed:
     tokens_per_second: float
     tflops_per_device: float
     mfu: float | None
+    """As PaLM's appendix B counts operations, see `model.flops`."""
+    mfu_causal: float | None
+    """With the causal half of attention alone."""
 
 
 class Throughput:
@@ -77,25 +83,31 @@ class Throughput:
     The loop reads the loss on logged steps, which waits once; read `speed` after that, and the mean over the steps in
     between is exact.
 
+    What is no training is left out as the device sees it: it computes queued steps while the process waits for a signal or
+    writes a checkpoint, and that time is training. A GPU is paused from when it has done what was queued before until
+    something new is queued, which events on its stream measure.
+
     Args:
         tokens_per_step: of the global batch [tokens].
-        flops_per_token: `model_flops_per_token` of the model [FLOP].
+        flops_per_token: `model_flops_per_token` of the model, all pairs of positions and the causal half [FLOP].
         devices: ranks of the job.
         peak: `peak_flops_per_second` of one device, or None.
+        pauses: times what is no training.
         clock: seconds that only grow.
     """
 
     def __init__(
         self,
         tokens_per_step: int,
-        flops_per_token: int,
+        flops_per_token: tuple[int, int],
         devices: int,
         peak: float | None,
+        pauses: Stopwatch,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.devices, self.peak = devices, peak
-        self._clock = clock
+        self._pauses, self._clock = pauses, clock
         self._steps = 0
         self._since = clock()
 
@@ -104,18 +116,18 @@ class Throughput:
         self._steps += 1
 
     def speed(self) -> Speed:
-        """Mean since the last call (or since the start), over the steps done since; at least one."""
+        """Mean since the last call (or since the start), over the steps done since; at least one. On a GPU it waits for the
+        last pause to end."""
         assert self._steps > 0, "no step was done since the last reading"
+        paused = self._pauses.read()
         now = self._clock()
-        step_seconds = max(now - self._since, 1e-9) / self._steps
+        step_seconds = max(now - self._since - paused, 1e-9) / self._steps
         self._steps, self._since = 0, now
         tokens_per_second = self.tokens_per_step / step_seconds
-        flops = tokens_per_second * self.flops_per_token / self.devices
-        return Speed(step_seconds, tokens_per_second, flops / 1e12, None if self.peak is None else flops / self.peak)
+        palm, causal = (tokens_per_second * flops / self.devices for flops in self.flops_per_token)
+        mfu = (None, None) if self.peak is None else (palm / self.peak, causal / self.peak)
+        return Speed(step_seconds, tokens_per_second, palm / 1e12, *mfu)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Leave the body's time out: evaluation and saving are not training."""
-        start = self._clock()
-        yield
-        self._since += self._clock() - start
+        return self._pauses.running()

@@ -38,6 +38,7 @@ class StepRecord:
     step_seconds: float
     tflops_per_device: float
     mfu: float | None
+    mfu_causal: float | None
     peak_memory_bytes: int
     batch_hash: str
 
@@ -74,7 +75,7 @@ def console_line(record: StepRecord, scale: Scale, elapsed_seconds: float, extra
         f"{record.step_seconds:.3g} s/step",
         f"{record.tokens_per_second:,.0f} tokens/s",
         f"{record.tflops_per_device:.3g} TFLOP/s",
-        *([] if record.mfu is None else [f"MFU {record.mfu:.1%}"]),
+        *([] if record.mfu is None else [f"MFU {record.mfu:.1%} ({record.mfu_causal:.1%} causal)"]),
         f"peak memory {size(record.peak_memory_bytes)} ({share:.0%})",
         f"{count(record.consumed_samples * scale.sample_tokens)} tokens seen",
         f"{elapsed} elapsed",

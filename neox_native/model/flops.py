@@ -24,10 +24,11 @@ def total_parameters(model: Model) -> int:
 
 
 @cache
-def model_flops_of_layer(model: Model, kinds: tuple[Kind, ...]) -> int:
+def model_flops_of_layer(model: Model, kinds: tuple[Kind, ...], causal: bool = False) -> int:
     """Forward and backward operations per token of a layer: 6 for each parameter, and what its kinds do beside: 12 h s for
-    attention."""
-    beside = sum(kind.costs(model).model_flops for kind in kinds if kind.costs)
+    attention, or the causal half of it."""
+    costs = [kind.costs(model) for kind in kinds if kind.costs]
+    beside = sum(3 * each.flops if causal else each.model_flops for each in costs)
     return 6 * elements(block_cards(model, kinds)) + beside
 
 
@@ -37,14 +38,15 @@ def model_flops_of_readout(model: Model) -> int:
     return 6 * elements(readout_cards(replace(model, tie_embeddings=False)))
 
 
-def model_flops_per_token(model: Model) -> int:
+def model_flops_per_token(model: Model, causal: bool = False) -> int:
     """Forward and backward operations per token [FLOP]: 6 (N - N_lookup) + 12 L h s. Rows that are only looked up, those of
     embeddings, are not multiplied.
 
     Attention counts every pair of positions, not the causal half, and recomputation is left out, as in PaLM's
-    appendix B (Chowdhery et al. 2022): that keeps MFU comparable with published numbers.
+    appendix B (Chowdhery et al. 2022): that keeps MFU comparable with published numbers. With `causal` only the pairs count
+    that are computed, 6 L h s, as newer numbers of Megatron-LM do.
     """
-    return sum(model_flops_of_layer(model, kinds) for kinds in kinds_of_layers(model)) + model_flops_of_readout(model)
+    return sum(model_flops_of_layer(model, kinds, causal) for kinds in kinds_of_layers(model)) + model_flops_of_readout(model)
 
 
 def flops_of_layer(model: Model, kinds: tuple[Kind, ...]) -> int:

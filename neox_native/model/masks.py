@@ -12,8 +12,12 @@ from __future__ import annotations
 import torch
 
 
+def generator_of(device: torch.device) -> torch.Generator:
+    """What masks on `device` are drawn from: a GPU has a generator of its own."""
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+
+
 def seed_masks(device: torch.device, seed: int | None) -> None:
     """Let what is drawn on `device` from now on depend on `seed` alone; None lets the stream go on. Waits for no device."""
     if seed is not None:
-        generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
-        generator.manual_seed(seed)
+        generator_of(device).manual_seed(seed)

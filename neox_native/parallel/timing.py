@@ -13,8 +13,8 @@ import torch
 class Stopwatch:
     """Seconds that its blocks took since the last reading: the device's time, where there is a GPU."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.seconds, self.is_running = device, 0.0, False
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
+        self.device, self.clock, self.seconds, self.is_running = device, clock, 0.0, False
         self.events: deque[tuple[torch.cuda.Event, torch.cuda.Event, int]] = deque()
 
     @contextmanager
@@ -47,9 +47,9 @@ class Stopwatch:
             while self.events and self.events[0][1].query():  # what is over by now, without a wait
                 self._count(*self.events.popleft())
         else:
-            start = time.perf_counter()
+            start = self.clock()
             yield
-            self.seconds += sign * (time.perf_counter() - start)
+            self.seconds += sign * (self.clock() - start)
 
     def read(self) -> float:
         """Seconds counted since the last call. On a GPU it waits for the last block: call it on logged steps."""

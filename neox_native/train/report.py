@@ -26,6 +26,7 @@ from neox_native.mesh import Mesh
 from neox_native.metrics.throughput import Throughput, device_name, memory_bytes, peak_flops_per_second, peak_memory_bytes
 from neox_native.metrics.writers import Scale, StepRecord, Writers
 from neox_native.model.flops import model_flops_per_token, total_parameters
+from neox_native.parallel.timing import Stopwatch
 from neox_native.plan.costs import predict  # all that training takes from the planner
 from neox_native.reliability.stragglers import slowest_ranks
 from neox_native.train import provenance
@@ -52,9 +53,10 @@ class Report:
         ranks.say(self._opening())
         self.throughput = Throughput(
             tokens_per_step=training.global_batch_size * config.model.seq_length,
-            flops_per_token=model_flops_per_token(config.model),
+            flops_per_token=(model_flops_per_token(config.model), model_flops_per_token(config.model, causal=True)),
             devices=ranks.size,
             peak=peak_flops_per_second(device_name(device), training.precision),
+            pauses=Stopwatch(device),
         )
         self.metrics = sorted(set().union(*ranks.gather(train_step.metrics)))
         self.compute_seconds, self.steps = 0.0, 0
@@ -93,6 +95,7 @@ class Report:
             step_seconds=speed.step_seconds,
             tflops_per_device=speed.tflops_per_device,
             mfu=speed.mfu,
+            mfu_causal=speed.mfu_causal,
             peak_memory_bytes=int(peak.item()),
             batch_hash=format_hash(batch_hash),
         )

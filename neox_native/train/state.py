@@ -23,6 +23,7 @@ from neox_native.errors import UserError
 from neox_native.interop.checkpoints import PREFIX
 from neox_native.launch import Ranks
 from neox_native.mesh import Mesh
+from neox_native.model.masks import generator_of
 from neox_native.reliability.bad_steps import BadSteps
 from neox_native.train import fits
 from neox_native.zero.layout import ZeroStage
@@ -168,8 +169,7 @@ def copies(
     masters = {spec.name: state[f"model.{spec.name}"].to_local() for spec in specs}
     replicated = [(spec.name, masters[spec.name]) for spec in specs if isinstance(spec.placement, Replicate)]
     if not config.parallel.sequence_parallel:
-        on_gpu = optimizer.device.type == "cuda"
-        replicated.append(("the random state", torch.cuda.get_rng_state(optimizer.device) if on_gpu else torch.get_rng_state()))
+        replicated.append(("the random state", generator_of(optimizer.device).get_state()))
     yield mesh.tensor.name, tp_group, replicated
     for spec in specs:
         if spec.shared is not None:

@@ -15,12 +15,12 @@ from neox_native.metrics.writers import Scale, StepRecord, Writers, console_line
 
 RECORD = StepRecord(
     step=10, loss=0.1 + 0.2, grad_norm=1 / 3, learning_rate=1e-3, consumed_samples=320, tokens_per_second=12345.6,
-    step_seconds=0.5, tflops_per_device=0.25, mfu=None, peak_memory_bytes=10**9, batch_hash="0123456789abcdef",
+    step_seconds=0.5, tflops_per_device=0.25, mfu=None, mfu_causal=None, peak_memory_bytes=10**9, batch_hash="0123456789abcdef",
 )
 SCALE = Scale(total_steps=1000, sample_tokens=2048, memory_bytes=2 * 10**9)
 KEYS = [
     "step", "loss", "grad_norm", "learning_rate", "consumed_samples", "tokens_per_second", "step_seconds",
-    "tflops_per_device", "mfu", "peak_memory_bytes", "batch_hash",
+    "tflops_per_device", "mfu", "mfu_causal", "peak_memory_bytes", "batch_hash",
 ]
 
 
@@ -62,9 +62,9 @@ def test_number_that_is_not_finite_is_null() -> None:
 
 
 def test_console_line_says_it_all() -> None:
-    line = console_line(replace(RECORD, mfu=0.412), SCALE, 65.4, {"stall": 0.25, "skipped": 1})
+    line = console_line(replace(RECORD, mfu=0.412, mfu_causal=0.385), SCALE, 65.4, {"stall": 0.25, "skipped": 1})
     assert line == (
-        "step   10/1000  loss 0.3000  lr 1.00e-03  grad norm 0.333  0.5 s/step  12,346 tokens/s  0.25 TFLOP/s  MFU 41.2%  "
+        "step   10/1000  loss 0.3000  lr 1.00e-03  grad norm 0.333  0.5 s/step  12,346 tokens/s  0.25 TFLOP/s  MFU 41.2% (38.5% causal)  "
         "peak memory 954 MiB (50%)  0.655M tokens seen  0:01:05 elapsed  0:08:15 left  stall 0.25  skipped 1"
     )
     assert "MFU" not in console_line(RECORD, SCALE, 0.0)

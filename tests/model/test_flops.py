@@ -57,3 +57,4 @@ def test_tying_changes_no_operation() -> None:
 def test_operations_follow_the_papers_formula() -> None:
     parameters = flops.total_parameters(BASE) - 128 * 32
     assert flops.model_flops_per_token(BASE) == 6 * parameters + 12 * 3 * 32 * 16
+    assert flops.model_flops_per_token(BASE, causal=True) == 6 * parameters + 6 * 3 * 32 * 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from neox_native.config.schema import Config
 from neox_native.config.settings import SECTIONS, SETTINGS
 from neox_native.errors import UserError
 from neox_native.launch import Ranks
+from neox_native.model.masks import seed_masks
 from neox_native.train.fits import (
     WITHIN_A_MICROBATCH, check_fits, metadata, require_one_kind, runtime_of, what_becomes_of_numbers,
 )  # fmt: skip
-from neox_native.train.start import choose_determinism
-from neox_native.train.state import SHAPE_THE_TRAINING
+from neox_native.train.start import choose_arithmetic
+from neox_native.train.state import SHAPE_THE_TRAINING, copies
 
 BASE = [
     "--run.determinism=bitwise", "--model.num_layers=8", "--parallel.pp=2", "--parallel.dp=2", "--parallel.tp=2",
@@ -123,11 +125,40 @@ def test_elastic_computes_with_one_thread_on_a_cpu(monkeypatch: pytest.MonkeyPat
     try:
         torch.set_num_threads(2)
         for mode, expected in ("fast", 2), ("bitwise", 2), ("elastic", 1):
-            choose_determinism(checked(f"--run.determinism={mode}", "--parallel.dp=1").run, torch.device("cpu"))
+            choose_arithmetic(checked(f"--run.determinism={mode}", "--parallel.dp=1").run, torch.device("cpu"))
             assert torch.get_num_threads() == expected and torch.are_deterministic_algorithms_enabled() == (mode != "fast")
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
+
+
+def test_only_fast_mode_rounds_products_on_a_gpu_and_nothing_sums_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        for mode, kind, expected in ("fast", "cuda", "high"), ("fast", "cpu", "highest"), ("bitwise", "cuda", "highest"), ("elastic", "cuda", "highest"):
+            torch.set_float32_matmul_precision("highest" if expected == "high" else "high")
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+            choose_arithmetic(checked(f"--run.determinism={mode}", "--parallel.dp=1").run, torch.device(kind, 0))
+            assert torch.get_float32_matmul_precision() == expected
+            assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.use_deterministic_algorithms(False)
+
+
+def test_replicas_compare_the_random_state_of_the_device_that_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "default_generators", (torch.Generator(),))
+    optimizer = SimpleNamespace(units=[], device=device, specs=list, state_dict=dict)
+    mesh = SimpleNamespace(tensor=SimpleNamespace(name="tp", group=None))
+
+    def random_state() -> torch.Tensor:
+        ((_, _, alike),) = copies(checked("--parallel.dp=1"), mesh, optimizer)
+        return dict(alike)["the random state"]
+
+    before, of_the_cpu = random_state(), torch.get_rng_state()
+    seed_masks(device, 7)
+    assert not random_state().equal(before) and torch.get_rng_state().equal(of_the_cpu)
 
 
 def test_every_setting_of_the_layout_is_tried() -> None:

@@ -37,7 +37,7 @@ from neox_native.model.transformer import Transformer, cards
 from neox_native.optim.groups import optimizer_factory
 from neox_native.plan import costs
 from neox_native.plan.ledger import Ledger
-from neox_native.train.start import choose_determinism
+from neox_native.train.start import choose_arithmetic
 
 CPU = torch.device("cpu")
 WARMUP_STEPS = 3
@@ -109,7 +109,7 @@ def batches(config: Config, steps: int) -> Iterator[StepBatch]:
 
 def measure(config: Config, with_ddp: bool, steps: int) -> Figures:
     """Train on this rank."""
-    choose_determinism(config.run, torch.device("cpu"))
+    choose_arithmetic(config.run, torch.device("cpu"))
     step = ddp_step(config) if with_ddp else our_step(config)
     seconds, loss = [], torch.zeros(())
     for batch in batches(config, WARMUP_STEPS + steps):

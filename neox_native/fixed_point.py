@@ -42,6 +42,7 @@ class FixedGradients:
     """
 
     def __init__(self, num_addends: int, device: torch.device):
+        self.piece = PIECES.get(device.type, PIECES["cpu"])
         self.limit = 2.0**62 / (1 << (num_addends - 1).bit_length())
         """Largest addend [grains]."""
         self.extremes = [torch.zeros((), device=device)]
@@ -59,7 +60,7 @@ class FixedGradients:
 
     def collect(self, sums: Tensor, gradient: Tensor, add: bool) -> None:
         """Add a gradient to integers of its shape [n, m], or write it there. Both are taken in pieces of columns."""
-        for target, piece in zip(_columns(sums), _columns(gradient)):
+        for target, piece in zip(_columns(sums, self.piece), _columns(gradient, self.piece)):
             grains = piece.float() * self.grains_of_one
             self.extremes += torch.aminmax(grains)  # a tenth of the time of a norm
             grains.round_()
@@ -72,7 +73,7 @@ class FixedGradients:
 
     def settle(self, sums: Tensor) -> None:
         """Turn the integers [n] into fp32 numbers, less the power of two in the loss scale, in the first half of their memory."""
-        floats, size = sums.view(torch.float32)[: len(sums)], _size(sums)
+        floats, size = sums.view(torch.float32)[: len(sums)], self.piece
         for start in range(0, len(sums), size):
             # Through fp64: a direct conversion rounds as the kernel likes. The integers behind the piece are not touched.
             floats[start : start + size] = sums[start : start + size].double() * GRAIN
@@ -82,7 +83,7 @@ class FixedGradients:
         return _faults(self.extremes, self.limit)
 
 
-def limbs(tensors: Sequence[Tensor], squared: bool = False) -> Tensor:
+def limbs(tensors: Sequence[Tensor], squared: bool = False, piece: int = PIECES["cpu"]) -> Tensor:
     """The sum of all values, or of their squares, as int64 [3], which adds up with others, over ranks too: high limb, low limb,
     and a number that is not zero where a value is not finite or larger than `LARGEST`.
 
@@ -91,7 +92,7 @@ def limbs(tensors: Sequence[Tensor], squared: bool = False) -> Tensor:
     """
     nothing = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
     highs, lows, extremes = [nothing], [nothing], [nothing.double()]
-    for values in _joined(tensors):
+    for values in _joined(tensors, piece):
         scaled = values.double()
         scaled = (scaled.square_() if squared else scaled).mul_(2.0**HIGH)
         extremes += torch.aminmax(scaled)
@@ -107,22 +108,16 @@ def _faults(extremes: Sequence[Tensor], largest: float) -> Tensor:
     return (~(torch.stack(extremes).abs().amax() <= largest)).to(torch.int64)
 
 
-def _size(tensor: Tensor) -> int:
-    """Elements of a piece on the tensor's device."""
-    return PIECES.get(tensor.device.type, PIECES["cpu"])
-
-
-def _columns(matrix: Tensor) -> Sequence[Tensor]:
-    """Pieces of columns of a matrix [n, m]."""
-    size = _size(matrix)
+def _columns(matrix: Tensor, size: int) -> Sequence[Tensor]:
+    """Columns of a matrix [n, m], so many that they have `size` elements at most, if they can."""
     return [matrix] if matrix.numel() <= size else matrix.split(max(1, size // len(matrix)), dim=1)
 
 
-def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The values of all tensors as flat pieces. Small tensors are joined: each would take as many kernels as a large one."""
-    room = size = _size(tensors[0])
+def _joined(tensors: Sequence[Tensor], size: int) -> Iterator[Tensor]:
+    """The values of all tensors as pieces [1, `size` at most]. Small tensors are joined: each would take as many kernels as a large one."""
     waiting: list[Tensor] = []
-    for values in (piece for tensor in tensors if tensor.numel() for piece in _columns(tensor.detach().reshape(1, -1))):
+    room = size
+    for values in (piece for tensor in tensors if tensor.numel() for piece in _columns(tensor.detach().reshape(1, -1), size)):
         if values.numel() > room:
             yield torch.cat(waiting, dim=1)
             waiting, room = [], size

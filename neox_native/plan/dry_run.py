@@ -24,6 +24,7 @@ from neox_native.data.loader import StepBatch
 from neox_native.engine.build import build_engine, build_optimizer, build_step, units_of
 from neox_native.engine.single_stage import Engine
 from neox_native.engine.step import TrainStep
+from neox_native.fixed_point import PIECES
 from neox_native.mesh import Mesh, build_mesh
 from neox_native.model.transformer import Transformer
 from neox_native.parallel.assemble import assemble
@@ -182,6 +183,8 @@ def _run(config: Config, mesh: Mesh) -> _Counted:
     ledger = Ledger(axes_of(mesh))
     with _fake_tensors():
         optimizer = build_optimizer(config, mesh, CPU, parts, units)
+        if optimizer.fixed is not None:
+            optimizer.fixed.piece = PIECES["cuda"]  # fewer operations to follow
         engine = build_engine(config, mesh, CPU, parts, optimizer)
         if isinstance(engine, Pipeline):
             _skip_the_vote(engine)

@@ -269,7 +269,7 @@ class ShardedOptimizer:
             square[2] += ~loss.isfinite()
         first = [each for each in self.trained if each.unit.num_replicas == 1 or dist.get_rank(each.unit.group) == 0]
         if counted := [piece for trained in first for piece in trained.counted]:
-            square = square + limbs(counted, squared=True)
+            square = square + limbs(counted, squared=True, piece=fixed.piece)
         if dist.get_world_size() > 1:
             dist.all_reduce(square)
         return value_of(square).sqrt().float()

@@ -32,7 +32,7 @@ MODES = ("fast", "bitwise", "elastic")
 REFERENCE = "bitwise"
 LAYOUTS = {"1 rank": (1, 0), "2 ranks, ZeRO-1": (2, 1), "2 ranks, ZeRO-3": (2, 3)}
 """Name -> data-parallel ranks and ZeRO stage."""
-HEADER = ("", "tokens/s", f"x {REFERENCE}", "peak MB per rank", "MB sent over dp", "closed form", "loss")
+HEADER = ("", "tokens/s", f"x {REFERENCE}", "CPU s per step", "peak MB per rank", "MB sent over dp", "closed form", "loss")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Figures:
 
     seconds: list[float]
     """Of each turn."""
+    cpu_seconds: list[float]
+    """Those of them in which a core worked for the rank: what else the machine does is left out."""
     loss: float
     """Of the last turn."""
     peak_bytes: int
@@ -50,20 +52,21 @@ class Figures:
     """The closed form of that."""
 
 
-def turn(config: Config, step: TrainStep, batch: StepBatch) -> tuple[float, float]:
-    """One step of a mode: its seconds and its loss."""
+def turn(config: Config, step: TrainStep, batch: StepBatch) -> tuple[float, float, float]:
+    """One step of a mode: its seconds, CPU seconds, and loss."""
     choose_determinism(config.run, CPU)
     dist.barrier()
-    begin = time.perf_counter()
+    begin = time.perf_counter(), time.process_time()
     result = step(batch, config.optimizer.lr)
     dist.barrier()
-    return time.perf_counter() - begin, step.losses.total(result.loss).item()
+    end = time.perf_counter(), time.process_time()
+    return end[0] - begin[0], end[1] - begin[1], step.losses.total(result.loss).item()
 
 
 def measure(configs: dict[str, Config], turns: int) -> dict[str, Figures]:
     """Train every mode on this rank, in turns."""
     steps: dict[str, TrainStep] = {}
-    shown: dict[str, list[tuple[float, float]]] = {mode: [] for mode in configs}
+    shown: dict[str, list[tuple[float, float, float]]] = {mode: [] for mode in configs}
     some = next(iter(configs.values()))
     mesh = build_mesh(some.parallel, CPU)
     for mode, config in configs.items():
@@ -78,9 +81,10 @@ def measure(configs: dict[str, Config], turns: int) -> dict[str, Figures]:
     for mode, step in steps.items():
         choose_determinism(configs[mode].run, CPU)
         run_step(step, step.engine.parts.values(), read[-1], ledger := Ledger(axes_of(mesh)))
-        seconds, losses = zip(*shown[mode])
+        seconds, cpu_seconds, losses = zip(*shown[mode])
         figures[mode] = Figures(
             seconds=list(seconds[WARMUP_STEPS:]),
+            cpu_seconds=list(cpu_seconds[WARMUP_STEPS:]),
             loss=losses[-1],
             peak_bytes=max(peak.num_bytes for peak in ledger.peaks().values()),
             sent_bytes=ledger.totals.traffic["dp"].bytes,
@@ -92,7 +96,10 @@ def measure(configs: dict[str, Config], turns: int) -> dict[str, Figures]:
 def together(ranks: list[Figures]) -> Figures:
     """Of all ranks: the slowest one's time, the most memory and traffic."""
     most = max(each.peak_bytes for each in ranks), max(each.sent_bytes for each in ranks)
-    return Figures([max(times) for times in zip(*(each.seconds for each in ranks))], ranks[0].loss, *most, ranks[0].predicted_bytes)
+    slowest, busiest = (
+        [max(times) for times in zip(*(getattr(each, name) for each in ranks))] for name in ("seconds", "cpu_seconds")
+    )
+    return Figures(slowest, busiest, ranks[0].loss, *most, ranks[0].predicted_bytes)
 
 
 def run(config_path: Path = CONFIGS_FOLDER / "quickstart.toml", turns: int = 15) -> str:
@@ -110,6 +117,7 @@ def run(config_path: Path = CONFIGS_FOLDER / "quickstart.toml", turns: int = 15)
                 f"{layout}, {mode}",
                 f"{tokens / statistics.median(figures.seconds):,.0f}",
                 f"{ratio:.2f}",
+                f"{statistics.median(figures.cpu_seconds):.3f}",
                 *(f"{number / 1e6:.3f}" for number in (figures.peak_bytes, figures.sent_bytes, figures.predicted_bytes)),
                 f"{figures.loss:.12f}",
             ]

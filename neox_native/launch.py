@@ -37,6 +37,8 @@ class Launch:
     rank: int
     local_rank: int
     world_size: int
+    local_world_size: int = 1
+    """Processes on this machine."""
     restarts: int = 0
     """How often torchrun has restarted this process, or Slurm its job. Nodes count for themselves: the numbers may differ."""
     job: str = ""
@@ -56,6 +58,7 @@ class Launch:
             rank=int(os.environ.get("RANK", 0)),
             local_rank=int(os.environ.get("LOCAL_RANK", 0)),
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
             restarts=sum(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")),
             job=os.environ.get("TORCHELASTIC_RUN_ID", ""),
             node=int(os.environ.get("GROUP_RANK", 0)),

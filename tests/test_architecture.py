@@ -43,6 +43,7 @@ FREE_OF_DISTRIBUTED = [
     "plan/kept.py",
     "plan/memory.py",
     "plan/costs.py",
+    "plan/remedies.py",
     "plan/speed.py",
 ]
 TOP_LEVEL = {"README.md", "LICENSE", "pyproject.toml", "train.py", "neox_native", "configs", "tools", "tests"}
@@ -170,10 +171,10 @@ def test_axes_are_asked_for_by_purpose() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_training_takes_from_the_planner_in_two_places() -> None:
-    """The prediction in the log, and the dry run that a flag asks for."""
+def test_training_takes_from_the_planner_in_three_places() -> None:
+    """The prediction in the log, the dry run that a flag asks for, and what to change when memory has run out."""
     users = {path.name for path in sources("neox_native/train") if any(".plan." in dotted for dotted in imported(path))}
-    assert users == {"report.py", "main.py"}
+    assert users == {"report.py", "main.py", "out_of_memory.py"}
 
 
 def test_one_file_makes_what_is_written_durable() -> None:

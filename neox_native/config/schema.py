@@ -39,6 +39,9 @@ class Run:
     profile: str = ""
     """"10:13" profiles steps 10, 11 and 12, the end left out as in a slice: in the folder `profile` of the run, each rank writes
     a Chrome trace, for ui.perfetto.dev, and a table of its dearest kernels. Those steps are slower. Empty: none [steps]."""
+    memory_history: bool = False
+    """On a GPU, note the Python stack of every allocation, some microseconds each, for the snapshot that is written when memory
+    runs out."""
 
     @property
     def profiled_steps(self) -> range:

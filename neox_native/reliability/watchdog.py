@@ -9,6 +9,9 @@ and is named first. Then all processes leave with `EXIT_STATUS`, and torchrun re
 A stopped rank cannot watch itself, and those that wait for it may be in a phase that takes long. So each watchdog counts in
 the store that it is awake, and the rank before it looks whether it still counts. A watchdog that was late itself (Ctrl-Z, a
 laptop that slept, a store that did not answer) was away; what it did not see does not count.
+
+A rank that ends for a reason that all should hear of (it ran out of memory) tells it in the store. The others lose their
+peer, or, where a GPU's collective waits for ever, their watchdogs end them after a moment; all with the same sentence.
 """
 
 from __future__ import annotations
@@ -25,12 +28,14 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from neox_native.config.schema import Run
+from neox_native.errors import UserError, report_user_errors
 
 EXIT_STATUS = 75
 """os.EX_TEMPFAIL: trying again may help."""
@@ -41,6 +46,8 @@ SILENCE_SECONDS = 300.0
 FLIGHT_RECORDER = "flight_recorder"
 """Name of the folder, in the run's, for the last collectives of a run that hung."""
 ALARM = "alarm"
+TOLD = "told"
+"""Key of the sentence with which all ranks end."""
 LEFT = 1 << 40
 """Added to the count of a watchdog that was closed in good order."""
 
@@ -174,6 +181,31 @@ class Watchdog:
             return self.run.watchdog_startup_seconds
         return max(self.run.watchdog_min_seconds, self.run.watchdog_factor * statistics.median(self._step_seconds))
 
+    def end(self) -> None:
+        """What the main thread does last begins, which is no training step. Keeps where it was."""
+        self._phase, self._since = f"end of {self._phase}", self._now()
+
+    def where(self) -> str:
+        """Where the main thread is, or was when its work ended, in words."""
+        return f"step {self._step}, {self._phase.removeprefix('end of ')}, microbatch {self._microbatch}"
+
+    def tell(self, why: str) -> str:
+        """This rank ends with a sentence that all ranks should end with: this one, or that of the rank that was first."""
+        try:
+            if self._store.add("telling", 1) == 1:
+                self._store.set(TOLD, why)
+            self._store.wait([TOLD], timedelta(seconds=GRACE_SECONDS))
+            return self._store.get(TOLD).decode()
+        except dist.DistError:
+            return why
+
+    def told(self) -> str:
+        """What a rank has told; "" where none has."""
+        try:
+            return self._store.get(TOLD).decode() if self._store.check([TOLD]) else ""
+        except dist.DistError:  # its host is gone
+            return ""
+
     def close(self) -> None:
         """Stop watching. Does not wait for a store that does not answer, as that of a torchrun that Ctrl-Z has stopped."""
         self._stop.set()
@@ -189,6 +221,10 @@ class Watchdog:
                     self._report(f"{traceback.format_exc()}{report_hang([self._position()], self.world_size)}")
                 finally:
                     os._exit(EXIT_STATUS)
+            if (why := self.told()) and not self._stop.wait(GRACE_SECONDS):  # it waits for a rank that has ended
+                with contextlib.suppress(SystemExit), report_user_errors():
+                    raise UserError(why)
+                os._exit(1)
         with contextlib.suppress(dist.DistError):  # nobody is left to ask
             self._store.add(f"awake/{self.rank}", LEFT)
 

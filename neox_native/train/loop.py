@@ -70,7 +70,7 @@ class Trainer:
         try:
             self.train(batches)
         finally:
-            self.watchdog.at(self.state.step, "save")
+            self.watchdog.end()
             self.keeper.saver.close()
             self.requests.end_within()
             self.report.close()

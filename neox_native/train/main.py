@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
 
 def train(config: Config, device: torch.device, requests: Requests | None = None) -> None:
     """Train on the ranks of the process group, until done or asked to leave; `config` has passed `require`."""
-    with watched(config, requests) as (watchdog, requests):
+    with watched(config, device, requests) as (watchdog, requests):
         mesh, ranks, folder = lay_out_ranks(config, device)
         config, start = choose_start(config, ranks, folder, watchdog)
         data, exports = open_data(config, ranks, start, watchdog), Exports(config, folder.path, ranks)

@@ -31,6 +31,7 @@ from neox_native.reliability.startup import check_agreement, check_axes, code_ve
 from neox_native.reliability.watchdog import FLIGHT_RECORDER, Watchdog, enable_flight_recorder, job_store
 from neox_native.train.folder import RunFolder, has_begun
 from neox_native.train.keeping import Exports
+from neox_native.train.out_of_memory import out_of_memory_explained
 from neox_native.train.report import Report
 from neox_native.train.state import RunState
 
@@ -49,13 +50,14 @@ def joined_ranks(config: Config, device: torch.device, launch: Launch) -> Iterat
 
 
 @contextmanager
-def watched(config: Config, requests: Requests | None) -> Iterator[tuple[Watchdog, Requests]]:
+def watched(config: Config, device: torch.device, requests: Requests | None) -> Iterator[tuple[Watchdog, Requests]]:
     """This rank's watchdog, which sees to it that nothing in the body waits for ever, and requests to leave, heard from
-    here on unless they are already."""
+    here on unless they are already. A body that runs out of memory ends with what is to be known of it."""
     own = Requests(Launch.from_environment()) if requests is None else None
     watchdog = Watchdog(config.run, dist.get_rank(), dist.get_world_size(), flight_recorder_folder(config), job_store())
     try:
-        yield watchdog, own or requests
+        with out_of_memory_explained(config, device, watchdog):
+            yield watchdog, own or requests
     finally:
         watchdog.close()
         if own is not None:

@@ -81,6 +81,26 @@ def test_progress_and_long_phases_are_no_hang(tmp_path: Path) -> None:
     assert not (tmp_path / "report").exists()
 
 
+def test_a_rank_that_waits_for_one_that_told_why_it_ends_says_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.2)
+
+    def rank() -> None:
+        dog = watchdog(tmp_path)
+        if dist.get_rank() == 1:
+            sleep_for_ever()  # as in a GPU's collective
+        dog.at(3, "train")
+        dog.end()
+        assert dog.where() == "step 3, train, microbatch 0" and dog.limit_seconds() == 60.0
+        assert dog.tell("no memory") == dog.tell("another reason") == dog.told() == "no memory"
+        dog.close()
+
+    with pytest.raises(FileNotFoundError, match="1.result"):
+        run_ranks(2, rank)
+    assert capfd.readouterr().err == "error: no memory\n" and not (tmp_path / "report").exists()
+
+
 def test_limit_is_a_multiple_of_the_median_step() -> None:
     dog = Watchdog(Run(watchdog_factor=0.0), 0, 1, Path(), dist.HashStore())
     dog.at(1, "train")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from neox_native.checkpoint.files import read_hashes, read_metadata, step_folder
 
-OF_THE_MACHINE = {"tokens_per_second", "step_seconds", "tflops_per_device", "mfu", "peak_memory_bytes"}
+OF_THE_MACHINE = {"tokens_per_second", "step_seconds", "tflops_per_device", "mfu", "mfu_causal", "peak_memory_bytes"}
 
 
 def logged(folder: Path) -> Iterator[dict]:

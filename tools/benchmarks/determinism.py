@@ -25,7 +25,7 @@ from neox_native.mesh import build_mesh
 from neox_native.plan import costs
 from neox_native.plan.dry_run import axes_of, run_step
 from neox_native.plan.ledger import Ledger
-from neox_native.train.start import choose_determinism
+from neox_native.train.start import choose_arithmetic
 from tools.benchmarks.training import CPU, WARMUP_STEPS, batches, on_ranks
 
 MODES = ("fast", "bitwise", "elastic")
@@ -54,7 +54,7 @@ class Figures:
 
 def turn(config: Config, step: TrainStep, batch: StepBatch) -> tuple[float, float, float]:
     """One step of a mode: its seconds, CPU seconds, and loss."""
-    choose_determinism(config.run, CPU)
+    choose_arithmetic(config.run, CPU)
     dist.barrier()
     begin = time.perf_counter(), time.process_time()
     result = step(batch, config.optimizer.lr)
@@ -70,7 +70,7 @@ def measure(configs: dict[str, Config], turns: int) -> dict[str, Figures]:
     some = next(iter(configs.values()))
     mesh = build_mesh(some.parallel, CPU)
     for mode, config in configs.items():
-        choose_determinism(config.run, CPU)
+        choose_arithmetic(config.run, CPU)
         parts, optimizer = build_model(config, mesh, CPU)
         steps[mode] = build_step(config, mesh, CPU, build_engine(config, mesh, CPU, parts, optimizer), optimizer)
     for number, batch in enumerate(read := list(batches(some, WARMUP_STEPS + turns))):
@@ -79,7 +79,7 @@ def measure(configs: dict[str, Config], turns: int) -> dict[str, Figures]:
             shown[mode].append(turn(configs[mode], steps[mode], batch))
     figures = {}
     for mode, step in steps.items():
-        choose_determinism(configs[mode].run, CPU)
+        choose_arithmetic(configs[mode].run, CPU)
         run_step(step, step.engine.parts.values(), read[-1], ledger := Ledger(axes_of(mesh)))
         seconds, cpu_seconds, losses = zip(*shown[mode])
         figures[mode] = Figures(

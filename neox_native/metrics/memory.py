@@ -66,14 +66,14 @@ class Recorder:
         if device.type == "cuda":
             if history:
                 torch.cuda.memory._record_memory_history("all", context="alloc", stacks="python", max_entries=MOST_EVENTS)
-            # The only place that uses this function of torch; there is no way to take it back.
-            torch._C._cuda_attach_out_of_memory_observer(self.out_of_memory)
+            with suppress(AttributeError, RuntimeError):  # private to torch, and cudaMallocAsync does not know it
+                torch._C._cuda_attach_out_of_memory_observer(self.out_of_memory)
 
     def out_of_memory(self, device: int, requested: int, total: int, free: int) -> None:
         """Called by the allocator, in whichever thread asked for `requested` bytes that it cannot give. Some callers make do
         with less and go on."""
-        self.usage, self.requested = usage_of(self.device, self.local_world_size), requested
-        with suppress(UserError, OSError, RuntimeError):  # there is enough trouble
+        with suppress(UserError, OSError, RuntimeError, MemoryError):  # there is enough trouble
+            self.usage, self.requested = usage_of(self.device, self.local_world_size), requested
             make_folder(self.path.parent)
             write_whole(self.path, pickle.dumps(torch.cuda.memory._snapshot()))
             self.written = True

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -141,6 +141,18 @@ def _evaluation(said: dict[str, Any]) -> tuple[float, float] | None:
     return (loss, _step_of(said)) if isinstance(loss, float) and math.isfinite(loss) else None
 
 
+def _event(kind: str, step: int, message: str, **values: Any) -> dict[str, Any]:
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"time": now, "kind": kind, "step": step, "message": message, **values}
+
+
+def write_last_event(folder: Path, kind: str, step: int, message: str) -> None:
+    """Write down what ended a run that has begun, whose `Writers` are closed; where the disk refuses, it is lost."""
+    if (folder / EVENTS).is_file():
+        with suppress(OSError), append_to(folder / EVENTS) as file:
+            file.write(strict_json(_event(kind, step, message)) + "\n")
+
+
 class Writers:
     """Everything that one rank writes about a run; the others hold none.
 
@@ -194,8 +206,7 @@ class Writers:
 
     def event(self, kind: str, step: int, message: str, **values: Any) -> None:
         """Write something that is no training step: an evaluation, a skipped update, a checkpoint, a straggler."""
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        said = {"time": now, "kind": kind, "step": step, "message": message, **values}
+        said = _event(kind, step, message, **values)
         with self._writing():
             self._events.write(strict_json(said) + "\n")
             print(message)

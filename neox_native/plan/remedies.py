@@ -84,15 +84,17 @@ def _changed(config: Config, knobs: Sequence[list[Changes]]) -> Iterator[Remedy]
 def _knobs(config: Config) -> dict[str, list[Changes]]:
     """What can be changed, each with the values that need less memory, the mildest first. Tensor parallelism stays in a node."""
     parallel, training = config.parallel, config.training
-    ranks, recomputation = parallel.pp * parallel.dp * parallel.tp, SETTINGS["training.activation_checkpointing"]
+    micro, ranks = training.micro_batch_size, parallel.pp * parallel.dp * parallel.tp
     doubled = [1 << power for power in range(1, ranks.bit_length())]
+    recomputation = SETTINGS["training.activation_checkpointing"]
+    kinds = get_args(recomputation.annotation)  # each forgets more than the one before
     values: dict[str, list[Any]] = {
         "parallel.zero_stage": [stage for stage in (1, 2, 3) if stage > parallel.zero_stage and parallel.dp > 1],
-        "training.micro_batch_size": [size for size in range(training.micro_batch_size - 1, 0, -1) if training.micro_batch_size % size == 0],
-        recomputation.dotted: [how for how in get_args(recomputation.annotation) if how not in ("none", training.activation_checkpointing)],
+        "training.micro_batch_size": [size for size in range(micro - 1, 0, -1) if micro % size == 0],
+        recomputation.dotted: list(kinds[kinds.index(training.activation_checkpointing) + 1 :]),
         "parallel.sequence_parallel": [True] if parallel.tp > 1 and not parallel.sequence_parallel else [],
-        "parallel.tp": [degree for degree in doubled if degree > parallel.tp and degree <= Machine.gpus_per_node],
-        "parallel.pp": [degree for degree in doubled if degree > parallel.pp],
+        "parallel.tp": [degree for degree in doubled if parallel.tp < degree <= Machine.gpus_per_node],
+        "parallel.pp": [degree for degree in doubled if parallel.pp < degree],
         "training.precision": ["bf16"] if training.precision == "fp32" else [],
     }
     return {name: [{name: value} for value in choices] for name, choices in values.items() if choices}

@@ -185,6 +185,11 @@ class Watchdog:
         """What the main thread does last begins, which is no training step. Keeps where it was."""
         self._phase, self._since = f"end of {self._phase}", self._now()
 
+    @property
+    def step(self) -> int:
+        """The step that the main thread is in, or was when its work ended."""
+        return self._step
+
     def where(self) -> str:
         """Where the main thread is, or was when its work ended, in words."""
         return f"step {self._step}, {self._phase.removeprefix('end of ')}, microbatch {self._microbatch}"

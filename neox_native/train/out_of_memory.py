@@ -15,6 +15,7 @@ from neox_native.errors import UserError
 from neox_native.launch import Launch
 from neox_native.metrics.memory import FOLDER, Recorder, Usage, usage_of
 from neox_native.metrics.throughput import device_name
+from neox_native.metrics.writers import write_last_event
 from neox_native.plan.memory import memory, peak_bytes
 from neox_native.plan.remedies import remedies
 from neox_native.plan.search import MEMORY_SHARE
@@ -36,23 +37,24 @@ def out_of_memory_explained(config: Config, device: torch.device, watchdog: Watc
     Raises:
         UserError: `explanation`, on all ranks that raise at all; those that wait are their watchdogs' to end.
     """
-    launch = Launch.from_environment()
-    path = Path(config.run.dir) / FOLDER / f"rank_{watchdog.rank}.pickle"
+    launch, folder = Launch.from_environment(), Path(config.run.dir)
+    path = folder / FOLDER / f"rank_{watchdog.rank}.pickle"
     recorder = Recorder(device, path, config.run.memory_history, launch.local_world_size)
     try:
         yield
     except Exception as error:
         if (found := out_of_memory(error)) is not None:
-            usage = recorder.usage or usage_of(device, launch.local_world_size)
-            name = device_name(device)
-            first = f"rank {watchdog.rank} (host {socket.gethostname()}, {name}) ran out of memory in {watchdog.where()}{wanted(found)}."
-            told = [first, *explanation(config, watchdog.rank, usage, recorder.requested, name)]
+            usage, name = recorder.usage or usage_of(device, launch.local_world_size), device_name(device)
+            where = f"rank {watchdog.rank} (host {socket.gethostname()}, {name}) ran out of memory in {watchdog.where()}"
+            lines = [f"{where}{wanted(found)}.", *explanation(config, watchdog.rank, usage, recorder.requested, name)]
             if recorder.written:
-                told.append(f"what held the memory: {path}, for pytorch.org/memory_viz; run.memory_history = true adds stacks.")
-            raise UserError(watchdog.tell("\n".join(told))) from error
-        if told_elsewhere := watchdog.told():
-            raise UserError(told_elsewhere) from error
-        raise
+                lines.append(f"what held the memory: {path}, for pytorch.org/memory_viz; run.memory_history = true adds stacks.")
+            told = watchdog.tell("\n".join(lines))
+        elif not (told := watchdog.told()):
+            raise
+        if watchdog.rank == 0:
+            write_last_event(folder, "out of memory", watchdog.step, told)
+        raise UserError(told) from error
 
 
 def out_of_memory(error: BaseException) -> BaseException | None:
@@ -87,7 +89,8 @@ def explanation(config: Config, rank: int, usage: Usage, requested: int, device:
     on_gpu = device != "cpu"
     held = f"  allocated   {size(usage.allocated)} by {'tensors' if on_gpu else 'the process, at its peak'}"
     if on_gpu:
-        held += f", {size(usage.reserved - usage.allocated)} kept free by torch's allocator, {size(usage.others)} by the driver and others"
+        held += f", {size(usage.reserved - usage.allocated)} kept free by torch's allocator"
+        held += f", {size(usage.others)} by the driver and others"
     lines = [f"{held}; there are {size(usage.total)}"]
     if not states_costs(config.model):
         return [*lines, "  nothing is predicted, for a layer kind of model.pattern does not state its costs."]
@@ -111,4 +114,4 @@ def explanation(config: Config, rank: int, usage: Usage, requested: int, device:
 def _note(config: Config) -> str:
     """What a change may cost where numbers repeat."""
     mode = config.run.determinism
-    return "" if mode == "fast" else f' (a checkpoint of run.determinism = "{mode}" may refuse to go on so: recomputation never is refused)'
+    return "" if mode == "fast" else f' (once it has begun, run.determinism = "{mode}" refuses some; recomputation never)'

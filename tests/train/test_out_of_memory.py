@@ -25,7 +25,7 @@ from neox_native.plan.memory import memory, peak_bytes
 from neox_native.plan.remedies import remedies, with_changes
 from neox_native.train.out_of_memory import explanation, out_of_memory
 from neox_native.units import size
-from tests.checkpoint.small_runs import settings, write_corpus
+from tests.checkpoint.small_runs import events, settings, write_corpus
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -59,14 +59,15 @@ def in_a_stage_of_rank_1() -> None:
 @pytest.mark.parametrize(
     "fault, layout, said",
     [
-        (in_step_2_of_rank_1, "--parallel.dp=2", "ran out of memory in step 2, train, microbatch 0, which asked for 2.00 GiB more."),
-        (in_a_stage_of_rank_1, "--parallel.pp=2", "ran out of memory in step 1, train, microbatch 0, which asked for 4096 TiB more."),
+        (in_step_2_of_rank_1, "--parallel.dp=2", "in step 2, train, microbatch 0, which asked for 2.00 GiB more."),
+        (in_a_stage_of_rank_1, "--parallel.pp=2", "in step 1, train, microbatch 0, which asked for 4096 TiB more."),
     ],
 )
 def test_a_rank_without_memory_ends_all_with_its_sentence(
     fault: Callable[[], None], layout: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = require(settings(write_corpus(tmp_path), tmp_path / "run", layout, "--run.determinism=fast", "--training.micro_batch_size=2"), 2)
+    changes = [layout, "--run.determinism=fast", "--training.micro_batch_size=2"]
+    config = require(settings(write_corpus(tmp_path), tmp_path / "run", *changes), 2)
 
     def rank() -> object:
         fault()
@@ -79,21 +80,25 @@ def test_a_rank_without_memory_ends_all_with_its_sentence(
     assert run_ranks(2, rank) == [1, 1]
     sentences = capfd.readouterr().err.split("error: ")[1:]
     assert len(sentences) == 2 and len(set(sentences)) == 1, sentences
-    assert sentences[0].startswith("rank 1 (host ") and said in sentences[0] and "Traceback" not in sentences[0]
-    assert f"predicted   {size(sum(memory(config, int(layout[-4:] == 'pp=2')).values()))} for this rank: parameters " in sentences[0]
+    assert sentences[0].startswith("rank 1 (host ") and f"ran out of memory {said}" in sentences[0]
+    predicted = sum(memory(config, 1 if "pp" in layout else 0).values())
+    assert f"predicted   {size(predicted)} for this rank: parameters " in sentences[0] and "Traceback" not in sentences[0]
     assert "any of these would make it fit" in sentences[0] and "\n  --" in sentences[0]
+    (event,) = events(tmp_path / "run", "out of memory")
+    assert event["message"] == sentences[0].rstrip("\n") and f"in step {event['step']}," in said
 
 
 def pythia(*changes: str, ranks: int = 1) -> Config:
-    return require(load("configs/pythia/1b.toml", ["--training.activation_checkpointing=none", *changes]), ranks)
+    plain = ["--training.activation_checkpointing=none", "--parallel.zero_stage=0"]
+    return require(load("configs/pythia/1b.toml", [*plain, *changes]), ranks)
 
 
 @pytest.mark.parametrize(
     "config, limit",
     [
         (pythia("--training.micro_batch_size=16"), 32 * GIB),
-        (pythia("--parallel.tp=2", "--parallel.pp=2", "--training.micro_batch_size=16", "--parallel.zero_stage=0", ranks=8), 12 * GIB),
-        (pythia("--training.precision=fp32", "--training.micro_batch_size=4", "--parallel.zero_stage=0", ranks=8), 12 * GIB),
+        (pythia("--parallel.tp=2", "--parallel.pp=2", "--training.micro_batch_size=16", ranks=8), 12 * GIB),
+        (pythia("--training.precision=fp32", "--training.micro_batch_size=4", ranks=8), 12 * GIB),
     ],
     ids=["one rank", "three axes", "fp32"],
 )
@@ -120,7 +125,7 @@ def test_an_explanation_holds_the_plan_against_the_device() -> None:
     predicted = sum(memory(config, 0).values())
     usage = Usage(allocated=predicted, reserved=predicted + GIB, others=GIB, total=predicted + 3 * GIB)
     allocated, said, head, *offers = explanation(config, 0, usage, 0, "NVIDIA H100 80GB HBM3")
-    assert f"{size(predicted)} by tensors, 1 GiB kept free by torch's allocator, 1 GiB by the driver and others; there are " in allocated
+    assert f"{size(predicted)} by tensors, 1 GiB kept free by torch's allocator, 1 GiB by the driver and others; " in allocated
     assert said.startswith(f"  predicted   {size(predicted)} for this rank: ")
     assert all(f"{kind.replace('_', ' ')} {size(number)}" in said for kind, number in memory(config, 0).items())
     assert head == "any of these would make it fit, as predicted for the busiest rank:" and offers[0].startswith("  --")
@@ -128,7 +133,8 @@ def test_an_explanation_holds_the_plan_against_the_device() -> None:
     assert worse[2:] != [head, *offers]
     hopeless = explanation(config, 0, replace(usage, total=2 * GIB), 0, "NVIDIA H100 80GB HBM3")[-1]
     assert hopeless.startswith("no one or two settings make it fit on 1 rank: --training.") and "take more ranks" in hopeless
-    assert "refuse to go on" in explanation(replace(config, run=replace(config.run, determinism="elastic")), 0, usage, 0, "cpu")[2]
+    elastic = replace(config, run=replace(config.run, determinism="elastic"))
+    assert 'run.determinism = "elastic" refuses some; recomputation never' in explanation(elastic, 0, usage, 0, "cpu")[2]
 
 
 def test_a_kind_without_costs_is_not_predicted(monkeypatch: pytest.MonkeyPatch) -> None:

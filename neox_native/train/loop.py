@@ -136,6 +136,7 @@ class Trainer:
         self.keeper.export_if_due()
         self.keeper.report_saves()
         if self.profile.is_due(self.state.step, leaving=bool(signal) or self.state.step == self.last_step):
+            self.keeper.finish_saves()
             self.watchdog.at(self.state.step, "profile")
             self.report.event("profile", self.state.step, f"step {self.state.step}: {self.profile.write()}")
         return signal

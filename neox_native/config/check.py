@@ -18,6 +18,7 @@ RULES = (
     rules.learning_rate,
     rules.optimizer_shape,
     rules.loss_scale,
+    rules.recomputation,
     rules.saving,
     rules.profiled,
     rules.repeatable,

@@ -138,6 +138,24 @@ def loss_scale(config: Config) -> Iterator[str]:
         )
 
 
+def recomputation(config: Config) -> Iterator[str]:
+    """Some block recomputes. Where torch chooses what a compiled one makes again, it may choose random numbers, and draw
+    others."""
+    model, training = config.model, config.training
+    if training.activation_checkpointing != "none" and training.recompute_every > model.num_layers:
+        yield (
+            f"training.recompute_every = {training.recompute_every} recomputes none of the model.num_layers = "
+            f'{model.num_layers} blocks; lower it, or set training.activation_checkpointing = "none".'
+        )
+    dropout = max(model.hidden_dropout, model.attention_dropout)
+    if config.compile.enabled and training.activation_checkpointing == "selective" and dropout > 0:
+        yield (
+            'training.activation_checkpointing = "selective" with compile.enabled = true would draw other dropout masks in the '
+            f"backward pass, where model.hidden_dropout = {model.hidden_dropout} and model.attention_dropout = "
+            f'{model.attention_dropout}; set both to 0, compile.enabled = false, or take "full" or "none".'
+        )
+
+
 def saving(config: Config) -> Iterator[str]:
     """Saving has steps and a folder that it can use."""
     if not config.run.dir:

@@ -175,8 +175,14 @@ class Training:
     run.determinism "fast", GPUs multiply fp32 matrices in TF32."""
     clip_grad_norm: float = 1.0
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """"full" keeps only each block's input and recomputes the rest in the backward pass (4/3 of the FLOPs)."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What a block forgets in its forward pass and recomputes in the backward pass: "selective" what is cheap to make again
+    (half the memory, no more FLOPs), "full" all but its input (4/3 of the FLOPs)."""
+    activation_memory_budget: Share = 0.5
+    """"selective" in compiled blocks: the share that a block keeps of what it would keep with "none"; torch chooses what is
+    cheapest to recompute. Eager blocks keep the results of matrix products, attention and tensor-parallel sums [fraction]."""
+    recompute_every: Count = 1
+    """Only every so many-th block recomputes, the others keep all [blocks]."""
     initial_loss_scale: Positive = 4096.0
     """fp16: first dynamic loss scale, of the mean loss of a microbatch."""
     loss_scale_window: Count = 1000
@@ -197,6 +203,10 @@ class Training:
     def num_microbatches(self, dp: int) -> int:
         """Microbatches of a step on each of dp data-parallel ranks, whose number must divide the batch (`layout_rules.batch`)."""
         return self.global_batch_size // (self.micro_batch_size * dp)
+
+    def forgets(self, layer: int) -> str:
+        """What layer number `layer` of the whole model recomputes: "none", "selective" or "full"."""
+        return "none" if (layer + 1) % self.recompute_every else self.activation_checkpointing
 
 
 @dataclass(frozen=True)

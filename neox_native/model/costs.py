@@ -40,6 +40,8 @@ class Kept:
     """Whether it is fp32 in every precision."""
     only_with_documents: bool = False
     """Whether it exists only with `data.document_attention`."""
+    dear: bool = False
+    """Whether selective recomputation keeps it, too: the result of a matrix product or of attention."""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from neox_native.config.layout_rules import ZERO_BUBBLE
 from neox_native.config.schema import Compile, Model, Parallel, Training
 from neox_native.dtypes import DTYPES
 from neox_native.mesh import Mesh
 from neox_native.model.kinds import dealt
 from neox_native.model.transformer import Transformer
 from neox_native.parallel import tensor
-from neox_native.parallel.recompute import recompute
+from neox_native.parallel.recompute import recompute, within_budget
 from neox_native.parallel.stages import stage_layers, stages_of_rank
 
 
@@ -38,13 +37,15 @@ def assemble(
             tensor.apply(part, mesh.tensor.mesh, parallel.sequence_parallel)
         if model.tie_embeddings and part.embed_in is not None and part.readout is not None:
             part.readout.embed_out.weight = nn.Parameter(torch.empty_like(part.embed_in.weight))
-        for block in part.layers.values():
+        for number_of_layer, block in part.layers.items():
+            forgets = training.forgets(int(number_of_layer))
             if compilation.enabled:
+                backend = within_budget(training.activation_memory_budget) if forgets == "selective" else "inductor"
                 # The bound method, not the module: names stay, and hooks on the block run outside the graph.
-                block.compute = torch.compile(block.compute, fullgraph=True, dynamic=False)
+                block.compute = torch.compile(block.compute, fullgraph=True, dynamic=False, backend=backend)
             # Outside of the graph: inside, what it keeps of DTensors for backward includes their meshes, which torch refuses.
-            if training.activation_checkpointing == "full":
-                recompute(block, split=parallel.pipeline_schedule in ZERO_BUBBLE)
+            if forgets == "full" or forgets == "selective" and not compilation.enabled:
+                recompute(block, selective=forgets == "selective")
         parts[number] = part
     return parts
 

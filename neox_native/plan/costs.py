@@ -19,9 +19,10 @@ from neox_native.model.kinds import residual_steps
 from neox_native.parallel.cuts import sharers
 from neox_native.plan.memory import peak_bytes
 from neox_native.plan.shares import (
-    Kinds,
     Share,
+    Sort,
     activation_bytes,
+    layer_costs,
     gradient_bytes,
     norm_bytes,
     num_microbatches,
@@ -39,23 +40,26 @@ def ring(num_bytes: int, ranks: int, passes: int = 1) -> int:
     return passes * num_bytes * (ranks - 1) // ranks
 
 
-def passes_of_layer(config: Config, kinds: Kinds) -> int:
+def passes_of_layer(config: Config, sort: Sort) -> int:
     """How many times one layer sends an activation around the tp ring for one microbatch.
 
     Each residual step takes, forward and backward together, 2 all-reduces (Shoeybi et al. 2019 §3), or with sequence
-    parallelism 2 all-gathers and 2 reduce-scatters, the same volume (Korthikanti et al. 2022 §4.2.2). Recomputation
-    repeats the forward's, but for the reduction that ends the layer.
+    parallelism 2 all-gathers and 2 reduce-scatters, the same volume (Korthikanti et al. 2022 §4.2.2). Full recomputation
+    repeats the forward's, but, without dropout there, for the reduction that ends the layer; selective recomputation repeats
+    the all-gathers.
     """
-    steps = len(residual_steps(kinds, config.model))
-    again = 2 * (steps - 1) + config.parallel.sequence_parallel
-    return 4 * steps + (again if config.training.activation_checkpointing == "full" else 0)
+    kinds, forgets = sort
+    steps, cut = len(residual_steps(kinds, config.model)), config.parallel.sequence_parallel
+    reductions = steps - (config.model.hidden_dropout == 0)
+    again = {"none": 0, "selective": cut * steps, "full": 2 * reductions + cut * (steps - reductions)}
+    return 4 * steps + again[forgets]
 
 
 def tensor_parallel_bytes(config: Config, pp_rank: int) -> int:
     """What a rank sends over the tp axis in a step: in every microbatch what its layers send, one all-reduce for each end of
     the model, and for the loss three of [b, T] in fp32; and once a step the gradients that are partial."""
     model, training, parallel, share = config.model, config.training, config.parallel, share_of(config, pp_rank)
-    layers = sum(passes_of_layer(config, kinds) for stage in share.kinds for kinds in stage)
+    layers = sum(passes_of_layer(config, sort) for stage in share.sorts(training) for sort in stage)
     passes = layers + 2 * share.first + 2 * share.last
     if share.first and model.pos_emb in ("learned", "sinusoidal"):
         passes += parallel.sequence_parallel  # reduced whole, cut afterwards
@@ -143,6 +147,25 @@ def model_flops_of_rank(config: Config, pp_rank: int) -> int:
     return tokens * flops // config.parallel.tp
 
 
+def recomputed_flops(config: Config, pp_rank: int) -> int:
+    """Operations of matrix products and attention that a rank's layers repeat in a step. In full that is their forward pass,
+    which ends before the last output projection unless what that gives is dropped; selective recomputation repeats
+    attention that drops."""
+    model, share = config.model, share_of(config, pp_rank)
+    flops = 0
+    for stage in share.sorts(config.training):
+        for kinds, forgets in stage:
+            costs = layer_costs(model, kinds, config.parallel.tp)
+            attention = sum(each.model_flops for each in costs) // 3
+            last = costs[-1].products[-1]
+            skipped = 0 if model.hidden_dropout else last.inner * last.columns
+            products = 2 * (sum(each.multiply_adds for each in costs) - skipped)
+            dropped = attention if model.attention_dropout else 0
+            flops += {"none": 0, "selective": dropped, "full": products + attention}[forgets]
+    tokens = num_microbatches(config) * config.training.micro_batch_size * model.seq_length
+    return tokens * flops // config.parallel.tp
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What training's log says beside what it measures: for each number, that of the rank that has most."""
@@ -154,6 +177,8 @@ class Prediction:
     point_to_point_bytes: int
     """Sent to neighbouring stages in a step."""
     bubble_fraction: float
+    recomputed_share: float
+    """What is recomputed over the model's own operations; 0 where a layer kind does not state its costs."""
 
     def sentence(self, with_memory: bool) -> str:
         """For people; memory is a GPU's, which a CPU's process cannot be held against."""
@@ -162,17 +187,20 @@ class Prediction:
         sent = self.bytes_by_axis | {"stages": self.point_to_point_bytes}
         sends = ", ".join(f"{axis} {size(number)}" for axis, number in sent.items() if number) or "nothing"
         bubble = f"; the pipeline idles {share_of_step(self.bubble_fraction):.1%} of it" if self.bubble_fraction else ""
+        again = f"; recomputation adds {self.recomputed_share:.1%} to its FLOPs" if self.recomputed_share else ""
         silent = "" if known else "; memory is not predicted, for a layer kind of model.pattern does not state its costs"
-        return f"predicted: the busiest rank {memory}sends {sends} in a step{bubble}{silent}"
+        return f"predicted: the busiest rank {memory}sends {sends} in a step{bubble}{again}{silent}"
 
 
 def predict(config: Config) -> Prediction:
     """Closed forms of a resolved config."""
     ranks = range(config.parallel.pp)
     sent = [traffic(config, rank) for rank in ranks]
+    known = states_costs(config.model)
     return Prediction(
-        peak_bytes=peak_bytes(config) if states_costs(config.model) else None,
+        peak_bytes=peak_bytes(config) if known else None,
         bytes_by_axis={axis: max(each[axis] for each in sent) for axis in sent[0]},
         point_to_point_bytes=max(point_to_point_bytes(config, rank) for rank in ranks),
         bubble_fraction=bubble_fraction(config.parallel, num_microbatches(config)),
+        recomputed_share=max(recomputed_flops(config, each) / model_flops_of_rank(config, each) for each in ranks) if known else 0.0,
     )

@@ -15,32 +15,43 @@ from __future__ import annotations
 from neox_native.config.schema import Config
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.model.kinds import residual_steps
-from neox_native.plan.shares import Kinds, Share, activation_bytes, layer_costs, stream_bytes
+from neox_native.plan.shares import Share, Sort, activation_bytes, layer_costs, stream_bytes
 
 
 class Layer:
     """One layer and one microbatch, in bytes; its unit in elements of the matrix. See [Note: kept]."""
 
-    def __init__(self, config: Config, kinds: Kinds, unit: int):
+    def __init__(self, config: Config, sort: Sort, unit: int):
+        kinds, forgets = sort
         model, training, t = config.model, config.training, config.parallel.tp
         whole, stream, e = activation_bytes(config), stream_bytes(config), ELEMENT_BYTES[training.precision]
         wide = e * training.micro_batch_size * model.seq_length  # one element per token
         costs = layer_costs(model, kinds, t)
-        steps, full = len(residual_steps(kinds, model)), training.activation_checkpointing == "full"
+        steps = len(residual_steps(kinds, model))
         comes_as_it_is = model.norm == "layernorm"  # RMSNorm keeps an fp32 copy of its input
-        inside = sum(
-            wide * kept.elements * (FP32_BYTES if kept.fp32 else e) // e // (t if kept.cut else 1)
-            for each in costs
-            for kept in each.kept
-            if config.data.document_attention or not kept.only_with_documents
+        inside, dear = (
+            sum(
+                wide * kept.elements * (FP32_BYTES if kept.fp32 else e) // e // (t if kept.cut else 1)
+                for each in costs
+                for kept in each.kept
+                if kept.dear >= only_dear and (config.data.document_attention or not kept.only_with_documents)
+            )
+            for only_dear in (False, True)
         )
         inputs = steps * (stream if comes_as_it_is else stream * FP32_BYTES // e)
         made = inputs + (steps + len(kinds)) * whole + inside
         last, output = costs[-1], costs[-1].products[-1]
         self.unit = unit
-        self.kept = stream if full else made  # between its passes
-        self.input = stream if full or comes_as_it_is else 0  # the part of it that is the layer's input as it came
-        self.recomputed = made - stream * comes_as_it_is if full else 0  # comes back during its backward pass
+        # Results of output projections, and of their sums over tp, that the second pass comes to. See [Note: selective].
+        beyond = 0 if model.hidden_dropout else 1
+        dear += (len(kinds) - beyond) * whole + (steps - beyond) * stream * (t > 1)
+        if config.compile.enabled:
+            dear = int(training.activation_memory_budget * (made - stream * comes_as_it_is))
+        present = made if comes_as_it_is else made + stream  # in its backward pass, where it forgets
+        # Between its passes; and the part of it that is the layer's input as it came.
+        self.kept = {"none": made, "selective": stream + dear, "full": stream}[forgets]
+        self.input = 0 if forgets == "none" and not comes_as_it_is else stream
+        self.recomputed = 0 if forgets == "none" else present - self.kept  # comes back during its backward pass
         # Gradients that the weight half of a split backward pass needs.
         self.waiting = sum(wide * each.opened for each in costs) // t + (steps + len(kinds)) * whole
         # In work at the end of the input half, where the layer is its stage's first.
@@ -65,13 +76,14 @@ class Stage:
 
 
 def stages_of(config: Config, share: Share) -> list[Stage]:
-    """A rank's stages. Layers of the same kinds are one object."""
+    """A rank's stages. Layers of one sort are one object."""
     units = [unit.world * unit.size for unit in share.units]
     embedding, readout = units.pop(0) if share.first else 0, units.pop() if share.last else 0
-    layers = [kinds for stage in share.kinds for kinds in stage]
-    sorts = {kinds: Layer(config, kinds, unit) for kinds, unit in dict(zip(layers, units)).items()}
+    stages = share.sorts(config.training)
+    layers = [sort for stage in stages for sort in stage]
+    sorts = {sort: Layer(config, sort, unit) for sort, unit in dict(zip(layers, units)).items()}
     last = max(share.stages)
     return [
-        Stage(number, [sorts[each] for each in kinds], embedding * (number == 0), readout * (number == last))
-        for number, kinds in zip(share.stages, share.kinds)
+        Stage(number, [sorts[each] for each in layers], embedding * (number == 0), readout * (number == last))
+        for number, layers in zip(share.stages, stages)
     ]

@@ -27,6 +27,8 @@ SCHEDULES = (
     ("zbv", 2),
 )
 """Schedule and virtual stages."""
+FORGETS = (("none", 1), ("selective", 2), ("selective", 1), ("full", 2), ("full", 1))
+"""Activation checkpointing, and of every so many-th block."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,14 @@ class Candidate:
         words += [f"zero {parallel.zero_stage}", f"micro {training.micro_batch_size}"]
         if parallel.pp > 1:
             words.append(parallel.pipeline_schedule + (f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""))
-        return " ".join(words) + (" recompute" if training.activation_checkpointing == "full" else "")
+        forgotten = forgets(self.config)
+        return " ".join(words) + ("" if forgotten == "none" else f" recompute {forgotten}")
+
+
+def forgets(config: Config) -> str:
+    """What its blocks recompute, in words."""
+    kind, every = config.training.activation_checkpointing, config.training.recompute_every
+    return kind if kind == "none" or every == 1 else f"{kind} every {every}"
 
 
 def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
@@ -77,10 +86,10 @@ def _choices(pp: int, dp: int, tp: int) -> Iterator[tuple[dict[str, Any], dict[s
     sequence = (False, True) if tp > 1 else (False,)
     stages = (0, 1, 2, 3) if dp > 1 else (0,)
     schedules = SCHEDULES if pp > 1 else SCHEDULES[:1]
-    choices = itertools.product(sequence, stages, MICRO_BATCH_SIZES, schedules, ("none", "full"))
-    for cut, zero, micro, (schedule, virtual), recompute in choices:
+    choices = itertools.product(sequence, stages, MICRO_BATCH_SIZES, schedules, FORGETS)
+    for cut, zero, micro, (schedule, virtual), (recompute, every) in choices:
         layout = {"sequence_parallel": cut, "zero_stage": zero, "pipeline_schedule": schedule, "virtual_stages": virtual}
-        yield layout, {"micro_batch_size": micro, "activation_checkpointing": recompute}
+        yield layout, {"micro_batch_size": micro, "activation_checkpointing": recompute, "recompute_every": every}
 
 
 def search(config: Config, gpus: int, machine: Machine) -> list[Candidate]:
@@ -141,7 +150,7 @@ CHOICES: dict[str, Callable[[Config], object]] = {
     "schedule": lambda config: (
         f"{config.parallel.pipeline_schedule} x{config.parallel.virtual_stages}" if config.parallel.pp > 1 else None
     ),
-    "activation checkpointing": lambda config: config.training.activation_checkpointing,
+    "activation checkpointing": forgets,
 }
 
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from neox_native.config.schema import Config, Model, Parallel
+from neox_native.config.schema import Config, Model, Parallel, Training
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES, INT64_BYTES
 from neox_native.errors import UserError
 from neox_native.model.block import block_cards
@@ -27,6 +27,8 @@ from neox_native.zero.layout import Layout, Slot, lay_out
 
 Kinds = tuple[Kind, ...]
 """The kinds of one layer."""
+Sort = tuple[Kinds, str]
+"""The kinds of one layer, and what it forgets: see `Training.forgets`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Share:
         """The kinds of each layer of each of its stages."""
         kinds = kinds_of_layers(self.model)
         return [[kinds[number] for number in layers] for layers in self.layers]
+
+    def sorts(self, training: Training) -> list[list[Sort]]:
+        """The sort of each layer of each of its stages."""
+        stages = zip(self.kinds, self.layers)
+        return [[(each, training.forgets(number)) for each, number in zip(kinds, layers)] for kinds, layers in stages]
 
     def cards(self, model: Model) -> list[list[Card]]:
         """The cards of its units in a model of as many layers: embedding, layers, readout."""

@@ -22,6 +22,7 @@ from neox_native.plan.costs import bubble_fraction, passes_of_layer, point_to_po
 from neox_native.plan.hardware import Gpu
 from neox_native.plan.shares import (
     Kinds,
+    Sort,
     activation_bytes,
     gradient_bytes,
     layer_costs,
@@ -175,22 +176,22 @@ class Passes:
 def stage_passes(config: Config, machine: Machine) -> list[Passes]:
     """The passes of each stage of the pipeline, first to last."""
     parallel, stages = config.parallel, dict[int, Passes]()
-    layer = cache(lambda kinds: _layer(config, kinds, machine))
+    layer = cache(lambda sort: _layer(config, sort, machine))
     for rank in range(parallel.pp):
         share = share_of(config, rank)
-        for stage, layers in zip(share.stages, share.kinds):
+        for stage, layers in zip(share.stages, share.sorts(config.training)):
             counts = Counter(layers).items()
-            stages[stage] = sum((layer(kinds) * times for kinds, times in counts), Passes(0.0, 0.0, 0.0))
+            stages[stage] = sum((layer(sort) * times for sort, times in counts), Passes(0.0, 0.0, 0.0))
     last = parallel.pp * parallel.virtual_stages - 1
     head = machine.software.slowdown * _head(config, machine)
     stages[last] += Passes(head / 3, 2 * head / 3, 0.0)
     return [stages[stage] for stage in range(last + 1)]
 
 
-def _layer(config: Config, kinds: Kinds, machine: Machine) -> Passes:
+def _layer(config: Config, sort: Sort, machine: Machine) -> Passes:
     """The passes of a layer: its kinds' projections as a tensor-parallel rank multiplies them, their other operations at the
-    speed of attention, and its elementwise kernels."""
-    full, t, software = config.training.activation_checkpointing == "full", config.parallel.tp, machine.software
+    speed of attention, and its elementwise kernels, which are all that selective recomputation repeats."""
+    (kinds, forgets), t, software = sort, config.parallel.tp, machine.software
     tokens, e = _tokens(config), ELEMENT_BYTES[config.training.precision]
     costs = layer_costs(config.model, kinds, t)
     shapes = [product.held(t) for each in costs for product in each.products]
@@ -201,14 +202,16 @@ def _layer(config: Config, kinds: Kinds, machine: Machine) -> Passes:
     launch = len(kinds) * (software.launch_seconds + (DTENSOR_SECONDS if t > 1 and not software.fused else 0.0))
     forward = software.slowdown * max(products + others + kernels, launch)
     backward = software.slowdown * max(2 * products + 2.5 * others + 2 * kernels, 1.5 * launch)
+    cheap = software.slowdown * (kernels if software.fused else max(kernels, launch))
+    again = {"none": 0.0, "selective": cheap, "full": forward}[forgets]
     collectives = 0.0
     if t > 1:
-        passes = passes_of_layer(config, kinds)
+        passes = passes_of_layer(config, sort)
         sent, calls = passes * ring(activation_bytes(config), t), passes / (1 if config.parallel.sequence_parallel else 2)
         collectives = sent / machine.ring_bytes_per_second(t, 1) + calls * machine.gpu.collective_seconds
         collectives *= EXPOSED_WITH_OVERLAP if software.overlaps_tensor_parallel else 1.0
-    early = collectives / (3 if full else 2)
-    return Passes(forward + early, backward + (forward if full else 0.0) + collectives - early, collectives)
+    early = collectives / (3 if forgets == "full" else 2)
+    return Passes(forward + early, backward + again + collectives - early, collectives)
 
 
 def _tokens(config: Config) -> int:

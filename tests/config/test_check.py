@@ -91,6 +91,14 @@ OPTIMISATION_MISTAKES = [
     (["--checkpoint.save_steps=sometimes"], 'checkpoint.save_steps = "sometimes" must be "pythia" or a list of steps'),
     (["--checkpoint.resume="], "checkpoint.resume is empty"),
     (
+        ["--training.activation_checkpointing=selective", "--compile.enabled", "--model.hidden_dropout=0.1"],
+        "would draw other dropout masks in the backward pass, where model.hidden_dropout = 0.1 and",
+    ),
+    (
+        ["--training.activation_checkpointing=full", "--training.recompute_every=99"],
+        "training.recompute_every = 99 recomputes none of the model.num_layers = ",
+    ),
+    (
         ["--run.determinism=bitwise", "--compile.enabled"],
         'run.determinism = "bitwise" cannot hold with compile.enabled = true',
     ),

@@ -54,7 +54,7 @@ def test_pipeline_equals_serial(name, schedule, virtual_stages):
 
 @pytest.mark.parametrize(
     "recompute, schedule, virtual_stages",
-    [("none", "1f1b", 1), ("full", "1f1b", 1), ("full", "interleaved_zero_bubble", 2), ("full", "zbv", 2)],
+    [("none", "1f1b", 1), ("full", "1f1b", 1), ("selective", "1f1b", 1), ("full", "interleaved_zero_bubble", 2), ("selective", "zbv", 2)],
 )
 def test_pipeline_of_tensor_parallel_stages_equals_serial(recompute, schedule, virtual_stages):
     parallel = Parallel(2, 1, 2, sequence_parallel=True, pipeline_schedule=schedule, virtual_stages=virtual_stages)

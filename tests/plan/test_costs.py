@@ -23,6 +23,7 @@ from tests.test_extension import TAPS, TOY
 # Config, ranks, rank, microbatch, microbatches per step, settings of [parallel], [training], [model] and [run].
 Case = tuple[str, int, int, int, int, str]
 NO_RECOMPUTATION = "activation_checkpointing=none"
+SELECTIVE = "activation_checkpointing=selective"
 LOOPED = "virtual_stages=2 pipeline_schedule"
 ELASTIC = "determinism=elastic num_layers=2"
 SORTS = 'pattern=["attention","attention+feed_forward","feed_forward"]'
@@ -31,6 +32,7 @@ FEW: list[Case] = [
     ("70m", 4, 0, 4, 3, "tp=4 sequence_parallel=true num_kv_heads=2 vocab_multiple_of=1"),
     ("70m", 4, 2, 4, 4, "pp=2 tie_embeddings=true"),
     ("70m", 4, 2, 4, 4, f"pp=2 tp=2 {SORTS}"),
+    ("70m", 4, 0, 8, 2, f"tp=2 sequence_parallel=true parallel_residual=false {SELECTIVE}"),
     *(("70m", 2, 0, 4, 2, f"zero_stage={stage} {ELASTIC}") for stage in (0, 3)),
     ("70m", 8, 4, 4, 4, f"pp=2 tp=2 zero_stage=2 sequence_parallel=true num_kv_heads=1 tie_embeddings=true {ELASTIC}"),
 ]
@@ -54,6 +56,13 @@ MANY: list[Case] = [
     ("1b", 8, 0, 4, 2, f"tp=8 sequence_parallel=true norm=rmsnorm activation=swiglu {NO_RECOMPUTATION}"),
     ("70m", 4, 0, 4, 4, f"zero_stage=3 {SORTS}"),
     ("70m", 1, 0, 4, 3, f"parallel_residual=false {SORTS} {NO_RECOMPUTATION}"),
+    ("160m", 1, 0, 8, 3, SELECTIVE),
+    ("160m", 4, 0, 8, 3, f"tp=2 zero_stage=2 {SELECTIVE} recompute_every=2"),
+    ("160m", 1, 0, 8, 3, "recompute_every=3"),
+    ("160m", 4, 0, 8, 3, f"tp=2 parallel_residual=false norm=rmsnorm activation=swiglu {SELECTIVE}"),
+    ("1b", 8, 2, 1, 16, f"pp=4 zero_stage=3 {SELECTIVE}"),
+    ("160m", 4, 0, 8, 32, f"pp=4 {LOOPED}=zbv {SELECTIVE} recompute_every=2"),
+    ("160m", 8, 0, 8, 8, f"pp=4 tp=2 {LOOPED}=interleaved_zero_bubble precision=fp32 {SELECTIVE}"),
     # One stage per rank: the first, a middle and the last, where a schedule without warmup keeps the logits of all
     # microbatches.
     ("160m", 4, 1, 8, 8, f"pp=4 pipeline_schedule=gpipe {NO_RECOMPUTATION}"),
@@ -154,6 +163,14 @@ def test_split_backward_passes_leave_a_third_of_the_bubble(schedule: str) -> Non
     drawn = timeline(schedule, 4, 2, 16)
     assert costs.bubble_fraction(parallel, 16) == pytest.approx(drawn.bubble_fraction)
     assert in_flight(parallel, 16, 0) == drawn.peak_in_flight(0)
+
+
+@pytest.mark.parametrize("settings", ["selective", "full recompute_every=2", "full parallel_residual=false tp=2"])
+def test_what_is_recomputed_is_what_the_dry_run_counts_more(settings: str) -> None:
+    config = resolved("70m", 2, 4, 3, f"activation_checkpointing={settings} precision=fp32")
+    plain = replace(config, training=replace(config.training, activation_checkpointing="none"))
+    more, fewer = (dry_run(each, 0, 2).hardware_flops for each in (config, plain))
+    assert costs.recomputed_flops(config, 0) == more - fewer
 
 
 def test_flops_are_those_of_the_model_without_recomputation() -> None:

@@ -18,9 +18,9 @@ from tests.train.runs import MODELS, batch, compare, config_of, train, whole
 @pytest.mark.parametrize(
     "parallel, recompute",
     [
-        (Parallel(dp=2, zero_stage=3), "full"),
+        (Parallel(dp=2, zero_stage=3), "selective"),
         (Parallel(pp=2, dp=1, pipeline_schedule="interleaved_1f1b", virtual_stages=2), "none"),
-        (Parallel(pp=2, dp=2, pipeline_schedule="zbv", virtual_stages=2, zero_stage=1), "full"),
+        (Parallel(pp=2, dp=2, pipeline_schedule="zbv", virtual_stages=2, zero_stage=1), "selective"),
         pytest.param(Parallel(dp=8, zero_stage=2), "none", marks=pytest.mark.slow),
         pytest.param(Parallel(pp=4, dp=2, pipeline_schedule="gpipe"), "full", marks=pytest.mark.slow),
         pytest.param(Parallel(pp=2, dp=1, pipeline_schedule="interleaved_zero_bubble", virtual_stages=2), "full", marks=pytest.mark.slow),
@@ -39,7 +39,7 @@ def test_masks_of_compiled_blocks_do_not_depend_on_the_layout(parallel, recomput
 
 
 @pytest.mark.parametrize(
-    "parallel, recompute", [(Parallel(dp=1), "full"), (Parallel(dp=2), "none"), (Parallel(pp=2, dp=1), "full")], ids=str
+    "parallel, recompute", [(Parallel(dp=1), "full"), (Parallel(dp=2), "selective"), (Parallel(pp=2, dp=1), "full")], ids=str
 )
 def test_masks_are_bitwise_those_of_one_process(parallel, recompute):
     """Two microbatches a step: a sum of two numbers has no order."""

@@ -114,7 +114,7 @@ ZERO_MESHES = [(1, 2, 1), (1, 4, 1), (1, 2, 2), (2, 2, 1), (2, 2, 2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("mesh", ZERO_MESHES, ids=str)
@@ -124,7 +124,7 @@ def test_every_zero_stage_draws_the_serial_curve(mesh, stage, optimizer, recompu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("mesh", ZERO_MESHES, ids=str)
 def test_every_zero_stage_of_compiled_blocks_draws_the_serial_curve(mesh, stage, recompute):
@@ -139,7 +139,7 @@ def test_zero_2_and_3_work_under_every_schedule_that_takes_them(schedule, stage)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("mesh", ZERO_MESHES, ids=str)
 def test_in_bf16_every_zero_stage_agrees_with_stage_0(mesh, stage, recompute):

@@ -105,10 +105,10 @@ def costs(model: Model) -> Costs:
     return Costs(
         products=(Product(hidden, rows, cut="columns"), Product(hidden, hidden, cut="inner")),
         kept=(
-            Kept("queries, keys and values", rows),
+            Kept("queries, keys and values", rows, dear=True),
             Kept("queries and keys, turned", turned),
-            Kept("attended", hidden),
-            Kept("logarithms of the sums of exponentials", model.num_heads, fp32=True),
+            Kept("attended", hidden, dear=model.attention_dropout == 0),
+            Kept("logarithms of the sums of exponentials", model.num_heads, fp32=True, dear=model.attention_dropout == 0),
             Kept("mask", model.seq_length, cut=False, only_with_documents=True),
         ),
         flops=2 * hidden * model.seq_length,

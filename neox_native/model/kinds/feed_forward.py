@@ -64,7 +64,7 @@ def costs(model: Model) -> Costs:
     names = ("up", "gate", "activated", "gated") if model.gated else ("up", "activated")
     return Costs(
         products=(Product(hidden, ffn, cut="columns"),) * inputs + (Product(ffn, hidden, cut="inner"),),
-        kept=tuple(Kept(name, ffn) for name in names),
+        kept=tuple(Kept(name, ffn, dear=name in ("up", "gate")) for name in names),
         touched=(inputs + 1) * ffn,
         touched_eager=(inputs + 1) * ffn,
     )

@@ -177,7 +177,7 @@ class Training:
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What a block forgets in its forward pass and recomputes in the backward pass: "selective" what is cheap to make again
-    (half the memory, no more FLOPs), "full" all but its input (4/3 of the FLOPs)."""
+    (little over half the memory, no more FLOPs), "full" all but its input (4/3 of the FLOPs)."""
     activation_memory_budget: Share = 0.5
     """"selective" in compiled blocks: the share that a block keeps of what it would keep with "none"; torch chooses what is
     cheapest to recompute. Eager blocks keep the results of matrix products, attention and tensor-parallel sums [fraction]."""

@@ -27,8 +27,8 @@ SCHEDULES = (
     ("zbv", 2),
 )
 """Schedule and virtual stages."""
-FORGETS = (("none", 1), ("selective", 2), ("selective", 1), ("full", 2), ("full", 1))
-"""Activation checkpointing, and of every so many-th block."""
+FORGETS = (("full", 1), ("none", 1), ("selective", 2), ("selective", 1), ("full", 2))
+"""Activation checkpointing, and of every so many-th block: the most, and the others beginning with the least."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +93,23 @@ def _choices(pp: int, dp: int, tp: int) -> Iterator[tuple[dict[str, Any], dict[s
 
 
 def search(config: Config, gpus: int, machine: Machine) -> list[Candidate]:
-    """All layouts that can work, the fastest first, those that do not fit at the end, the nearest first.
+    """All layouts that can work, the fastest first, those that do not fit at the end, the nearest first. Of what a layout may
+    recompute, all are there up to the first that fits, and full recomputation.
 
     Raises:
         UserError: none fits; the message says what the nearest lacks. Or the config cannot work in any.
     """
     require_some_layout(config)
     limit = MEMORY_SHARE * machine.gpu.memory_bytes
-    found = []
+    found, settled = [], None
     for layout in layouts(config, gpus, machine.gpus_per_node):
+        place = layout.parallel, layout.training.micro_batch_size
+        if place == settled:
+            continue
         peak = peak_bytes(layout)
         found.append(Candidate(layout, peak, step_time(layout, machine) if peak <= limit else None))
+        # What recomputes more than what fits is slower; where full recomputation does not fit, nothing does.
+        settled = place if (peak <= limit) != (forgets(layout) == "full") else None
     if not found:
         raise UserError(
             f"no layout of {gpus} GPUs divides the model and training.global_batch_size = "

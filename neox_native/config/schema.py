@@ -147,8 +147,8 @@ class Data:
     """Tokenizer that made the data: "byte", a Hugging Face tokenizer.json, or "tiktoken:gpt2" and its like."""
     order: Literal["neox", "epoch", "stored"] = "neox"
     """Order of the samples: "neox" is GPT-NeoX's, to the token, and where a run is made longer than that, further epochs
-    follow, drawn anew; "epoch" shuffles each epoch on its own, so that a longer
-    run continues a shorter one; "stored" takes rows of seq_length + 1 tokens as they lie (Pythia's preshuffled data)."""
+    follow, drawn anew; "epoch" shuffles each epoch on its own, so that a longer run continues a shorter one; "stored" takes
+    rows of seq_length + 1 tokens as they lie (Pythia's preshuffled data)."""
     packing: Literal["packed", "pack_until_overflow", "unpacked"] = "packed"
     """How documents fill a row: end to end, whole documents while they fit, or one document; the last two pad."""
     document_attention: bool = False
@@ -176,11 +176,9 @@ class Training:
     clip_grad_norm: float = 1.0
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What a block forgets in its forward pass and recomputes in the backward pass: "selective" what is cheap to make again
-    (little over half the memory, no more FLOPs), "full" all but its input (4/3 of the FLOPs)."""
+    """What a block recomputes in its backward pass: "selective" all that is cheap, "full" all but its input (4/3 of the FLOPs)."""
     activation_memory_budget: Share = 0.5
-    """"selective" in compiled blocks: the share that a block keeps of what it would keep with "none"; torch chooses what is
-    cheapest to recompute. Eager blocks keep the results of matrix products, attention and tensor-parallel sums [fraction]."""
+    """"selective" in compiled blocks: the share of what "none" keeps that they keep; torch chooses what they recompute [fraction]."""
     recompute_every: Count = 1
     """Only every so many-th block recomputes, the others keep all [blocks]."""
     initial_loss_scale: Positive = 4096.0

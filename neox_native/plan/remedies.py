@@ -92,6 +92,7 @@ def _knobs(config: Config) -> dict[str, list[Changes]]:
         "parallel.zero_stage": [stage for stage in (1, 2, 3) if stage > parallel.zero_stage and parallel.dp > 1],
         "training.micro_batch_size": [size for size in range(micro - 1, 0, -1) if micro % size == 0],
         recomputation.dotted: list(kinds[kinds.index(training.activation_checkpointing) + 1 :]),
+        "training.recompute_every": [1] if training.recompute_every > 1 and training.activation_checkpointing != "none" else [],
         "parallel.sequence_parallel": [True] if parallel.tp > 1 and not parallel.sequence_parallel else [],
         "parallel.tp": [degree for degree in doubled if parallel.tp < degree <= Machine.gpus_per_node],
         "parallel.pp": [degree for degree in doubled if parallel.pp < degree],

@@ -127,7 +127,8 @@ class RunState:
         Raises `UserError` where they had ended the run: on the same settings it would only end again.
         """
         before, count = fits.config_of(saved), saved.get(BAD_STEPS)
-        training = replace(self.config.training, activation_checkpointing=before.training.activation_checkpointing)  # the same numbers
+        recomputation = {name: getattr(before.training, name) for name in ("activation_checkpointing", "recompute_every")}
+        training = replace(self.config.training, **recomputation)  # the same numbers
         now = replace(self.config, training=training)
         changed = any(getattr(before, name) != getattr(now, name) for name in SHAPE_THE_TRAINING)
         if isinstance(count, int) and not changed:

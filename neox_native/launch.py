@@ -92,6 +92,10 @@ def start_process_group(device: torch.device, launch: Launch) -> None:
         store: dist.Store = dist.HashStore()
     else:
         store = fresh_store(launchers_store(launch), launch)
+    # `device_id` is load-bearing. With it NCCL puts all messages of a pipeline on the group's one communicator, in the order
+    # in which each rank issues them, and `tests/parallel/test_messages.py` shows that no schedule can hang there. Without it
+    # every pair of ranks gets a communicator of its own at its first message, which both must make at once, whatever each of
+    # them has to do first: interleaved schedules may hang.
     dist.init_process_group(
         backend,
         store=store,

@@ -95,7 +95,7 @@ def units_of(
     say of the parameters becomes groups of ranks. A collective."""
     described, tp, state_mesh = cards(model), mesh.tensor, cache(mesh.state_mesh)
     last = rank_of_stage(parallel.pp * parallel.virtual_stages - 1, parallel.pp, parallel.pipeline_schedule)
-    ends = mesh.across_stages([0, last]) if last > 0 else None
+    ends = mesh.across_stages([0, last]) if model.tie_embeddings and last > 0 else None
     numbers = {sharers(card, parallel.tp) for card in described.values()} - {1}
     neighbours = {number: mesh.tensor_neighbours(number) for number in sorted(numbers)}
     owned: set[int] = set()
@@ -110,7 +110,7 @@ def units_of(
         if name == "embed_in.weight" and part.embed_in is not None:
             aliases = tuple(head for head in tied_heads if head is not parameter)
             owned.update(id(head) for head in aliases)
-        if model.tie_embeddings and name == part.global_name("embed_out.weight") and ends is not None:
+        if name == part.global_name("embed_out.weight") and ends is not None:
             sum_over.append(ends)  # both ends of the pipeline read the matrix
             copy_of_first = part.embed_in is None
         sharded = isinstance(parameter, DTensor) and isinstance(parameter.placements[0], Shard)

@@ -5,7 +5,8 @@ Shapes: M microbatches of a step, B sequences of a microbatch, T sequence, D hid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -45,7 +46,14 @@ class GradientSink(Protocol):
 
 
 class Stage(PipelineStage):
-    """torch's stage, which also tells the gradient sink where in the step it is, and times its compute."""
+    """torch's stage, which also tells the gradient sink where in the step it is, and times its compute.
+
+    [Note: receive buffers] torch's stage keeps a receive buffer for every microbatch of a step. Here one is made as its receive
+    is posted and let go as the microbatch's backward pass ends, so that a stage has those of the microbatches in flight and of
+    messages on their way; what the weight half of a split backward pass still reads lives until then. The allocator hands
+    the same memory round. That is safe on a GPU: NCCL's stream waits for the compute stream as a receive is posted, and the
+    compute stream waits for the message before it reads the buffer.
+    """
 
     sink: GradientSink
     timing: Timing
@@ -53,6 +61,28 @@ class Stage(PipelineStage):
     """The last one that went forward."""
     dropout_seeds: Sequence[int]
     """Of the step's microbatches."""
+
+    @contextmanager
+    def _without_memory(self) -> Iterator[None]:
+        """Tensors that torch makes here for later have shapes alone."""
+        device, self.device = self.device, torch.device("meta")
+        yield
+        self.device = device
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        """Notes what each microbatch will receive. See [Note: receive buffers]."""
+        with self._without_memory():
+            return super()._prepare_forward_infra(*args, **kwargs)
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        """The same for gradients."""
+        with self._without_memory():
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    def _get_recv_ops(self, recv_infos: tuple[Any, ...]) -> list[dist.P2POp]:
+        """Receives to post, each into a new buffer."""
+        _move_buffers(recv_infos, self.device)
+        return super()._get_recv_ops(recv_infos)
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         """First messages to the neighbours, that open connections; torch 2.11 would connect a V's tip to itself."""
@@ -75,6 +105,10 @@ class Stage(PipelineStage):
         self.sink.microbatch(self.stage_index, last_backward and full_backward)
         with self.timing.compute.running():
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if loss is not None:
+            loss.detach_()  # torch keeps it until the step is over, and its graph would keep what was received
+        received = (*self.args_recv_info[bwd_chunk_id], *self.grad_recv_info.get(bwd_chunk_id, ()))
+        _move_buffers(received, torch.device("meta"))
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """The weight half of a split backward."""
@@ -82,6 +116,15 @@ class Stage(PipelineStage):
         with self.timing.compute.running():
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self.sink.absorb()
+
+
+def _move_buffers(received: Iterable[Any], device: torch.device) -> None:
+    """New buffers on `device` in place of those of messages, and of what stages of one rank hand over, without their
+    content. With them goes the input's gradient, which torch leaves there where backward passes are split."""
+    for info in received:
+        if (buffer := getattr(info, "buffer", None)) is not None:  # what the pipeline itself is fed has none
+            buffer.grad = None
+            info.buffer = torch.empty_like(buffer, device=device, requires_grad=buffer.requires_grad)
 
 
 class Pipeline:

@@ -159,7 +159,7 @@ class Ledger(TorchDispatchMode):
         if packet in FLOPS:
             self.totals.flops += FLOPS[packet](*args, **kwargs, out_val=result)
         for output in tree_iter(result):
-            if isinstance(output, Tensor):
+            if isinstance(output, Tensor) and output.device.type != "meta":
                 self._note(output)
         if function.namespace in ("c10d", "_c10d_functional"):
             self._communication(function, args, result)

@@ -27,16 +27,13 @@ def resident(config: Config, pp_rank: int) -> dict[str, int]:
     parallel, e = config.parallel, ELEMENT_BYTES[config.training.precision]
     stage, share = zero_stage_of(parallel), share_of(config, pp_rank)
     masters = FP32_BYTES * share.row if e < FP32_BYTES or stage == 3 else 0
-    others = set(range(parallel.pp * parallel.virtual_stages)) - set(share.stages)
-    receives = sum((number - 1 in others) + (number + 1 in others) for number in share.stages)
     return {
         "parameters": e * share.padded if stage < 3 else (e * share.row if e < FP32_BYTES else 0),
         # Stages 2 and 3 give the last step's rows back when the first forward pass begins.
         "gradients": gradient_bytes(config) * share.world * share.row if stage < 2 else 0,
         "optimizer_state": masters + MOMENTS[config.optimizer.name] * FP32_BYTES * share.owned,
         "activations": 0,
-        # torch's stages have a buffer for each microbatch that they will receive from another rank.
-        "communication": receives * num_microbatches(config) * stream_bytes(config),
+        "communication": 0,
     }
 
 
@@ -67,7 +64,7 @@ class _Sizes:
         self.whole, self.stream = activation_bytes(config), stream_bytes(config)
         self.head = self.stream + 2 * self.whole  # what it keeps, logits left out: its input, x̂ and the affine part
         self.logits = tokens * share_of_vocabulary(model.padded_vocab_size, parallel.tp)  # elements
-        self.stages = stages_of(config, share_of(config, pp_rank))
+        self.stages, self.num_stages = stages_of(config, share_of(config, pp_rank)), parallel.pp * parallel.virtual_stages
 
     @property
     def log_probabilities(self) -> int:
@@ -84,18 +81,26 @@ class _Sizes:
 
     def held(self, moment: Moment) -> int:
         """Activations of all microbatches in flight. The input half of a backward pass frees the loss alone, recomputes
-        what layers had forgotten ([Note: recomputing once] in `parallel/recompute.py`), leaves gradients for the weight
-        half, and leaves that of its input at the receive buffer, where it stays until the step is over."""
+        what layers had forgotten ([Note: recomputing once] in `parallel/recompute.py`), and leaves gradients for the weight
+        half."""
         size = sum(number * self.kept(stage) for number, stage in zip(moment.held, self.stages))
         if not self.splits:
             return size
-        for stage, waiting, halved in zip(self.stages, moment.waiting, moment.halved):
+        for stage, waiting in zip(self.stages, moment.waiting):
             if stage.number > 0:
                 loss = self.log_probabilities if stage.readout else 0
                 size += waiting * (stage.recomputed + self.waiting(stage) - loss)
-                received = all(other.number != stage.number - 1 for other in self.stages)
-                size += self.stream * (halved if received else waiting)
         return size
+
+    def received(self, moment: Moment) -> int:
+        """Buffers of messages from other ranks, see [Note: receive buffers] in `parallel/pipeline.py`: the inputs of microbatches
+        in flight, and gradients, of the pass itself and those that weight halves read."""
+        own = {-1, self.num_stages, *(stage.number for stage in self.stages)}
+        count = 0
+        for turn, (stage, held, waiting) in enumerate(zip(self.stages, moment.held, moment.waiting)):
+            count += held * (stage.number - 1 not in own)
+            count += (waiting + (turn == moment.turn)) * (stage.number + 1 not in own)
+        return count * self.stream
 
     def waiting(self, stage: Stage) -> int:
         """Gradients that the weight half of a backward pass needs: those of the outputs of every projection and of every
@@ -114,7 +119,7 @@ def _phase(
         rows: elements of the matrices that this pass has reduced so far; where it is the stage's first pass, their rows appear.
         present, gathered: elements of the parameters that stage 3 has gathered, and has on their way.
     """
-    phase = {"activations": sizes.held(moment) + work}
+    phase = {"activations": sizes.held(moment) + work, "communication": sizes.received(moment)}
     if sizes.zero >= 2:
         now = sizes.stages[moment.turn]
         others = [stage for stage, reduced in zip(sizes.stages, moment.reduced) if reduced and stage is not now]
@@ -122,7 +127,8 @@ def _phase(
         reduced = sum(stage.elements for stage in others) + (now.elements if moment.reduced[moment.turn] else rows)
         phase["gradients"] = gradient_bytes(sizes.config) * (matrices + reduced // sizes.config.parallel.dp)
     if sizes.zero == 3:
-        phase |= {"parameters": sizes.e * present, "communication": sizes.e * gathered}
+        phase["parameters"] = sizes.e * present
+        phase["communication"] += sizes.e * gathered
     return phase
 
 

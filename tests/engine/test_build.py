@@ -47,3 +47,17 @@ def test_a_unit_is_a_place_in_the_model_and_a_family_of_parameters():
     assert all(name.startswith(EXPERTS) for name in found["layers.0.experts"]) and len(found["layers.0.experts"]) == 4
     assert set(found["layers.0.experts"].values()) == {Rule(True, 2.0), Rule(False, 2.0)}
     assert found["layers.1"]["layers.1.mlp.dense_h_to_4h.weight"] == Rule(True) and len(found["layers.1"]) == 12
+
+
+def ends_joined(tied: bool) -> list[list[int]]:
+    """Places in the pipeline that get groups of their own."""
+    parallel, model = Parallel(pp=2, dp=1), replace(MODEL, tie_embeddings=tied)
+    mesh, asked = build_mesh(parallel, CPU), []
+    parts = assemble(model, parallel, Training(), Compile(), mesh)
+    mesh.across_stages = asked.append
+    build.units_of(parts, model, parallel, mesh)
+    return asked
+
+
+def test_ends_of_a_pipeline_have_a_group_only_where_they_are_tied():
+    assert run_ranks(2, lambda: [ends_joined(tied) for tied in (True, False)])[1] == [[[0, 1]], []]

@@ -15,12 +15,20 @@ from neox_native.config.schema import Config, Parallel
 LOOPED = ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble")
 IN_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")
 ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
+FORWARD_FIRST = ("gpipe", "looped_bfs")
+"""Schedules in which all microbatches wait for their backward passes at once."""
 IDLE_AT_1 = {
     "pp": ("pipeline_schedule", "virtual_stages", "stage_layers"),
     "dp": ("zero_stage",),
     "tp": ("sequence_parallel",),
 }
 """The settings of [parallel] that are ignored where an axis has one rank."""
+
+
+def head_gradients_in_forward(parallel: Parallel) -> bool:
+    """Whether the forward pass makes the head's gradients and keeps them, [Note: slices] in `model/cross_entropy.py`: not where
+    every microbatch of a step would keep one of the whole matrix; there the backward pass repeats a product."""
+    return parallel.pp == 1 or parallel.pipeline_schedule not in FORWARD_FIRST
 
 
 def degree_left(parallel: Parallel, world_size: int) -> int | None:

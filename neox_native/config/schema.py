@@ -181,6 +181,9 @@ class Training:
     """"selective" in compiled blocks: the share of what "none" keeps that they keep; torch chooses what they recompute [fraction]."""
     recompute_every: Count = 1
     """Only every so many-th block recomputes, the others keep all [blocks]."""
+    loss_slice_tokens: Count = 512
+    """Tokens of a microbatch for which there are logits at a time: head and loss run slice by slice. Longer slices need more
+    memory and, on a GPU, read and write the head's fp32 gradient less often; a change rounds sums differently [tokens]."""
     initial_loss_scale: Positive = 4096.0
     """fp16: first dynamic loss scale, of the mean loss of a microbatch."""
     loss_scale_window: Count = 1000

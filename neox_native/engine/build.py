@@ -142,7 +142,7 @@ def units_of(
         for n, block in part.layers.items():
             found += units(part, f"layers.{n}", [block], {f"layers.{n}": block})
         if (readout := part.readout) is not None:
-            found += units(part, "head", [readout.final_layer_norm, readout.embed_out], {"readout": readout})
+            found += units(part, "head", [readout], {"readout": readout})
         result[number] = found
     return result
 

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neox_native.inference.runner import Runner
-from neox_native.parallel.loss import softmax
+from neox_native.model.cross_entropy import Holder, softmax
+from neox_native.parallel.loss import RanksOfVocabulary
 
 
 class Window(NamedTuple):
@@ -59,8 +60,9 @@ def token_logprobs(logits_BTV: Tensor, targets_BT: Tensor, tp_group: dist.Proces
 
     Where the vocabulary is cut, the logits are never gathered.
     """
-    found = softmax(logits_BTV, targets_BT, tp_group)
-    return found.target_BT - found.total_BT.log(), found.target_BT >= 0
+    holder = Holder() if tp_group is None else RanksOfVocabulary(tp_group, logits_BTV.shape[-1])
+    found = softmax(logits_BTV.to(torch.float32, copy=True), targets_BT, holder)
+    return found.target - found.total.log(), found.target >= 0
 
 
 class Scorer:

@@ -6,26 +6,13 @@ Shapes: B microbatch, T sequence, D hidden, V padded vocabulary.
 from __future__ import annotations
 
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from neox_native.config.schema import Model
+from neox_native.model.cross_entropy import CrossEntropy
 from neox_native.model.initialize import standard_deviation
 from neox_native.model.layers import Affine, Normalize, norm_cards
 from neox_native.model.parameters import Card, Cards, normal, under
-
-IGNORED = -100
-"""Target of a position that does not count."""
-
-
-class CrossEntropy(nn.Module):
-    """Negative log-likelihood of each target [nats]; a seam, see [Note: seams]."""
-
-    def forward(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-        """[B, T, V] and token ids [B, T] -> fp32 [B, T]; 0 where the target is -100."""
-        logits = logits_BTV.flatten(0, 1).float()
-        return F.cross_entropy(logits, targets_BT.flatten(), reduction="none", ignore_index=IGNORED).view(targets_BT.shape)
-
 
 class Readout(nn.Module):
     """The final norm, the head, and what the head's logits say of the targets.
@@ -42,8 +29,8 @@ class Readout(nn.Module):
 
     def forward(self, x_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """[B, T, D] -> logits [B, T, V], or with targets their negative log-likelihood, fp32 [B, T]."""
-        logits_BTV = self.embed_out(self.final_layer_norm(self.normalize(x_BTD)))
-        return logits_BTV if targets_BT is None else self.cross_entropy(logits_BTV, targets_BT)
+        x_BTD = self.final_layer_norm(self.normalize(x_BTD))
+        return self.embed_out(x_BTD) if targets_BT is None else self.cross_entropy(x_BTD, self.embed_out.weight, targets_BT)
 
 
 def readout_cards(model: Model) -> Cards:

@@ -8,6 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from neox_native.config.layout_rules import ZERO_BUBBLE, head_gradients_in_forward
 from neox_native.config.schema import Compile, Model, Parallel, Training
 from neox_native.dtypes import DTYPES
 from neox_native.mesh import Mesh
@@ -37,6 +38,10 @@ def assemble(
             tensor.apply(part, mesh.tensor.mesh, parallel.sequence_parallel)
         if model.tie_embeddings and part.embed_in is not None and part.readout is not None:
             part.readout.embed_out.weight = nn.Parameter(torch.empty_like(part.embed_in.weight))
+        if part.readout is not None:
+            loss = part.readout.cross_entropy
+            loss.slice_tokens, loss.split = training.loss_slice_tokens, parallel.pipeline_schedule in ZERO_BUBBLE
+            loss.early = head_gradients_in_forward(parallel)
         for number_of_layer, block in part.layers.items():
             forgets = training.forgets(int(number_of_layer))
             if compilation.enabled:

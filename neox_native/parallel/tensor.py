@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch.nn as nn
@@ -40,7 +39,7 @@ from neox_native.model.kinds import kinds_of_layers
 from neox_native.model.parameters import Cards
 from neox_native.model.transformer import Transformer
 from neox_native.parallel.cuts import share_of_vocabulary
-from neox_native.parallel.loss import vocab_parallel_cross_entropy
+from neox_native.parallel.loss import RanksOfVocabulary
 
 
 class Replicated(ParallelStyle):
@@ -95,10 +94,20 @@ class VocabParallelHead(ColwiseParallel):
 
 
 class VocabParallelLoss(ParallelStyle):
-    """The cross-entropy of logits whose columns lie on several ranks."""
+    """Head and cross-entropy in one, where the head's rows lie on several ranks. Each has a share of the sum that is the
+    gradient of the head's input."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.vocab_size = vocab_size
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module.forward = partial(vocab_parallel_cross_entropy, group=device_mesh.get_group())
+        def localize(_module: nn.Module, inputs: tuple[DTensor, DTensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            x_BTD, weight_VD, targets_BT = inputs
+            return x_BTD.to_local(grad_placements=[Partial()]), weight_VD.to_local(), targets_BT
+
+        module.holder = RanksOfVocabulary(device_mesh.get_group(), share_of_vocabulary(self.vocab_size, device_mesh.size()))
+        module.register_forward_pre_hook(localize)
         return module
 
 
@@ -220,7 +229,7 @@ def plan(model: Model, sequence_parallel: bool) -> dict[str, Rule]:
         "readout.normalize": seam(stream, Replicate(), local=False, read_in_parts=True),
         "readout.final_layer_norm": whole(),
         "readout.embed_out": columns(VocabParallelHead(model.padded_vocab_size)),
-        "readout.cross_entropy": Rule(VocabParallelLoss(), None, Shard(-1), Replicate(), Replicate()),
+        "readout.cross_entropy": Rule(VocabParallelLoss(model.padded_vocab_size), None, Replicate(), Replicate(), Replicate()),
     }
 
 

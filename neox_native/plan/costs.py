@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from neox_native.config.layout_rules import ZERO_BUBBLE
+from neox_native.config.layout_rules import ZERO_BUBBLE, head_gradients_in_forward
 from neox_native.config.schema import Config, Parallel
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES, INT64_BYTES
 from neox_native.model.flops import model_flops_of_layer, model_flops_of_readout
@@ -57,13 +57,14 @@ def passes_of_layer(config: Config, sort: Sort) -> int:
 
 def tensor_parallel_bytes(config: Config, pp_rank: int) -> int:
     """What a rank sends over the tp axis in a step: in every microbatch what its layers send, one all-reduce for each end of
-    the model, and for the loss three of [b, T] in fp32; and once a step the gradients that are partial."""
+    the model, and for each run of the loss three of [b, T] in fp32; and once a step the gradients that are partial."""
     model, training, parallel, share = config.model, config.training, config.parallel, share_of(config, pp_rank)
     layers = sum(passes_of_layer(config, sort) for stage in share.sorts(training) for sort in stage)
     passes = layers + 2 * share.first + 2 * share.last
     if share.first and model.pos_emb in ("learned", "sinusoidal"):
         passes += parallel.sequence_parallel  # reduced whole, cut afterwards
-    scores = 3 * ring(training.micro_batch_size * model.seq_length * FP32_BYTES, parallel.tp, 2) * share.last
+    runs = 1 if head_gradients_in_forward(parallel) else 2
+    scores = 3 * runs * ring(training.micro_batch_size * model.seq_length * FP32_BYTES, parallel.tp, 2) * share.last
     per_microbatch = passes * ring(activation_bytes(config), parallel.tp) + scores
     return num_microbatches(config) * per_microbatch + _partial_gradient_bytes(config, share)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from neox_native.config.layout_rules import ZERO_BUBBLE
+from neox_native.config.layout_rules import ZERO_BUBBLE, head_gradients_in_forward
 from neox_native.config.schema import Config
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.parallel.cuts import share_of_vocabulary
@@ -62,34 +62,34 @@ class _Sizes:
         self.config, self.zero, self.e = config, zero_stage_of(parallel), ELEMENT_BYTES[training.precision]
         self.splits = parallel.pp > 1 and parallel.pipeline_schedule in ZERO_BUBBLE  # backward passes in two halves
         self.whole, self.stream = activation_bytes(config), stream_bytes(config)
-        self.head = self.stream + 2 * self.whole  # what it keeps, logits left out: its input, x̂ and the affine part
-        self.logits = tokens * share_of_vocabulary(model.padded_vocab_size, parallel.tp)  # elements
+        rows = share_of_vocabulary(model.padded_vocab_size, parallel.tp)
+        self.slice_logits = min(tokens, training.loss_slice_tokens) * rows  # elements
+        self.head_gradient = self.e * rows * model.hidden_size  # in the type of the weights
+        # The fp32 gradients of the head's input and matrix, which the forward pass makes or the backward pass.
+        self.made = (self.whole + self.head_gradient) * FP32_BYTES // self.e
+        self.early = head_gradients_in_forward(parallel)
+        # What the head keeps: its input, x̂, the affine part, and gradients.
+        self.head = self.stream + 2 * self.whole + (self.made if self.early else 0)
         self.stages, self.num_stages = stages_of(config, share_of(config, pp_rank)), parallel.pp * parallel.virtual_stages
-
-    @property
-    def log_probabilities(self) -> int:
-        """What the loss keeps of a microbatch, in fp32."""
-        return FP32_BYTES * self.logits
 
     def kept(self, stage: Stage) -> int:
         """What a stage keeps of a microbatch between its passes: what its layers keep, but for the first one's input where
-        that is a receive buffer; and its output, or, with the head, what that keeps, the fp32 log-probabilities included."""
+        that is a receive buffer; and its output, or, with the head, what that keeps."""
         size = stage.kept - (0 if stage.embedding else stage.layers[0].input)
         if not stage.readout:
             return size + self.stream
-        return size + self.head + self.log_probabilities
+        return size + self.head
 
     def held(self, moment: Moment) -> int:
-        """Activations of all microbatches in flight. The input half of a backward pass frees the loss alone, recomputes
-        what layers had forgotten ([Note: recomputing once] in `parallel/recompute.py`), and leaves gradients for the weight
-        half."""
+        """Activations of all microbatches in flight. The input half of a backward pass frees the head's fp32 gradients alone,
+        recomputes what layers had forgotten ([Note: recomputing once] in `parallel/recompute.py`), and leaves gradients for the
+        weight half."""
         size = sum(number * self.kept(stage) for number, stage in zip(moment.held, self.stages))
         if not self.splits:
             return size
         for stage, waiting in zip(self.stages, moment.waiting):
             if stage.number > 0:
-                loss = self.log_probabilities if stage.readout else 0
-                size += waiting * (stage.recomputed + self.waiting(stage) - loss)
+                size += waiting * (stage.recomputed + self.waiting(stage) - (self.made if stage.readout else 0))
         return size
 
     def received(self, moment: Moment) -> int:
@@ -104,8 +104,8 @@ class _Sizes:
 
     def waiting(self, stage: Stage) -> int:
         """Gradients that the weight half of a backward pass needs: those of the outputs of every projection and of every
-        norm's learned half, and of the logits."""
-        return stage.waiting + (self.e * self.logits + self.whole if stage.readout else 0)
+        norm's learned half, and that of the head's matrix, which is there already."""
+        return stage.waiting + (self.head_gradient + self.whole if stage.readout else 0)
 
 
 def _phase(
@@ -138,10 +138,9 @@ def _backward(sizes: _Sizes, moment: Moment) -> Iterator[dict[str, int]]:
     lingering = stage.lingering if moment.reduced[moment.turn] else 0
     before, freed, rows = lingering, 0, 0
     if stage.readout:
-        yield _phase(sizes, moment, _loss(sizes), lingering)
         yield from _head(sizes, moment, lingering)
         before = rows = stage.readout
-        freed = sizes.head - sizes.stream + sizes.log_probabilities
+        freed = sizes.head - sizes.stream
     if sizes.splits and not stage.embedding:
         yield _phase(sizes, moment, _input_half(sizes, stage))
         return
@@ -155,22 +154,17 @@ def _backward(sizes: _Sizes, moment: Moment) -> Iterator[dict[str, int]]:
         yield _embedding(sizes, moment, before)
 
 
-def _loss(sizes: _Sizes) -> int:
-    """What the loss makes in fp32 beyond what it keeps. With the whole vocabulary these are the log-softmax and two gradients
-    of its size; with a cut one the logits in fp32 (a copy, if they are not), shifted, and their exponentials."""
-    copies = 2 * FP32_BYTES
-    if sizes.config.parallel.tp > 1:
-        copies += sizes.e if sizes.e < FP32_BYTES else 0
-    return copies * sizes.logits
-
-
 def _head(sizes: _Sizes, moment: Moment, lingering: int) -> Iterator[dict[str, int]]:
-    """The backward pass of the head's product makes gradients of its weight and of its input beside that of the logits; then
-    the gradient of the logits is gone, and the unit's matrix begins."""
-    model, stage = sizes.config.model, sizes.stages[moment.turn]
-    weight_gradient = sizes.e * share_of_vocabulary(model.padded_vocab_size, sizes.config.parallel.tp) * model.hidden_size
-    work, follows = weight_gradient + sizes.whole - sizes.log_probabilities, stage.layers[-1].unit
-    yield _phase(sizes, moment, work + sizes.e * sizes.logits, lingering, present=stage.readout, gathered=follows)
+    """Head and loss, [Note: slices] in `model/cross_entropy.py`: a slice's softmax in fp32, in low precision a rounded copy of its
+    gradient, too, and its product with x; then the backward pass converts the sums; then they have taken the place of what was
+    made in fp32, and the unit's matrix begins."""
+    stage = sizes.stages[moment.turn]
+    follows, converted = stage.layers[-1].unit, sizes.head_gradient + sizes.whole
+    made, low = (0 if sizes.early else sizes.made), sizes.e < FP32_BYTES
+    work = made + (FP32_BYTES + sizes.e * low) * sizes.slice_logits + sizes.head_gradient * low
+    yield _phase(sizes, moment, work, lingering, present=stage.readout, gathered=0 if sizes.early else follows)
+    yield _phase(sizes, moment, made + converted * low, lingering, present=stage.readout, gathered=follows)
+    work = converted - sizes.whole - (sizes.made if sizes.early else 0)
     yield _phase(sizes, moment, work, lingering + stage.readout, gathered=follows)
 
 
@@ -197,11 +191,8 @@ def _layer(
 
 def _input_half(sizes: _Sizes, stage: Stage) -> int:
     """A split backward pass has freed nothing when its input half ends: there are the gradients that the weight half needs,
-    and what is in work in the stage's first layer. With tensor parallelism the gradient of fp32 logits takes the place of
-    their probabilities."""
-    in_place = stage.readout and sizes.config.parallel.tp > 1 and sizes.e == FP32_BYTES
-    work = stage.layers[0].returning - (sizes.log_probabilities if in_place else 0)
-    return stage.recomputed + sizes.waiting(stage) + work
+    and what is in work in the stage's first layer. The gradients of the head have taken the place of what was made in fp32."""
+    return stage.recomputed + sizes.waiting(stage) + stage.layers[0].returning - (sizes.made if stage.readout else 0)
 
 
 def _embedding(sizes: _Sizes, moment: Moment, before: int) -> dict[str, int]:

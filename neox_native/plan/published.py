@@ -44,10 +44,9 @@ def compare_row(row: dict[str, Any]) -> Comparison:
     seconds, recomputed = 0.0, row.get("recomputed", 0.0)
     # What is recomputed in part lies between nothing and everything.
     for checkpointing, weight in (("none", 1.0 - recomputed), ("full", recomputed)):
-        training = Training(**row["training"], activation_checkpointing=checkpointing)
-        config = require(
-            Config(model=Model(**row["model"]), training=training, parallel=Parallel(**row["parallel"])), row["gpus"]
-        )
+        model, training = Model(**row["model"]), Training(**row["training"], activation_checkpointing=checkpointing)
+        training = dataclasses.replace(training, loss_slice_tokens=training.micro_batch_size * model.seq_length)  # theirs are whole
+        config = require(Config(model=model, training=training, parallel=Parallel(**row["parallel"])), row["gpus"])
         seconds += weight * step_time(config, machine).seconds
     tokens = config.training.global_batch_size * config.model.seq_length / row["gpus"]
     predicted = tokens * model_flops_per_token(config.model) / seconds / gpu.peak_flops_per_second

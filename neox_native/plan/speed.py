@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 
+from neox_native.config.layout_rules import head_gradients_in_forward
 from neox_native.config.schema import Config
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES
 from neox_native.model.flops import model_flops_per_token
@@ -230,12 +231,14 @@ def _kernel_bytes(config: Config, kinds: Kinds, costs: list[Costs], fused: bool)
 
 
 def _head(config: Config, machine: Machine) -> float:
-    """The time of final norm, head and loss, forward and backward."""
+    """The time of final norm, head and loss, forward and backward. All slices of the loss but the first add to an fp32 gradient."""
     model, t = config.model, config.parallel.tp
     columns, e = model.padded_vocab_size / t, ELEMENT_BYTES[config.training.precision]
     product = machine.seconds_of_matmul(_tokens(config), model.hidden_size, columns, e)
     passes = 16.0 if machine.software.fused else 40.0  # bytes read and written per logit
-    return 3 * product + machine.seconds_of_memory(passes * _tokens(config) * columns)
+    added = (_tokens(config) - 1) // config.training.loss_slice_tokens * model.hidden_size * (2 * FP32_BYTES + 2 * e)
+    products = 3 if head_gradients_in_forward(config.parallel) else 4
+    return products * product + machine.seconds_of_memory((passes * _tokens(config) + added) * columns)
 
 
 def _sends(config: Config, machine: Machine, pp_rank: int) -> float:

@@ -19,7 +19,7 @@ from neox_native.metrics.throughput import device_name
 
 LAYOUT = ("pp", "dp", "tp", "zero_stage")
 """Settings of [parallel] that a checkpoint tells beside its config, which the oldest ones do not have."""
-ROUNDING = ("training.micro_batch_size", "training.precision", "compile.enabled")
+ROUNDING = ("training.micro_batch_size", "training.loss_slice_tokens", "training.precision", "compile.enabled")
 """Settings that, like all of [parallel], cut sums or draw masks in another way and are not meant to change what is trained.
 Recomputation is none of them: it repeats the same operations."""
 WITHIN_A_MICROBATCH = ("parallel.tp", "parallel.sequence_parallel", *ROUNDING)

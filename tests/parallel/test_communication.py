@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neox_native.config.schema import Compile, Model, Parallel, Training
 from neox_native.mesh import build_mesh
+from neox_native.model.cross_entropy import CrossEntropy
 from neox_native.model.parameters import vector
 from neox_native.parallel.assemble import assemble
-from neox_native.parallel.loss import vocab_parallel_cross_entropy
+from neox_native.parallel.loss import RanksOfVocabulary
 from neox_native.parallel.tensor import kind_rules
 from tests.parallel.layouts import CPU, MODEL, batch, fill
 from tests.ranks import run_ranks
@@ -81,9 +82,8 @@ def test_blocks_communicate_once_per_residual_step(residual, passes):
 
 
 def loss_collectives(model: Model) -> list[int]:
-    """Sizes of what the vocabulary-parallel cross-entropy hands to collectives, forward and backward [elements]."""
-
-
+    """Sizes of what the readout of 2 rows, in slices of 48 tokens, hands to collectives in its forward and backward pass
+    [elements]."""
     sizes: list[int] = []
     all_reduce = dist.all_reduce
 
@@ -92,14 +92,17 @@ def loss_collectives(model: Model) -> list[int]:
         return all_reduce(tensor, *arguments, **keywords)
 
     dist.all_reduce = noting
-    logits = torch.zeros(2, model.seq_length, model.padded_vocab_size // TP, requires_grad=True)
-    vocab_parallel_cross_entropy(logits, batch(model, 1, 2)[1][0], dist.group.WORLD).sum().backward()
+    loss, rows = CrossEntropy(), model.padded_vocab_size // TP
+    loss.slice_tokens, loss.holder = 48, RanksOfVocabulary(dist.group.WORLD, rows)
+    x, weight = torch.zeros(2, model.seq_length, 8, requires_grad=True), torch.zeros(rows, 8, requires_grad=True)
+    loss(x, weight, batch(model, 1, 2)[1][0]).sum().backward()
     return sizes
 
 
 def test_the_logits_are_never_gathered():
     sizes = run_ranks(TP, loss_collectives, MODEL)[0]
-    assert sizes == [2 * MODEL.seq_length] * 3
+    slices = [min(48, 2 * MODEL.seq_length - start) for start in range(0, 2 * MODEL.seq_length, 48)]
+    assert sizes == [number * times for number in slices for times in (1, 2)]  # the largest; the sum and the target's
 
 
 def test_a_cut_that_no_module_makes_is_not_ignored() -> None:

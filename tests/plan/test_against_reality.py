@@ -8,6 +8,7 @@ import torch
 from neox_native.config.check import require
 from neox_native.config.schema import Config, Model, Parallel, Run, Training
 from neox_native.engine.build import build_engine, build_model, build_step
+from neox_native.fixed_point import PIECES
 from neox_native.mesh import build_mesh
 from neox_native.plan.dry_run import axes_of, dry_run, fake_batch, run_step
 from neox_native.plan.ledger import Ledger
@@ -40,9 +41,12 @@ def real_step(config: Config) -> tuple[int, dict[str, int], int, int]:
 
 
 @pytest.mark.parametrize("parallel, training, determinism", CASES, ids=str)
-def test_a_real_step_needs_what_the_dry_run_says(parallel: Parallel, training: dict, determinism: str) -> None:
+def test_a_real_step_needs_what_the_dry_run_says(
+    parallel: Parallel, training: dict, determinism: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PIECES, "cpu", PIECES["cuda"])  # which the dry run takes
     ranks = parallel.pp * parallel.dp * parallel.tp
-    settings = Training(global_batch_size=8 * parallel.dp, micro_batch_size=2, **training)
+    settings = Training(global_batch_size=8 * parallel.dp, micro_batch_size=2, loss_slice_tokens=96, **training)
     config = Config(run=Run(determinism=determinism), model=MODEL, training=settings, parallel=parallel)
     config = require(config, ranks)
     rank = ranks - 1

@@ -40,7 +40,7 @@ OPTIMIZERS = {
 
 def config_of(parallel: Parallel, model: str = "parallel", optimizer: str = "sgd", compiled: bool = False, **training) -> Config:
     """A checked config with 8 sequences a step."""
-    settings = Training(**{"global_batch_size": 8, "micro_batch_size": 1, "clip_grad_norm": 1.0, "steps": STEPS, **training})
+    settings = Training(**{"global_batch_size": 8, "micro_batch_size": 1, "loss_slice_tokens": 6, "clip_grad_norm": 1.0, "steps": STEPS, **training})
     config = Config(
         model=MODELS[model], training=settings, parallel=parallel, optimizer=OPTIMIZERS[optimizer], compile=Compile(compiled)
     )

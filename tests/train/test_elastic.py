@@ -22,7 +22,7 @@ from tests.train.same_run import assert_same_run, logged
 BASE = [
     "--model.num_layers=8", "--model.hidden_size=16", "--model.num_heads=2", "--model.seq_length=16",
     "--model.vocab_size=60", "--model.vocab_multiple_of=4", "--training.steps=14", "--training.global_batch_size=8",
-    "--training.micro_batch_size=1", "--optimizer.lr=1e-2", "--logging.every=1", "--logging.tensorboard=false",
+    "--training.micro_batch_size=1", "--training.loss_slice_tokens=6", "--optimizer.lr=1e-2", "--logging.every=1", "--logging.tensorboard=false",
     "--run.determinism=elastic", "--run.device=cpu", "--checkpoint.save_every=2", "--evaluation.every=2",
     "--evaluation.batches=1", "--data.split=80,20,0",
 ]  # fmt: skip

@@ -40,8 +40,7 @@ class Run:
     """"10:13" profiles steps 10, 11 and 12, the end left out as in a slice: in the folder `profile` of the run, each rank writes
     a Chrome trace, for ui.perfetto.dev, and a table of its dearest kernels. Those steps are slower. Empty: none [steps]."""
     memory_history: bool = False
-    """On a GPU, note the Python stack of every allocation, some microseconds each, for the snapshot that is written when memory
-    runs out."""
+    """On a GPU, note the Python stack of every allocation, microseconds each, for the snapshot written when memory runs out."""
 
     @property
     def profiled_steps(self) -> range:
@@ -182,8 +181,7 @@ class Training:
     recompute_every: Count = 1
     """Only every so many-th block recomputes, the others keep all [blocks]."""
     loss_slice_tokens: Count = 512
-    """Tokens of a microbatch for which there are logits at a time: head and loss run slice by slice. Longer slices need more
-    memory and, on a GPU, read and write the head's fp32 gradient less often; a change rounds sums differently [tokens]."""
+    """Tokens of a microbatch that have logits at a time; longer slices cost memory, and a GPU fewer passes over fp32 sums [tokens]."""
     initial_loss_scale: Positive = 4096.0
     """fp16: first dynamic loss scale, of the mean loss of a microbatch."""
     loss_scale_window: Count = 1000
@@ -306,8 +304,7 @@ class Checkpoint:
     export: Literal["none", "fp32", "bf16"] = "none"
     """After the last step, also write the weights alone, in this type, to the folder `weights` of the run."""
     export_hf_every: int = 0
-    """Also write the weights as a Hugging Face folder, `hugging_face/step_...` of the run, after every so many steps and at
-    the end; 0 never does [steps]."""
+    """Also write a Hugging Face folder, `hugging_face/step_...` of the run, every so many steps and at the end; 0 never [steps]."""
 
 
 @dataclass(frozen=True)

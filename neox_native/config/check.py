@@ -30,6 +30,7 @@ LAYOUT_RULES = (
     layout_rules.stages,
     layout_rules.schedule_microbatches,
     layout_rules.zero_bubble,
+    layout_rules.compiled_recomputation,
 )
 
 # A resumed run may change everything but what its weights, its optimizer state and the order of its data are made of:

@@ -202,6 +202,11 @@ LAYOUT_MISTAKES = [
         "runs its microbatches in 2 equal rounds, but global_batch_size(20) / (micro_batch_size(4) * dp(1)) = 5; "
         "make them a multiple of parallel.pp = 2, such as 4 or 6",
     ),
+    (
+        2,
+        ["--parallel.tp=2", "--training.activation_checkpointing=selective", "--compile.enabled"],
+        "cannot run with parallel.tp = 2, whose device mesh torch cannot weigh",
+    ),
     (2, [*ZERO_BUBBLE, "--compile.enabled"], "splits the backward pass, which compile.enabled = true cannot"),
     (4, [*ZERO_BUBBLE, "--parallel.zero_stage=2"], "parallel.zero_stage = 2 would reduce them there; set it to 0 or 1"),
 ]

@@ -11,8 +11,8 @@ all of this is multiplied by the largest power of two in the loss scale, which i
 the median gradient is 4e-5, 0.2% of the sums of 8 microbatches are below 2^-24; 99.9% of all lie within 6e-8 of the exact sum,
 relative, where sums in fp32 lie within 1.3e-5.
 
-Everything else is a sum of two limbs, see `limbs`: the gradient's squared norm, losses, metrics. An addend that is not
-finite, or that leaves the range, makes the result NaN in every layout.
+Everything else is a sum of three limbs, see `limbs`: the gradient's squared norm, losses, metrics. An addend that is not
+finite, or that leaves the range, makes the result NaN in every layout; the sum itself has no range that it could leave.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from torch import Tensor
 GRAIN = 2.0**-48
 """What one unit of an integer gradient stands for, without a loss scale. See [Note: range and grain]."""
 HIGH, LOW = 16, 42
-"""Binary digits behind the point of a high limb, and further ones of a low limb."""
+"""Binary digits behind the point of a high limb, and further ones of a low limb; as many make a high limb."""
 LARGEST = 2.0**26
-"""Largest magnitude of a number in limbs."""
+"""Largest magnitude of an addend in limbs, and what one unit of a top limb stands for."""
+LIMBS = 4
+"""Integers that a sum of limbs consists of, with the count of addends that do not fit."""
 PIECES = {"cpu": 1 << 16, "cuda": 1 << 20}
 """Elements that are converted at a time: temporaries stay in a CPU's cache, and up to 2^20 low limbs add up without a carry."""
 MANY = 1024
@@ -84,11 +86,11 @@ class FixedGradients:
 
 
 def limbs(tensors: Sequence[Tensor], squared: bool = False, piece: int = PIECES["cpu"]) -> Tensor:
-    """The sum of all values, or of their squares, as int64 [3], which adds up with others, over ranks too: high limb, low limb,
-    and a number that is not zero where a value is not finite or larger than `LARGEST`.
+    """The sum of all values, or of their squares, as int64 [4], which adds up with others, over ranks too: top limb, high limb,
+    low limb, and a number that is not zero where a value is not finite or larger than `LARGEST`.
 
-    A value is rounded to the nearest multiple of 2^-58: high * 2^-16 + low * 2^-58 with 0 <= low <= 2^42. After a `carry`,
-    2^20 results can be added without another.
+    A value is rounded to the nearest multiple of 2^-58: top * 2^26 + high * 2^-16 + low * 2^-58. After a `carry`, 2^20 results
+    can be added without another.
     """
     nothing = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
     highs, lows, extremes = [nothing], [nothing], [nothing.double()]
@@ -100,7 +102,8 @@ def limbs(tensors: Sequence[Tensor], squared: bool = False, piece: int = PIECES[
         highs.append(high.to(torch.int64).sum())
         lows.append(scaled.sub_(high).mul_(2.0**LOW).round_().to(torch.int64).sum())
     faults = _faults(extremes, LARGEST * 2.0**HIGH).expand(len(highs))
-    return carry(carry(torch.stack([torch.stack(highs), torch.stack(lows), faults], dim=-1)).sum(dim=0))
+    tops = torch.zeros_like(faults)
+    return carry(carry(torch.stack([tops, torch.stack(highs), torch.stack(lows), faults], dim=-1)).sum(dim=0))
 
 
 def _faults(extremes: Sequence[Tensor], largest: float) -> Tensor:
@@ -128,15 +131,17 @@ def _joined(tensors: Sequence[Tensor], size: int) -> Iterator[Tensor]:
 
 
 def carry(sums: Tensor) -> Tensor:
-    """The same numbers [..., 3] with low limbs below 2^42."""
-    high, low, faults = sums.unbind(-1)
-    return torch.stack([high + (low >> LOW), low & ((1 << LOW) - 1), faults], dim=-1)
+    """The same numbers [..., 4] with low limbs from 0 to 2^42 and high limbs from -2^41 to 2^41, the ends left out."""
+    top, high, low, faults = sums.unbind(-1)
+    high = high + (low >> LOW)
+    carried = (high + (1 << LOW - 1)) >> LOW  # to the nearest: a small negative number has no top limb
+    return torch.stack([top + carried, high - (carried << LOW), low & ((1 << LOW) - 1), faults], dim=-1)
 
 
 def value_of(sums: Tensor) -> Tensor:
-    """The fp64 number that limbs [..., 3] stand for; NaN where an addend did not fit."""
-    high, low, faults = carry(sums).unbind(-1)
-    value = high.double() * 2.0**-HIGH + low.double() * 2.0 ** -(HIGH + LOW)
+    """The fp64 number that limbs [..., 4] stand for; NaN where an addend did not fit."""
+    top, high, low, faults = carry(sums).unbind(-1)
+    value = top.double() * LARGEST + (high.double() * 2.0**-HIGH + low.double() * 2.0 ** -(HIGH + LOW))
     return torch.where(faults == 0, value, torch.nan)
 
 

@@ -71,6 +71,16 @@ def test_limbs_add_up_in_any_order_to_what_fp64_says():
     assert torch.equal(value_of(torch.stack([total, squares])), torch.stack([value_of(total), value_of(squares)]))
 
 
+def test_a_sum_of_limbs_has_no_range_that_it_could_leave():
+    """The squared norm of a gradient whose elements are in range, but which has many."""
+    elements = torch.tensor([2.0**13]).expand(1 << 22)
+    assert value_of(limbs([elements], squared=True)).item() == 2.0**48
+    most = torch.tensor([2.0**12, -(2.0**-58)], dtype=torch.float64)
+    assert value_of(limbs([most]) * (1 << 20)).item() == 2.0**32 - 2.0**-38
+    assert value_of(limbs([-most[:1]]) * (1 << 20)).item() == -(2.0**32)
+    assert value_of(limbs([most[1:]])).item() == -(2.0**-58), "what is small and negative is exact"
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 2 * LARGEST, -2 * LARGEST])
 def test_limbs_of_what_does_not_fit_are_not_a_number(bad):
     assert value_of(limbs([torch.tensor([1.0, bad])]) + limbs([torch.ones(3)])).isnan()

@@ -142,7 +142,7 @@ class TrainStep:
             losses_M = losses_M / scale
         loss = self.losses.sums.share(losses_M)
         spike = self.spike_guard.is_spike(self.losses.total(loss)) if self.spike_guard else None
-        grad_norm, skipped = self.optimizer.step(learning_rate, self.clip_grad_norm, scale, losses_M.sum(), spike)
+        grad_norm, skipped = self.optimizer.step(learning_rate, self.clip_grad_norm, scale, losses_M, spike)
         if self.loss_scale:
             self.loss_scale.update(1.0 - grad_norm.isfinite().float())
         return StepResult(loss, grad_norm, skipped, self._shares(function))

@@ -14,6 +14,7 @@ from functools import cache, cached_property
 from neox_native.config.schema import Config, Model, Parallel, Training
 from neox_native.dtypes import ELEMENT_BYTES, FP32_BYTES, INT64_BYTES
 from neox_native.errors import UserError
+from neox_native.fixed_point import LIMBS
 from neox_native.model.block import block_cards
 from neox_native.model.costs import Costs
 from neox_native.model.kinds import dealt, kinds_of_layers
@@ -162,9 +163,8 @@ def gradient_bytes(config: Config) -> int:
 
 
 def norm_bytes(config: Config) -> int:
-    """The gradient's squared norm while it is summed over ranks: one fp64 number, or three integers, see [Note: range and
-    grain]."""
-    return INT64_BYTES * (3 if config.run.determinism == "elastic" else 1)
+    """The gradient's squared norm while it is summed over ranks: one fp64 number, or integers, see [Note: range and grain]."""
+    return INT64_BYTES * (LIMBS if config.run.determinism == "elastic" else 1)
 
 
 def zero_stage_of(parallel: Parallel) -> int:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from neox_native.fixed_point import FixedGradients, carry, limbs, value_of
+from neox_native.fixed_point import LIMBS, FixedGradients, limbs, value_of
 from neox_native.zero import collectives
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.order import UnitsOfStage
@@ -165,7 +165,7 @@ class ShardedOptimizer:
             lr: learning rate, perhaps a scalar on the device.
             clip: largest global L2 norm of the gradient; 0 does not clip.
             loss_scale: what the loss was multiplied by, a scalar on the device.
-            loss: this rank's share of the loss: not finite on any rank, it makes the norm not finite on all.
+            loss: this rank's shares of the loss, of any shape: one that is not finite makes the norm not finite on all ranks.
             skip: a scalar, the same on all ranks; not zero, it skips the update.
 
         Returns:
@@ -256,17 +256,17 @@ class ShardedOptimizer:
             if pieces:
                 square = square + torch.nn.utils.get_total_norm(pieces).double().square() / num_replicas
         if loss is not None:
-            square = square + 0.0 * loss
+            square = square + 0.0 * loss.sum()
         if dist.get_world_size() > 1:
             dist.all_reduce(square)
         return square.sqrt().float()
 
     def _fixed_norm(self, fixed: FixedGradients, loss: Tensor | None) -> Tensor:
         """What `_global_norm` returns, from a sum of limbs; NaN where it is not finite."""
-        square = torch.zeros(3, dtype=torch.int64, device=self.device)
-        square[2] = fixed.faults()
+        square = torch.zeros(LIMBS, dtype=torch.int64, device=self.device)
+        square[-1] = fixed.faults()
         if loss is not None:
-            square[2] += ~loss.isfinite()
+            square[-1] += (~loss.isfinite()).sum()
         first = [each for each in self.trained if each.unit.num_replicas == 1 or dist.get_rank(each.unit.group) == 0]
         if counted := [piece for trained in first for piece in trained.counted]:
             square = square + limbs(counted, squared=True, piece=fixed.piece)

@@ -120,8 +120,9 @@ def train(config: Config, masked: bool = False) -> Outcome:
     return Outcome(found, norms, evaluation, gradients[0], shards(optimizer, place, "shard"))
 
 
-def whole(parts: list[Shards], sharded: bool = False) -> dict[str, torch.Tensor]:
-    """Full tensors from all ranks' parts, which are `sharded` over dp or not. Stages that share one must agree on it."""
+def whole(parts: list[Shards], sharded: bool = False, exact: bool = False) -> dict[str, torch.Tensor]:
+    """Full tensors from all ranks' parts, which are `sharded` over dp or not. Stages that share one must agree on it, to rounding
+    or `exact`."""
     full: dict[str, torch.Tensor] = {}
     for name in sorted({name for part in parts for name in part.of}):
         columns: dict[int, dict[tuple[int, int], torch.Tensor]] = {}
@@ -134,7 +135,8 @@ def whole(parts: list[Shards], sharded: bool = False) -> dict[str, torch.Tensor]
                     rows[part.place[2]] = part.shared[name]
         candidates = [_join(pieces, dim, sharded) for pieces in columns.values()]
         candidates = [_without_copies(candidate, rows) if rows else candidate for candidate in candidates]
-        assert all(torch.allclose(candidates[0], other, atol=1e-6) for other in candidates), f"{name} differs between stages"
+        tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"atol": 1e-6}
+        assert all(torch.allclose(candidates[0], other, **tolerance) for other in candidates), f"{name} differs between stages"
         full[name] = candidates[0]
     return full
 

@@ -70,7 +70,7 @@ def numbers(parallel: Parallel, settings: str) -> tuple[list[float], dict[str, t
     sharded = parallel.zero_stage > 0 and parallel.dp > 1
 
     def gathered(parts: list[Shards]) -> dict[str, torch.Tensor]:
-        return whole(parts, sharded)
+        return whole(parts, sharded, exact=True)
 
     return found, gathered([each.gradients for each in outcomes]), gathered([each.weights for each in outcomes])
 

@@ -8,7 +8,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+from torch.torch_version import TorchVersion
 
+from neox_native.config.layout_rules import ZERO_BUBBLE
 from neox_native.config.schema import Config, Model, Parallel
 from neox_native.dtypes import DTYPES
 from neox_native.engine.dropout import DropoutSeeds
@@ -16,6 +18,7 @@ from neox_native.engine.objective import objective_of
 from neox_native.engine.single_stage import Engine, SingleStage
 from neox_native.engine.spikes import SpikeGuard
 from neox_native.engine.step import Losses, TrainStep
+from neox_native.errors import UserError
 from neox_native.fixed_point import FixedGradients, FixedSums, RoundedSums
 from neox_native.mesh import Mesh
 from neox_native.model import initialize
@@ -33,14 +36,24 @@ from neox_native.zero.optimizer import ShardedOptimizer
 from neox_native.zero.spec import ParameterSpec, Rule, SharedRows, Unit
 
 
-def require_known(config: Config) -> None:
-    """Refuse what the settings leave to the code to know, before anything is built.
+SUMS_PARTS_LATE = (2, 13)
+"""torch from which on a split backward pass leaves the sum of partial gradients over tp to us."""
+
+
+def require_possible(config: Config) -> None:
+    """Refuse what the settings leave to the code and to torch to know, before anything is built.
 
     Raises:
-        UserError: a layer kind or an objective that nobody has defined.
+        UserError: a layer kind or an objective that nobody has defined; an elastic run whose sums this torch rounds.
     """
     kinds_of_layers(config.model)
     objective_of(config.objective)
+    parallel, schedule = config.parallel, config.parallel.pipeline_schedule
+    if config.run.determinism == "elastic" and parallel.tp > 1 and schedule in ZERO_BUBBLE and TorchVersion(torch.__version__) < SUMS_PARTS_LATE:
+        raise UserError(
+            f'run.determinism = "elastic" cannot hold with parallel.tp = {parallel.tp} and parallel.pipeline_schedule = "{schedule}" in torch '
+            f"{torch.__version__}, which adds parts of gradients over tp in floating point there; take torch 2.13 or another schedule."
+        )
 
 
 def build_model(

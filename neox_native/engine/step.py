@@ -77,7 +77,7 @@ class Losses:
 
     def function(self, batch: StepBatch, scale: Tensor | float = 1.0) -> StepLoss:
         """The loss function of the microbatches of this data rank's share of a step."""
-        weight = torch.tensor(self.objective.weight(batch), device=self.device)
+        weight = torch.tensor(self.objective.weight(batch), dtype=torch.int64, device=self.device)  # exact in any order
         weighing = dist.all_reduce(weight, group=self.mesh.rows.group, async_op=True)
         return StepLoss(self.objective, to_device(batch.loss_fields, self.device), weight, weighing, scale)
 

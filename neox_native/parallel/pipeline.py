@@ -61,6 +61,9 @@ class Stage(PipelineStage):
     """The last one that went forward."""
     dropout_seeds: Sequence[int]
     """Of the step's microbatches."""
+    graphs: dict[int, Any]
+    """Of microbatches between the halves of their backward pass, on the last stage: torch 2.11 keeps handles of nodes, and
+    those of custom nodes keep nothing alive."""
 
     @contextmanager
     def _without_memory(self) -> Iterator[None]:
@@ -103,6 +106,8 @@ class Stage(PipelineStage):
         """Backward of one microbatch, or its input half."""
         self.timing.on_microbatch(bwd_chunk_id)
         self.sink.microbatch(self.stage_index, last_backward and full_backward)
+        if loss is not None and not full_backward:
+            self.graphs[bwd_chunk_id] = loss.grad_fn
         with self.timing.compute.running():
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         if loss is not None:
@@ -115,6 +120,7 @@ class Stage(PipelineStage):
         self.sink.microbatch(self.stage_index, False)
         with self.timing.compute.running():
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        self.graphs.pop(bwd_chunk_id, None)
         self.sink.absorb()
 
 
@@ -168,7 +174,7 @@ class Pipeline:
             output = self.hidden_meta if part.readout is None else values
             inputs = tokens if number == 0 else self.hidden_meta
             stage = Stage(part, number, num_stages, device, input_args=inputs, output_args=output, group=pp_group)
-            stage.sink, stage.timing = sink, self.timing
+            stage.sink, stage.timing, stage.graphs = sink, self.timing, {}
             self.stages.append(stage)
         schedule_class = get_schedule_class(SCHEDULES[schedule])
         stages = self.stages if issubclass(schedule_class, PipelineScheduleMulti) else self.stages[0]

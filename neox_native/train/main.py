@@ -10,7 +10,7 @@ import torch
 from neox_native.config.check import require, require_on
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
-from neox_native.engine.build import build_engine, build_model, build_step, require_known
+from neox_native.engine.build import build_engine, build_model, build_step, require_possible
 from neox_native.launch import Launch, pick_device
 from neox_native.reliability.preemption import Requests
 from neox_native.train.keeping import Exports, Keeper
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
         settings = [word for word in arguments if word != DRY_RUN]
         return print(report_of(from_command_line(settings), launch.world_size))
     config = require(from_command_line(arguments), launch.world_size)
-    require_known(config)
+    require_possible(config)
     device = pick_device(config.run.device, launch)
     require_on(device.type, config)
     with Requests(launch) as requests, joined_ranks(config, device, launch):

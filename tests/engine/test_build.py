@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 
-from neox_native.config.schema import Compile, Model, Parallel, Training
+from neox_native.config.schema import Compile, Config, Model, Parallel, Run, Training
 from neox_native.engine import build
+from neox_native.errors import UserError
 from neox_native.mesh import build_mesh
 from neox_native.model.transformer import cards
 from neox_native.parallel.assemble import assemble
@@ -39,6 +41,15 @@ def units() -> dict[str, dict[str, Rule]]:
             unit.name: {spec.name: spec.rule for spec in unit.specs}
             for unit in build.units_of(parts, MODEL, parallel, mesh)[0]
         }
+
+
+def test_an_elastic_run_is_refused_where_torch_rounds_a_sum_over_tp(monkeypatch):
+    parallel = Parallel(pp=2, dp=1, tp=2, virtual_stages=2, pipeline_schedule="zbv")
+    config = Config(run=Run(determinism="elastic"), model=MODEL, parallel=parallel)
+    for version, refused in ("2.11.0", True), ("2.13.0+cpu", False):
+        monkeypatch.setattr(build.torch, "__version__", version)
+        with pytest.raises(UserError, match="take torch 2.13 or another schedule") if refused else nullcontext():
+            build.require_possible(config)
 
 
 def test_a_unit_is_a_place_in_the_model_and_a_family_of_parameters():

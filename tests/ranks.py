@@ -10,6 +10,7 @@ import datetime
 import multiprocessing
 import os
 import pickle
+import subprocess
 import tempfile
 import time
 import traceback
@@ -25,6 +26,11 @@ import torch.distributed as dist
 
 GRACE_SECONDS = 2.0
 """How long the other ranks may go on after one has failed."""
+
+
+def children_of(process: subprocess.Popen) -> list[int]:
+    """Process ids of what a launcher has started."""
+    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 class RankError(AssertionError):

@@ -168,6 +168,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
     record = read_manifest(path).get(METADATA)
     if record is None:
         raise UserError(f"{Path(path) / MANIFEST} does not list {METADATA}: this is not a checkpoint of this program.")
+    return _read_sound(file, record)
+
+
+def _read_sound(file: Path, record: Record) -> dict[str, Any]:
+    """The JSON of a file of a checkpoint. Raises `UserError` where it is not what its record says."""
     problem = damage(file, record)
     if problem is not None:
         raise UserError(problem + ".")
@@ -191,10 +196,7 @@ def read_hashes(path: Path) -> dict[str, str] | None:
     file, record = Path(path) / HASHES, read_manifest(path).get(HASHES)
     if record is None:
         return None
-    problem = damage(file, record)
-    if problem is not None:
-        raise UserError(problem + ".")
-    told = read_json(file)
+    told = _read_sound(file, record)
     tensors = told.get("tensors")
     if told.get("format") != HASH_FORMAT:
         return None

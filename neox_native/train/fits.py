@@ -129,7 +129,8 @@ def trained_as(saved: dict[str, Any]) -> Config:
 def what_becomes_of_numbers(saved: dict[str, Any], config: Config) -> list[str]:
     """A sentence for each thing about a start from a checkpoint that bears on the numbers of an otherwise unchanged run."""
     trained, found = trained_as(saved), []
-    was, now, same = trained.parallel.dp, config.parallel.dp, trained.run.determinism == "elastic" == config.run.determinism
+    was, now = trained.parallel.dp, config.parallel.dp
+    same = {trained.run.determinism, config.run.determinism} == {"elastic"}
     if was > 0 and was != now:
         before, after = trained.training.num_microbatches(was), config.training.num_microbatches(now)
         found.append(

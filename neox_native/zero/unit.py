@@ -125,8 +125,8 @@ class ShardedUnit:
         """Where each parameter's gradient goes in the matrix, part after part."""
         self.matrix: Tensor | None = self._new_matrix() if self.keeps_matrix else None
         size, slots = self.trained_layout.size, self.trained_layout.slots
-        row = torch.zeros(size, dtype=self.sum_dtype, device=self.device)
-        self.sum_row = row if self.matrix is None else self.matrix[self.rank]
+        apart = self.matrix is None
+        self.sum_row = torch.zeros(size, dtype=self.sum_dtype, device=self.device) if apart else self.matrix[self.rank]
         self.sums = [local_view(self.sum_row, slot, self.rank) for slot in slots]
         """This rank's shard of each trainable parameter's gradient while it is summed."""
         row = self.sum_row if self.fixed is None else self.sum_row.view(torch.float32)[:size]
@@ -278,7 +278,7 @@ class ShardedUnit:
 
     def _put(self, place: Tensor, gradient: Tensor, add: bool) -> None:
         if self.fixed is None:
-            place.add_(gradient) if add else place.copy_(gradient)  # both convert to fp32
+            (place.add_ if add else place.copy_)(gradient)  # both convert to fp32
         else:
             self.fixed.collect(place, gradient, add)
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from neox_native.config.load import dump
 from tests.checkpoint.small_runs import run, settings, write_corpus
+from tests.ranks import children_of
 from tests.train.same_run import assert_same_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,10 +51,6 @@ class Nodes:
         self.agents.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=self.writer, stderr=self.writer))
         return self.agents[-1]
 
-    def ranks(self, agent: subprocess.Popen) -> list[int]:
-        """Process ids of what a node's agent has started."""
-        return [int(child) for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
-
     def read_until(self, *texts: str) -> None:
         """Wait until each of the texts has been written since the last call, in any order."""
         with self.grown:
@@ -71,7 +68,7 @@ class Nodes:
     def lose(self, agent: subprocess.Popen) -> None:
         """The node's power fails: nothing of it gets to do anything."""
         agent.send_signal(signal.SIGSTOP)
-        for rank in self.ranks(agent):
+        for rank in children_of(agent):
             os.kill(rank, signal.SIGKILL)
         agent.kill()
         agent.wait()

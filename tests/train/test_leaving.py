@@ -20,7 +20,7 @@ from neox_native.config.load import dump
 from neox_native.launch import Launch
 from neox_native.reliability.preemption import Requests, end_of_process
 from tests.checkpoint.small_runs import events, settings, write_corpus
-from tests.ranks import run_ranks
+from tests.ranks import children_of, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,11 +50,6 @@ class Job:
                 return
         assert text is None, self.output
 
-    def ranks(self) -> list[int]:
-        """Process ids of what the launcher has started."""
-        children = Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children").read_text()
-        return [int(child) for child in children.split()]
-
 
 @pytest.fixture
 def job(tmp_path: Path):
@@ -83,7 +78,7 @@ def test_ctrl_c_saves_and_leaves(job) -> None:
     """To the whole group: each rank gets it twice, from the terminal and from torchrun."""
     running = job("--checkpoint.save_every=1000000")
     running.read_until("step       3/")
-    for process in (*running.ranks(), running.launcher.pid):
+    for process in (*children_of(running.launcher), running.launcher.pid):
         os.kill(process, signal.SIGINT)
     running.read_until(None)
     assert running.output.count("SIGINT: leaving after the next step") == 1

@@ -109,7 +109,7 @@ def batches(config: Config, steps: int) -> Iterator[StepBatch]:
 
 def measure(config: Config, with_ddp: bool, steps: int) -> Figures:
     """Train on this rank."""
-    choose_arithmetic(config.run, torch.device("cpu"))
+    choose_arithmetic(config.run, CPU)
     step = ddp_step(config) if with_ddp else our_step(config)
     seconds, loss = [], torch.zeros(())
     for batch in batches(config, WARMUP_STEPS + steps):

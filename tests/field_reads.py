@@ -5,7 +5,7 @@ with the section's class or reached from one (`config.optimizer`, `self.optimize
 a read may be missed where nothing is annotated, but what it reports is a read, whatever else in the code has an
 attribute called `lr`.
 
-Terms: a *kind* is the dotted name of a class of this repository, such as "neox_native.config.schema.Model".
+Terms: a *kind* is the dotted name of a class of this repository, such as "neox_native.config.sections.model.Model".
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ class Code:
                 names[node.name] = f"{module}.{node.name}"
         return names
 
+    def home(self, dotted: str) -> str:
+        """Where a name is defined that a module passes on: "config.schema.Model" -> "config.sections.model.Model"."""
+        module, _, name = dotted.rpartition(".")
+        there = self.names.get(module, {}).get(name, dotted)
+        return dotted if there == dotted else self.home(there)
+
     def is_class(self, dotted: str) -> bool:
         module, _, name = dotted.rpartition(".")
         tree = self.trees.get(module)
@@ -61,10 +67,10 @@ class Reader(ast.NodeVisitor):
     def dotted(self, node: ast.expr | None) -> str | None:
         """The dotted name that a name or `module.name` means."""
         if isinstance(node, ast.Name):
-            return self.names.get(node.id)
+            return self.code.home(self.names.get(node.id, "")) or None
         if isinstance(node, ast.Attribute):
             base = self.dotted(node.value)
-            return f"{base}.{node.attr}" if base else None
+            return self.code.home(f"{base}.{node.attr}") if base else None
         return None
 
     def annotated(self, node: ast.expr | None) -> str | None:
@@ -157,15 +163,16 @@ class Reader(ast.NodeVisitor):
 def reads_in(sources: dict[str, str]) -> set[tuple[str, str]]:
     """(section, field) of every setting that the modules outside CONFIG read: to check a setting is not to use it.
 
-    sources maps dotted module names to source text and contains SCHEMA, whose properties count for the fields they use
-    once they are read themselves.
+    sources maps dotted module names to source text and contains SCHEMA, whose sections' properties count for the fields
+    they use once they are read themselves.
     """
     code = Code(sources)
-    schema = code.trees[SCHEMA]
+    sections = {kind: section for section, kind in code.attributes[f"{SCHEMA}.Config"].items()}
     uses: dict[tuple[str, str], set[tuple[str, str]]] = {}  # property -> what its body reads
-    for owner in (node for node in schema.body if isinstance(node, ast.ClassDef)):
+    for kind in sections:
+        module, _, name = kind.rpartition(".")
+        (owner,) = (node for node in code.trees[module].body if isinstance(node, ast.ClassDef) and node.name == name)
         for function in (node for node in owner.body if isinstance(node, ast.FunctionDef)):
-            kind = f"{SCHEMA}.{owner.name}"
             uses[kind, function.name] = {
                 (kind, node.attr)
                 for node in ast.walk(function)
@@ -176,7 +183,6 @@ def reads_in(sources: dict[str, str]) -> set[tuple[str, str]]:
     while pending:
         found |= pending
         pending = {field for read in pending for field in uses.get(read, ())} - found
-    sections = {kind: section for section, kind in code.attributes[f"{SCHEMA}.Config"].items()}
     return {(sections[kind], name) for kind, name in found if kind in sections}
 
 

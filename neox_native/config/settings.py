@@ -1,13 +1,13 @@
-"""The index of all settings: dotted name -> section, annotation, default and documentation, read off `schema.py`."""
+"""The index of all settings: dotted name -> section, annotation, default and documentation, read off `schema.Config`."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import difflib
+import inspect
 import textwrap
 from functools import cache
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from neox_native.config import schema
@@ -72,24 +72,20 @@ def nearest(name: str, valid: list[str]) -> str:
 
 
 @cache
-def _documentation() -> dict[tuple[str, str], str]:
-    """(class, field) -> the string under the field in schema.py; (class, "") -> the class's own docstring."""
-    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
-    found: dict[tuple[str, str], str] = {}
-    for node in tree.body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        found[node.name, ""] = ast.get_docstring(node) or ""
-        for statement, below in zip(node.body, node.body[1:]):
-            match statement, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    found[node.name, name] = " ".join(text.split())
+def _documentation(section_class: type) -> dict[str, str]:
+    """Field -> the string under it in the section's source; "" -> the section's own docstring."""
+    (node,) = ast.parse(inspect.getsource(section_class)).body
+    found = {"": inspect.getdoc(section_class) or ""}
+    for statement, below in zip(node.body, node.body[1:]):
+        match statement, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = " ".join(text.split())
     return found
 
 
 def documentation(setting: Setting) -> str:
     """What the setting means, with its unit."""
-    return _documentation().get((SECTIONS[setting.section].__name__, setting.name), "")
+    return _documentation(SECTIONS[setting.section]).get(setting.name, "")
 
 
 def help_text() -> str:
@@ -103,7 +99,7 @@ def help_text() -> str:
         "--SECTION.NAME switches a true-or-false setting on.",
     ]
     for section, section_class in SECTIONS.items():
-        lines += ["", f"[{section}]  {_documentation()[section_class.__name__, '']}"]
+        lines += ["", f"[{section}]  {_documentation(section_class)['']}"]
         for setting in settings_of(section):
             values = describe(setting.annotation)
             if setting.range.words != Range().words:

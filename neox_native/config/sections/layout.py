@@ -1,0 +1,39 @@
+"""How a run is laid out over ranks, and compiled. See `schema.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from neox_native.config.ranges import Count, CountOrRest, Range
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the ranks are laid out: pp * dp * tp = number of ranks. What cuts along an axis is ignored where it has one rank:
+    schedule and stages at pp 1, zero_stage at dp 1, sequence_parallel at tp 1."""
+
+    pp: Count = 1
+    """Pipeline-parallel degree [ranks]."""
+    dp: CountOrRest = -1
+    """Data-parallel degree [ranks]; -1 takes the ranks that pp and tp leave."""
+    tp: Count = 1
+    """Tensor-parallel degree [ranks]."""
+    sequence_parallel: bool = False
+    """Shard norms, residual stream and dropout along the sequence over the tp axis."""
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv"] = "1f1b"
+    """Order of forward and backward passes in the pipeline."""
+    virtual_stages: Count = 1
+    """Stages per pipeline rank; looped schedules take 2 or more."""
+    stage_layers: list[Count] = field(default_factory=list)
+    """Layers of each stage, first to last; empty lets the code balance them, embedding and head weighed in."""
+    zero_stage: Annotated[int, Range("between 0 and 3", lambda number: 0 <= number <= 3)] = 0
+    """ZeRO stage: 0 keeps everything, 1 shards optimizer state, 2 also gradients, 3 also parameters, over dp."""
+
+
+@dataclass(frozen=True)
+class Compile:
+    """torch.compile."""
+
+    enabled: bool = False
+    """Compile each block."""

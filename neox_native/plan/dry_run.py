@@ -209,7 +209,7 @@ def _claim(optimizer: ShardedOptimizer, parts: Iterable[Transformer], ledger: Le
     ledger.axes = {each.shared.group.group_name: "tp" for each in optimizer.specs() if each.shared} | dict(ledger.axes)
     for unit in optimizer.units:
         ledger.claim(unit.storages, PARAMETERS, resizable=unit.releases)
-        ledger.claim([unit.sum_row], GRADIENTS, resizable=not unit.keeps_matrix)
+        ledger.claim([unit.gradients.row], GRADIENTS, resizable=not unit.gradients.keeps_matrix)
         # In fp32, stage 3's row of parameters is its own master.
         ledger.claim([unit.row] if unit.row is not None else [], OPTIMIZER if unit.master is None else PARAMETERS)
         ledger.claim([unit.master] if unit.master is not None else [], OPTIMIZER)

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+from torch import Tensor
+
 ALIGNMENT = 16
 """Slots start at multiples of this many elements, for vector loads."""
 
@@ -99,3 +101,9 @@ def lay_out(shapes: Sequence[tuple[int, ...]], world: int) -> Layout:
         slots.append(slot)
         offset += math.ceil(slot.width / ALIGNMENT) * ALIGNMENT
     return Layout(world, tuple(slots), offset)
+
+
+def local_view(row: Tensor, slot: Slot, rank: int) -> Tensor:
+    """`rank`'s shard of a parameter, as a view of its row."""
+    shape = slot.local_shape(rank)
+    return row[slot.offset : slot.offset + shape[0] * slot.inner].view(shape)

@@ -107,7 +107,9 @@ class ShardedOptimizer:
         self.trained = [
             Trained(spec, shard, gradient, partial, slot.span(unit.rank)[0], unit)
             for unit in self.units
-            for spec, slot, shard, gradient, partial in zip(unit.specs, unit.layout.slots, unit.shards, unit.gradients, unit.sums)
+            for spec, slot, shard, gradient, partial in zip(
+                unit.specs, unit.layout.slots, unit.shards, unit.gradients.shards, unit.gradients.sums
+            )
         ]
         self._make_optimizer()
 
@@ -132,7 +134,7 @@ class ShardedOptimizer:
     def time_waits(self, waiting: collectives.Waiting) -> None:
         """Put every wait for a collective in forward and backward passes inside a block of `waiting`."""
         for unit in self.units:
-            unit.waiting = waiting
+            unit.waiting = unit.gradients.waiting = waiting
 
     def microbatch(self, stage_index: int, last: bool) -> None:
         """A backward pass of pipeline stage `stage_index` begins; `last` if no other of this step follows. A caller
@@ -174,7 +176,7 @@ class ShardedOptimizer:
         """
         self._reduce()
         for unit in self.units:
-            unit.settle()
+            unit.gradients.settle()
         norm = self._global_norm(loss) if self.fixed is None else self._fixed_norm(self.fixed, loss)
         if loss_scale is not None:
             loss_scale = loss_scale if self.fixed is None else loss_scale / self.fixed.shift

@@ -31,20 +31,20 @@ class UnitsOfStage:
 
     def __init__(self, units: Sequence[ShardedUnit]):
         self.units = list(units)
-        self.reduced = [unit for unit in reversed(self.units) if unit.gradients]
+        self.reduced = [unit for unit in reversed(self.units) if unit.gradients.shards]
         """Units with gradients, in the order of their reductions."""
         self.due: deque[ShardedUnit] = deque()
         """Those that the current backward pass has yet to reduce."""
         self.in_flight: deque[ShardedUnit] = deque()
         # Two matrices at a time: one is filled while the other is reduced.
-        self.max_in_flight = 2 if all(unit.keeps_matrix for unit in self.reduced) else 1
+        self.max_in_flight = 2 if all(unit.gradients.keeps_matrix for unit in self.reduced) else 1
         self.watching = False
         """Whether the end of the current backward pass will be noticed."""
 
     def install_hooks(self) -> None:
         """Collect gradients as they come; make parameters present when modules run."""
         for index, unit in enumerate(self.units):
-            for position in range(len(unit.gradients)):
+            for position in range(len(unit.gradients.shards)):
                 for parameter in unit.specs[position].parameters:
                     parameter.register_post_accumulate_grad_hook(lambda _p, u=unit, j=position: self._on_gradient(u, j))
             modules = unit.modules if unit.zero_stage else ()
@@ -57,36 +57,36 @@ class UnitsOfStage:
     def begin(self, last: bool) -> None:
         """A backward pass begins; `last` if it is the step's last."""
         for unit in self.units:
-            unit.begin()
+            unit.gradients.begin()
             if State.GATHERING in unit.state:  # started in vain by the forward pass: a gather uses memory until it ends
                 unit.make_present()
         self._flush()  # in case the pass before delivered no gradient at all
-        self.due.extend(unit for unit in self.reduced if not unit.keeps_matrix or last and not unit.num_reductions)
+        self.due.extend(unit for unit in self.reduced if not unit.gradients.keeps_matrix or last and not unit.gradients.num_reductions)
         self.watching = False
 
     @torch.no_grad()
     def absorb(self) -> None:
         """Take every gradient that lies in `.grad`, which no hook has seen."""
         for unit in self.units:
-            for position in range(len(unit.gradients)):
-                unit.take(position)
+            for position in range(len(unit.gradients.shards)):
+                unit.gradients.take(position)
 
     def finish(self) -> None:
         """The step's backward passes are over: reduce the rest and wait for the results."""
         self._flush()
-        self.due.extend(unit for unit in self.reduced if unit.num_reductions == 0)
+        self.due.extend(unit for unit in self.reduced if unit.gradients.num_reductions == 0)
         self._flush()
         while self.in_flight:
-            self.in_flight.popleft().finish_reduction()
+            self.in_flight.popleft().gradients.finish()
         for unit in self.reduced:
-            unit.num_reductions = 0
+            unit.gradients.num_reductions = 0
 
     def _on_forward(self) -> None:
         """The stage's forward pass begins: the last step's gradients make room for its activations. Not so in an evaluation
         or a recomputation."""
         if torch.is_grad_enabled() and not _inside_backward():
             for unit in self.units:
-                unit.forget()
+                unit.gradients.forget()
 
     def _before_forward(self, index: int) -> None:
         self.units[index].make_present()
@@ -113,7 +113,7 @@ class UnitsOfStage:
         unit.arrive(position)
         if self.due:
             self._watch()
-        while self.due and self.due[0].complete:
+        while self.due and self.due[0].gradients.complete:
             self._reduce_next()
 
     def _watch(self) -> None:
@@ -140,9 +140,9 @@ class UnitsOfStage:
 
     def _reduce_next(self) -> None:
         if len(self.in_flight) == self.max_in_flight:
-            self.in_flight.popleft().finish_reduction()
+            self.in_flight.popleft().gradients.finish()
         self.in_flight.append(self.due.popleft())
-        self.in_flight[-1].start_reduction()
+        self.in_flight[-1].gradients.start()
 
 
 def _inside_backward() -> bool:

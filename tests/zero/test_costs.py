@@ -93,7 +93,7 @@ def held_bytes(optimizer: ShardedOptimizer) -> int:
     found: list[Tensor] = []
     for unit in optimizer.units:
         found += [local(spec.parameter).data for spec in unit.specs]
-        for value in vars(unit).values():
+        for value in [*vars(unit).values(), *vars(unit.gradients).values()]:
             found += [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Tensor)]
     found += [value for state in optimizer.optimizer.state.values() for value in state.values() if value.dim()]
     return storage_bytes([tensor for tensor in found if tensor.untyped_storage().nbytes()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from neox_native.config import layout_rules, rules
-from neox_native.config.schema import Config
+from neox_native.config.schema import Compile, Config
 from neox_native.config.settings import SETTINGS, Setting, settings_of
 from neox_native.config.values import to_toml
 from neox_native.errors import UserError
@@ -30,7 +30,6 @@ LAYOUT_RULES = (
     layout_rules.stages,
     layout_rules.schedule_microbatches,
     layout_rules.zero_bubble,
-    layout_rules.compiled_recomputation,
 )
 
 # A resumed run may change everything but what its weights, its optimizer state and the order of its data are made of:
@@ -102,20 +101,37 @@ def require_on(device_type: str, config: Config) -> None:
         UserError: compilation in low precision on a CPU.
     """
     precision = config.training.precision
-    if device_type == "cpu" and config.compile.enabled and precision != "fp32":
+    if device_type == "cpu" and config.compile.on and precision != "fp32":
         raise UserError(
             f'compile.enabled = true with training.precision = "{precision}" needs a GPU: for a CPU, torch 2.11 to 2.13 '
             'write C++ that does not compile; set compile.enabled = false or training.precision = "fp32".'
         )
 
 
+def on_device(config: Config, device_type: str) -> Config:
+    """The config as it is used on a kind of device, with compile.enabled = "auto" resolved; it has passed `require`."""
+    if config.compile.enabled != "auto":
+        return config
+    parallel = config.parallel
+    ranks = parallel.pp * parallel.dp * parallel.tp
+    return dataclasses.replace(config, compile=Compile(device_type != "cpu" and not _obstacles(config, ranks)))
+
+
+def _obstacles(config: Config, world_size: int) -> list[str]:
+    """Why a config that can work cannot be compiled, a sentence each."""
+    return problems(dataclasses.replace(config, compile=Compile(True)), world_size)
+
+
 def notices(config: Config, world_size: int, device_type: str) -> list[str]:
-    """A sentence for each thing that works but is slow, with its number. The config must have passed `require`.
+    """A sentence for each thing that works but is slow, with its number, and for what an "auto" does not do. The config must
+    have passed `require`.
 
     Sources: CPU rates measured with one thread; volumes of ZeRO from Rajbhandari et al. 2020 section 7, per step and
     times (d - 1) / d for d data-parallel ranks, with gradients reduced once per microbatch.
     """
     found = []
+    if config.compile.enabled == "auto" and device_type != "cpu" and (obstacles := _obstacles(config, world_size)):
+        found.append(f'compile.enabled = "auto" compiles nothing: {obstacles[0]}')
     if config.training.precision == "fp16" and device_type == "cpu":
         found.append(
             'training.precision = "fp16" on a CPU multiplies matrices at about 1 GFLOP/s per thread, where '
@@ -133,7 +149,7 @@ def notices(config: Config, world_size: int, device_type: str) -> list[str]:
         found.append(
             'run.determinism = "elastic" computes with 1 thread a rank on a CPU, whose kernels cut sums by threads: start a rank per core.'
         )
-    if max(config.model.hidden_dropout, config.model.attention_dropout) > 0:
+    if config.model.drops:
         found.append(
             "Dropout masks are drawn for a microbatch and a tensor-parallel rank: with model.hidden_dropout or "
             "model.attention_dropout above 0, another training.micro_batch_size, parallel.tp, parallel.sequence_parallel or "

@@ -170,20 +170,10 @@ def zero_bubble(config: Config, world_size: int) -> Iterator[str]:
         return
     name = f'parallel.pipeline_schedule = "{parallel.pipeline_schedule}"'
     other = 'or take the schedule "interleaved_1f1b"'
-    if config.compile.enabled:
+    if config.compile.on:
         yield f"{name} splits the backward pass, which compile.enabled = true cannot; set it to false, {other}."
     if parallel.zero_stage >= 2:
         yield (
             f"{name} splits the backward pass, so that gradients are not final when a block has run, and "
             f"parallel.zero_stage = {parallel.zero_stage} would reduce them there; set it to 0 or 1, {other}."
-        )
-
-
-def compiled_recomputation(config: Config, world_size: int) -> Iterator[str]:
-    """torch weighs what a compiled block keeps, and cannot weigh the device mesh that its sharded parameters hold."""
-    tp = config.parallel.tp
-    if tp > 1 and config.compile.enabled and config.training.activation_checkpointing == "selective":
-        yield (
-            'training.activation_checkpointing = "selective" with compile.enabled = true cannot run with parallel.tp = '
-            f'{tp}, whose device mesh torch cannot weigh; set parallel.tp = 1, compile.enabled = false, or take "full" or "none".'
         )

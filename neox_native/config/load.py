@@ -12,7 +12,7 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from neox_native import shipped_folder
 from neox_native.config.schema import Config
@@ -196,7 +196,7 @@ def _overrides(words: Sequence[str]) -> dict[str, Any]:
             if position < len(words) and not words[position].startswith("--"):
                 text = words[position]
                 position += 1
-            elif setting.annotation is bool:
+            elif bool in (setting.annotation, *get_args(setting.annotation)):
                 text = "true"
             else:
                 raise UserError(f"--{dotted} needs a value: {describe(setting.annotation)}.")

@@ -147,8 +147,7 @@ def recomputation(config: Config) -> Iterator[str]:
             f"training.recompute_every = {training.recompute_every} recomputes none of the model.num_layers = "
             f'{model.num_layers} blocks; lower it, or set training.activation_checkpointing = "none".'
         )
-    dropout = max(model.hidden_dropout, model.attention_dropout)
-    if config.compile.enabled and training.activation_checkpointing == "selective" and dropout > 0:
+    if config.compile.on and training.activation_checkpointing == "selective" and model.drops:
         yield (
             'training.activation_checkpointing = "selective" with compile.enabled = true would draw other dropout masks in the '
             f"backward pass, where model.hidden_dropout = {model.hidden_dropout} and model.attention_dropout = "
@@ -182,7 +181,7 @@ def profiled(config: Config) -> Iterator[str]:
 def repeatable(config: Config) -> Iterator[str]:
     """What cannot repeat bitwise is refused where bitwise was asked for."""
     mode = config.run.determinism
-    if mode != "fast" and config.compile.enabled:
+    if mode != "fast" and config.compile.on:
         yield (
             f'run.determinism = "{mode}" cannot hold with compile.enabled = true, which picks kernels by timing them, so '
             'that a restart may sum in another order; set compile.enabled = false or run.determinism = "fast".'

@@ -24,7 +24,7 @@ def describe(annotation: Any) -> str:
     """The values that annotation allows, in words: "a whole number", "one of "a", "b"", "a list of numbers"."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return "one of " + ", ".join(json.dumps(choice) for choice in arguments)
+        return "one of " * (len(arguments) > 1) + ", ".join(json.dumps(choice) for choice in arguments)
     if origin in (Union, UnionType):
         return " or ".join(describe(alternative) for alternative in arguments)
     if origin is list:

@@ -44,13 +44,14 @@ def assemble(
             loss.early = head_gradients_in_forward(parallel)
         for number_of_layer, block in part.layers.items():
             forgets = training.forgets(int(number_of_layer))
-            if compilation.enabled:
-                backend = within_budget(training.activation_memory_budget) if forgets == "selective" else "inductor"
+            inside = forgets != "none" and compilation.on and not model.drops  # see [Note: compiled recomputation]
+            if forgets != "none" and not inside:
+                recompute(block, selective=forgets == "selective")
+            if compilation.on:
+                budget = training.activation_memory_budget if forgets == "selective" else 0.0
+                backend = within_budget(budget) if inside else "inductor"
                 # The bound method, not the module: names stay, and hooks on the block run outside the graph.
                 block.compute = torch.compile(block.compute, fullgraph=True, dynamic=False, backend=backend)
-            # Outside of the graph: inside, what it keeps of DTensors for backward includes their meshes, which torch refuses.
-            if forgets == "full" or forgets == "selective" and not compilation.enabled:
-                recompute(block, selective=forgets == "selective")
         parts[number] = part
     return parts
 

@@ -11,7 +11,11 @@ keep without recomputation, and before that its input alone.
 [Note: selective] The forward pass keeps the results of matrix products, attention and sums over the tp axis; the second pass
 takes them, in the same order, where it would compute them, and repeats only what reads and writes memory. Nothing is kept
 that the second pass, which ends when the last activation is there, does not come to: a block's last product and its sum.
-A compiled block has one graph for both passes and needs none of this: `within_budget` lets torch choose what it keeps.
+
+[Note: compiled recomputation] A compiled block has one graph for both passes and needs none of this: `within_budget` lets torch
+choose what it keeps, where "full" is a budget of nothing but inputs. Its backward graph makes again what it reads, once; a
+recomputation around the graph would run all of it, last products and their sums over tp included. But torch may draw
+other random numbers there: so blocks that drop recompute around their graph, "full" alone.
 """
 
 from __future__ import annotations
@@ -75,8 +79,12 @@ def within_budget(budget: float, compiler: Callable[..., Any] | None = None) -> 
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
 
+    settings: dict[str, Any] = {"activation_memory_budget": budget}
+    if hasattr(config, "unsafe_treat_script_objects_as_zero_size"):  # torch 2.13; device meshes, which hold no activations
+        settings["unsafe_treat_script_objects_as_zero_size"] = True
+
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        with config.patch(activation_memory_budget=budget):
+        with config.patch(**settings):
             return (compiler or compile_fx)(graph, inputs)
 
     return backend

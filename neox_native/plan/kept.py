@@ -45,7 +45,7 @@ class Layer:
         # Results of output projections, and of their sums over tp, that the second pass comes to. See [Note: selective].
         beyond = 0 if model.hidden_dropout else 1
         dear += (len(kinds) - beyond) * whole + (steps - beyond) * stream * (t > 1)
-        if config.compile.enabled:
+        if config.compile.on:
             dear = int(training.activation_memory_budget * (made - stream * comes_as_it_is))
         present = made if comes_as_it_is else made + stream  # in its backward pass, where it forgets
         # Between its passes; and the part of it that is the layer's input as it came.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from neox_native.config.check import require, require_on
+from neox_native.config.check import on_device, require, require_on
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
 from neox_native.engine.build import build_engine, build_model, build_step, require_possible
@@ -41,6 +41,7 @@ def main(arguments: list[str]) -> None:
 
 def train(config: Config, device: torch.device, requests: Requests | None = None) -> None:
     """Train on the ranks of the process group, until done or asked to leave; `config` has passed `require`."""
+    config = on_device(config, device.type)
     with watched(config, device, requests) as (watchdog, requests):
         mesh, ranks, folder = lay_out_ranks(config, device)
         config, start = choose_start(config, ranks, folder, watchdog)

@@ -124,7 +124,7 @@ def test_every_zero_stage_draws_the_serial_curve(mesh, stage, optimizer, recompu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("mesh", ZERO_MESHES, ids=str)
 def test_every_zero_stage_of_compiled_blocks_draws_the_serial_curve(mesh, stage, recompute):

@@ -35,5 +35,11 @@ class Parallel:
 class Compile:
     """torch.compile."""
 
-    enabled: bool = False
-    """Compile each block."""
+    enabled: bool | Literal["auto"] = "auto"
+    """Compile each block and the loss; "auto" does on a GPU, where nothing that the settings ask for forbids it. The run's
+    config.toml says what was chosen."""
+
+    @property
+    def on(self) -> bool:
+        """Whether to compile. "auto" is false until `check.on_device` has chosen."""
+        return self.enabled is True

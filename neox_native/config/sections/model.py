@@ -65,6 +65,11 @@ class Model:
     """Standard deviation of "normal" and "scaled_normal"."""
 
     @property
+    def drops(self) -> bool:
+        """Whether anything is dropped."""
+        return max(self.hidden_dropout, self.attention_dropout) > 0
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and of the head."""
         return -(-self.vocab_size // self.vocab_multiple_of) * self.vocab_multiple_of

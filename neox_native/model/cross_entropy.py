@@ -20,6 +20,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from neox_native.config.schema import Training
+from neox_native.model import compiled_loss
+from neox_native.model.compiled_loss import compiled
 
 IGNORED = -100
 """Target of a position that does not count."""
@@ -83,6 +85,8 @@ class CrossEntropy(nn.Module):
         """Whether the forward pass makes gradients: an fp32 copy of the matrix for each microbatch between its passes."""
         self.split = False
         """Whether a backward pass comes in two halves, which both ask for all gradients."""
+        self.compiled = False
+        """Whether kernels are compiled; see [Note: compiled loss]."""
 
     def forward(self, x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
         """[B, T, D], [V, D] and token ids [B, T] -> fp32 [B, T]; 0 where the target is -100."""
@@ -115,7 +119,8 @@ def _sweep(
         n = slice(start, start + how.slice_tokens)
         arrives = gradient_N if isinstance(gradient_N, float) else gradient_N[n]
         of_slice = _Swept(swept.values[n], None if swept.x is None else swept.x[n], swept.weight)
-        _run_slice(x_ND[n], weight_VD, targets_N[n], how.holder, arrives, of_slice)
+        run = _run_compiled_slice if how.compiled else _run_slice
+        run(x_ND[n], weight_VD, targets_N[n], how.holder, arrives, of_slice)
     return swept
 
 
@@ -128,11 +133,21 @@ def _run_slice(x: Tensor, weight_VD: Tensor, targets: Tensor, holder: Holder, ar
     if into.x is None and into.weight is None:
         return
     gradient = _logit_gradient(found, counts * arrives)
-    rounded = gradient.to(x.dtype)
-    if into.x is not None:
-        into.x.copy_(rounded @ weight_VD)
-    if into.weight is not None:
-        _add_product(into.weight, gradient, rounded, x)
+    _add_products(into, gradient, gradient.to(x.dtype), x, weight_VD)
+
+
+def _run_compiled_slice(
+    x: Tensor, weight_VD: Tensor, targets: Tensor, holder: Holder, arrives: Tensor | float, into: _Swept
+) -> None:
+    """`_run_slice`, equal to it to rounding."""
+    counts, logits, columns = targets != IGNORED, x @ weight_VD.T, targets - holder.first_row
+    largest = holder.maximum(compiled(compiled_loss.largest)(logits))
+    total, target = holder.total(compiled(compiled_loss.sums)(logits, largest, columns))
+    torch.sub(total.log(), target, out=into.values).masked_fill_(~counts, 0.0)
+    if into.x is None and into.weight is None:
+        return
+    compiled(compiled_loss.overwrite_with_gradient)(logits, largest, total, columns, counts * arrives)
+    _add_products(into, logits, logits, x, weight_VD)
 
 
 def _logit_gradient(found: Softmax, factor_n: Tensor) -> Tensor:
@@ -142,6 +157,13 @@ def _logit_gradient(found: Softmax, factor_n: Tensor) -> Tensor:
     return found.exponentials.scatter_(-1, found.column[:, None], less_one).mul_((factor_n / found.total)[:, None])
 
 
+def _add_products(into: _Swept, gradient_nV: Tensor, rounded_nV: Tensor, x_nD: Tensor, weight_VD: Tensor) -> None:
+    if into.x is not None:
+        into.x.copy_(rounded_nV @ weight_VD)
+    if into.weight is not None:
+        _add_product(into.weight, gradient_nV, rounded_nV, x_nD)
+
+
 def _add_product(sum_VD: Tensor, gradient_nV: Tensor, rounded_nV: Tensor, x_nD: Tensor) -> None:
     """Add gradient^T x in fp32. In bf16 a slice's product is rounded, as the whole is at the end; fp16's range is too small."""
     if x_nD.dtype == torch.bfloat16:
@@ -149,7 +171,7 @@ def _add_product(sum_VD: Tensor, gradient_nV: Tensor, rounded_nV: Tensor, x_nD: 
     elif x_nD.dtype == torch.float16 and x_nD.is_cuda:
         sum_VD += torch.mm(rounded_nV.T, x_nD, out_dtype=torch.float32)
     else:
-        torch.addmm(sum_VD, gradient_nV.T, x_nD.float(), out=sum_VD)
+        torch.addmm(sum_VD, gradient_nV.float().T, x_nD.float(), out=sum_VD)
 
 
 class _SlicedCrossEntropy(torch.autograd.Function):

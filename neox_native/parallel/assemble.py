@@ -41,6 +41,7 @@ def assemble(
         if part.readout is not None:
             loss = part.readout.cross_entropy
             loss.slice_tokens, loss.split = training.loss_slice_tokens, parallel.pipeline_schedule in ZERO_BUBBLE
+            loss.compiled = compilation.on
             loss.early = head_gradients_in_forward(parallel)
         for number_of_layer, block in part.layers.items():
             forgets = training.forgets(int(number_of_layer))

@@ -55,6 +55,20 @@ def test_slices_are_the_whole_to_rounding(slice_tokens, early, weighting, dtype,
     assert (found[0][0, ::3] == 0).all() and (found[1][0, ::3] == 0).all()
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)], ids=str)
+@pytest.mark.parametrize("early", [True, False])
+def test_what_is_compiled_is_the_same_to_rounding(early, dtype, tolerance):
+    """Its functions uncompiled; `tests/train/test_layouts.py` compiles them, on ranks that share the vocabulary."""
+    loss = sliced(early=early)
+    loss.compiled = True
+    with torch.compiler.set_stance("force_eager"):
+        found = gradients(loss, torch.rand(B, T, generator=torch.Generator().manual_seed(1)), dtype)
+        alike = gradients(loss, 0.3, dtype)
+    for mine, factor in ((found, torch.rand(B, T, generator=torch.Generator().manual_seed(1))), (alike, 0.3)):
+        for one, other in zip(mine, gradients(sliced(), factor, dtype)):
+            assert one.dtype == other.dtype and (one.float() - other.float()).norm() <= tolerance * other.float().norm()
+
+
 def test_gradients_of_the_forward_pass_are_bit_by_bit_those_of_the_backward_pass():
     early, late = (gradients(sliced(early=early), 0.3) for early in (True, False))
     assert all(torch.equal(mine, other) for mine, other in zip(early, late))

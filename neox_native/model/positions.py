@@ -1,6 +1,6 @@
 """Position information: rotary, sinusoidal and ALiBi tables, and the attention mask of packed documents.
 
-Shapes: B microbatch, T sequence, S keys, N heads, K key/value heads, H head dim, R rotary dim, D hidden.
+Shapes: B microbatch, T sequence, S keys, N heads, Q blocks, K key/value heads, H head dim, R rotary dim, D hidden.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from neox_native.model.auxiliary import Auxiliary
 
+BLOCK = 128
+"""Tokens of a block of FlexAttention, Q of which make a row."""
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Stores a layer's new keys and values [B, T, K, H]; returns those of all positions so far [B, K, S, H]."""
 
@@ -86,13 +89,30 @@ def causal_mask(seq_length: int, documents_BT: Tensor | None, device: torch.devi
 
 def document_blocks(documents_BT: Tensor) -> BlockMask:
     """`causal_mask` for FlexAttention, which skips blocks of scores that no query may see: its cost grows with the sum
-    of squared document lengths, and no [T, T] mask is kept (Dong et al. 2024)."""
+    of squared document lengths, and no [T, T] mask is kept (Dong et al. 2024).
+
+    torch's `create_block_mask` makes that mask once, to look at it. Here a block of tokens is known by its least and its largest
+    document: two blocks may see each other where these ranges meet, and wholly where both hold one and the same document.
+    """
+    ids_BT = documents_BT.int()
 
     def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (documents_BT[batch, query] == documents_BT[batch, key])
+        return (key <= query) & (ids_BT[batch, query] == ids_BT[batch, key])
 
-    batch_size, seq_length = documents_BT.shape
-    return create_block_mask(visible, batch_size, None, seq_length, seq_length, device=documents_BT.device)
+    seq_length = ids_BT.shape[1]
+    padded_BT = F.pad(ids_BT, (0, -seq_length % BLOCK), value=torch.iinfo(ids_BT.dtype).max)  # no block that ends late is whole
+    least_BQ, most_BQ = padded_BT.unflatten(-1, (-1, BLOCK)).aminmax(dim=-1)
+    meet_BQQ = (least_BQ[:, :, None] <= most_BQ[:, None]) & (least_BQ[:, None] <= most_BQ[:, :, None])
+    alone_BQ = least_BQ == most_BQ
+    whole_BQQ = (meet_BQQ & alone_BQ[:, :, None] & alone_BQ[:, None]).tril(-1)
+    parts, wholes = _ordered(meet_BQQ.tril() & ~whole_BQQ), _ordered(whole_BQQ)
+    return BlockMask.from_kv_blocks(*parts, *wholes, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(seq_length, seq_length))
+
+
+def _ordered(seen_BQQ: Tensor) -> tuple[Tensor, Tensor]:
+    """For each block of queries how many blocks of keys it sees, [B, 1, Q], and their numbers, the others behind them."""
+    numbers = seen_BQQ.int().argsort(dim=-1, descending=True, stable=True)
+    return seen_BQQ.sum(-1, dtype=torch.int32)[:, None], numbers.int()[:, None]
 
 
 def mask_of_positions(positions_BT: Tensor, num_keys: int) -> Tensor:

@@ -2,6 +2,7 @@
 
     rows      ranks that read different rows of a step's batch; its weight and its token counts are summed over them
     shards    ranks over which ZeRO shards a unit of some family, and over which that unit's gradients are summed
+    replicas  ranks that hold the same shards of such a unit; its gradients are summed over them, too
     pipeline  ranks that hold the successive stages of one model
     tensor    ranks that hold the slices of one stage's parameters
 """
@@ -14,12 +15,15 @@ from functools import cached_property
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from neox_native.config.schema import Parallel
 
 AXES = ("pp", "dp", "tp")
 """Outermost first: tp is innermost, so that a tensor-parallel group stays inside a node."""
+REPLICAS, SHARDS = "dp_replicate", "dp_shard"
+"""The two parts of dp where ZeRO shards inside groups of it. The shards are neighbours, which stay inside a node."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,22 @@ class Mesh:
 
     Args:
         whole: the axes `AXES`.
+        shard_size: neighbours on dp among which ZeRO shards; 0 takes all of dp.
     """
 
-    def __init__(self, whole: DeviceMesh) -> None:
+    def __init__(self, whole: DeviceMesh, shard_size: int = 0) -> None:
         assert whole.mesh_dim_names == AXES, whole.mesh_dim_names
-        self.whole = whole
+        self.whole, self.shard_size = whole, shard_size
         self.named = {name: Axis(whole[name]) for name in AXES}
-        """Every axis by name, for people: tables, the start-up check, the dry run's account."""
+        """Every axis by name, and the parts of dp: for people, the start-up check, the dry run's account."""
+        if shard_size:
+            ranks = whole.mesh.unflatten(1, (-1, shard_size))  # [pp, replicas, shards, tp]
+            self.named |= {name: self._part(name, ranks.movedim(dim, -1)) for dim, name in enumerate((REPLICAS, SHARDS), start=1)}
+
+    def _part(self, name: str, ranks: Tensor) -> Axis:
+        """The axis of this rank's group among those that lie along the last dim. A collective."""
+        mine, _ = dist.new_subgroups_by_enumeration(ranks.flatten(0, -2).tolist())
+        return Axis(DeviceMesh.from_group(mine, self.whole.device_type, mesh_dim_names=(name,)))
 
     @property
     def rows(self) -> Axis:
@@ -90,16 +103,23 @@ class Mesh:
 
     def shards(self, family: str = "dense") -> Axis:
         """The ranks over which ZeRO shards units of a family ("dense" or "expert", see `model.parameters.Card`)."""
-        return self.named["dp"]
+        return self.named[SHARDS if self.shard_size else "dp"]
+
+    def replicas(self, family: str = "dense") -> Axis | None:
+        """The ranks that hold the same shards of such units; None where ZeRO shards over all of dp."""
+        return self.named.get(REPLICAS)
 
     def state_mesh(self, family: str = "dense") -> DeviceMesh:
-        """This stage's ranks as ("tp", "dp"): a parameter of the family is first cut by tp, then each slice by `shards`.
+        """This stage's ranks as ("tp", "dp"): a parameter of the family is first cut by tp, then each slice by `shards`, which
+        come last; where there are `replicas`, they are the dim between the two.
 
         It uses the groups that exist.
         """
-        ranks = self.whole.mesh[self.pipeline.rank].T.contiguous()
-        groups = [self.tensor.group, self.shards(family).group]
-        return DeviceMesh.from_group(groups, self.whole.device_type, mesh=ranks, mesh_dim_names=("tp", "dp"))
+        replicas = self.replicas(family)
+        axes = [self.tensor, *([replicas] if replicas else []), self.shards(family)]
+        ranks = self.whole.mesh[self.pipeline.rank].T.reshape([axis.size for axis in axes])
+        names = tuple(axis.name for axis in axes)
+        return DeviceMesh.from_group([axis.group for axis in axes], self.whole.device_type, mesh=ranks, mesh_dim_names=names)
 
     def across_stages(self, places: Sequence[int]) -> dist.ProcessGroup | None:
         """A group of the ranks that stand at `places` of the pipeline and are alike in all else; None for a rank elsewhere.
@@ -117,12 +137,13 @@ class Mesh:
     @property
     def place(self) -> dict[str, int]:
         """This rank's place on each axis, by name."""
-        return {name: axis.rank for name, axis in self.named.items()}
+        return {name: self.named[name].rank for name in AXES}
 
     @property
     def layout(self) -> str:
         """The sizes of all axes, for people: "pp 2 x dp 2 x tp 2"."""
-        return " x ".join(f"{name} {axis.size}" for name, axis in self.named.items())
+        groups = f" in groups of {self.shard_size}" if self.shard_size else ""
+        return " x ".join(f"{name} {self.named[name].size}{groups if name == 'dp' else ''}" for name in AXES)
 
     @property
     def first_of_last_stage(self) -> int:
@@ -132,4 +153,5 @@ class Mesh:
 
 def build_mesh(parallel: Parallel, device: torch.device) -> Mesh:
     """The mesh of the job's ranks. `parallel.dp` must be resolved: pp * dp * tp = number of ranks."""
-    return Mesh(init_device_mesh(device.type, (parallel.pp, parallel.dp, parallel.tp), mesh_dim_names=AXES))
+    whole = init_device_mesh(device.type, (parallel.pp, parallel.dp, parallel.tp), mesh_dim_names=AXES)
+    return Mesh(whole, parallel.zero_shard_size)

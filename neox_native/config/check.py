@@ -29,6 +29,7 @@ LAYOUT_RULES = (
     layout_rules.tensor_parallel,
     layout_rules.stages,
     layout_rules.schedule_microbatches,
+    layout_rules.shard_groups,
     layout_rules.zero_bubble,
 )
 
@@ -141,9 +142,10 @@ def notices(config: Config, world_size: int, device_type: str) -> list[str]:
     stage, count = parallel.zero_stage, config.training.num_microbatches(parallel.dp)
     if stage >= 2 and count > 1:
         volume = count + 1 if stage == 2 else 3 * count
+        where = f"inside groups of {parallel.zero_shard_size} ranks" if parallel.zero_shard_size else "over the dp axis"
         found.append(
             f"parallel.zero_stage = {stage} with {count} microbatches per step moves {volume} times the "
-            "parameters per step over the dp axis, where stage 1 moves 2 times."
+            f"parameters per step {where}, where stage 1 moves 2 times."
         )
     if config.run.determinism == "elastic" and device_type == "cpu":
         found.append(

@@ -19,7 +19,7 @@ FORWARD_FIRST = ("gpipe", "looped_bfs")
 """Schedules in which all microbatches wait for their backward passes at once."""
 IDLE_AT_1 = {
     "pp": ("pipeline_schedule", "virtual_stages", "stage_layers"),
-    "dp": ("zero_stage",),
+    "dp": ("zero_stage", "zero_shard_size"),
     "tp": ("sequence_parallel",),
 }
 """The settings of [parallel] that are ignored where an axis has one rank."""
@@ -42,7 +42,8 @@ def in_use(parallel: Parallel) -> Parallel:
     """The section with its defaults for what its mesh ignores, so that nothing behind sees it; dp must be resolved."""
     defaults = Parallel()
     idle = [name for axis, names in IDLE_AT_1.items() if getattr(parallel, axis) == 1 for name in names]
-    return replace(parallel, **{name: getattr(defaults, name) for name in idle})
+    used = replace(parallel, **{name: getattr(defaults, name) for name in idle})
+    return replace(used, zero_shard_size=0) if used.shard_ranks in (1, used.dp) else used
 
 
 def mesh(config: Config, world_size: int) -> Iterator[str]:
@@ -160,6 +161,18 @@ def schedule_microbatches(config: Config, world_size: int) -> Iterator[str]:
             f'parallel.pipeline_schedule = "{schedule}" runs its microbatches in {rounds} equal rounds, but '
             f"{counted}; make them a multiple of parallel.pp = {pp}, such as "
             f"{rounds * pp} or {rounds * pp + pp}, by training.global_batch_size or micro_batch_size."
+        )
+
+
+def shard_groups(config: Config, world_size: int) -> Iterator[str]:
+    """ZeRO's groups are of one size and cover the data-parallel ranks."""
+    size, dp = config.parallel.zero_shard_size, degree_left(config.parallel, world_size)
+    if size and dp is not None and dp % size:
+        what = "is larger than" if size > dp else "does not divide"
+        some = divisors_around(dp, size).removeprefix("1 and ").replace("and", "or")
+        yield (
+            f"parallel.zero_shard_size = {size} {what} the {dp} data-parallel ranks; set it to {some}, or to 0, which shards "
+            "over all of them."
         )
 
 

@@ -133,6 +133,10 @@ def units_of(
             shared = SharedRows(*rows, card.shape[0], neighbours[number], counted=tp.rank % number == 0)
         return ParameterSpec(name, parameter, Rule(card.decay, card.lr_multiplier), tuple(sum_over), counted, shared, aliases)
 
+    def unit(name: str, family: str, readers: tuple[nn.Module, ...], found: list[ParameterSpec]) -> Unit:
+        replicas = mesh.replicas(family)
+        return Unit(name, readers, found, mesh.shards(family).group, state_mesh(family), replicas and replicas.group)
+
     def units(part: Transformer, name: str, readers: list[nn.Module], modules: dict[str, nn.Module]) -> list[Unit]:
         specs: dict[str, list[ParameterSpec]] = {}
         for prefix, module in modules.items():
@@ -142,10 +146,7 @@ def units_of(
                     found = spec(part, part.global_name(local_name), parameter)
                     specs.setdefault(described[found.name].family, []).append(found)
         names = {"dense": name, "expert": f"{name}.experts"}
-        return [
-            Unit(names[family], tuple(readers), found, mesh.shards(family).group, state_mesh(family))
-            for family, found in specs.items()
-        ]
+        return [unit(names[family], family, tuple(readers), found) for family, found in specs.items()]
 
     result: dict[int, list[Unit]] = {}
     for number, part in parts.items():

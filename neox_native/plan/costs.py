@@ -29,7 +29,6 @@ from neox_native.plan.shares import (
     share_of,
     states_costs,
     stream_bytes,
-    zero_stage_of,
 )
 from neox_native.units import share_of_step, size
 
@@ -83,18 +82,24 @@ def _partial_gradient_bytes(config: Config, share: Share) -> int:
     return sum(ring(num_bytes, ranks, 2) for ranks, num_bytes in sums.items())
 
 
-def data_parallel_bytes(config: Config, pp_rank: int) -> int:
-    """What a rank sends over the dp axis in a step. Stage 0 all-reduces gradients; 1 reduce-scatters them and
-    all-gathers parameters once; 2 reduce-scatters in every microbatch; 3 also gathers twice in each (Rajbhandari et al. 2020
-    §7). Rows are padded, see [Note: rows and units]. One int64 more counts targets."""
-    d, e, m = config.parallel.dp, ELEMENT_BYTES[config.training.precision], num_microbatches(config)
-    g = gradient_bytes(config)
-    elements = [layout.world * layout.size for layout in share_of(config, pp_rank).units]
-    stage = zero_stage_of(config.parallel)
-    reductions = {0: 2, 1: 1, 2: m, 3: m}[stage]
-    gathers = {0: 0, 1: 1, 2: 1, 3: 2 * m}[stage]
-    per_unit = (reductions * ring(g * count, d) + gathers * ring(e * count, d) for count in elements)
-    return sum(per_unit) + ring(INT64_BYTES, d, 2)
+def data_parallel_bytes(config: Config, pp_rank: int) -> dict[str, int]:
+    """What a rank sends over the dp axis in a step, and over its parts, where ZeRO shards inside groups of it. Among the ranks
+    of a group, stage 1 reduce-scatters gradients and all-gathers parameters once; 2 reduce-scatters in every microbatch; 3
+    also gathers twice in each (Rajbhandari et al. 2020 §7). Once a step, a rank's row of gradients is all-reduced over those
+    that hold the same one: in stage 0 all gradients over all of dp. Rows are padded, see [Note: rows and units]. One int64 more
+    counts targets."""
+    parallel, g, m = config.parallel, gradient_bytes(config), num_microbatches(config)
+    e, shards = ELEMENT_BYTES[config.training.precision], parallel.shard_ranks
+    units = share_of(config, pp_rank).units
+    reductions = m if parallel.zero_stage >= 2 else 1
+    gathers = 2 * m if parallel.zero_stage == 3 else 1
+    matrices = [unit.world * unit.size for unit in units]
+    inside = sum(reductions * ring(g * count, shards) + gathers * ring(e * count, shards) for count in matrices)
+    across = sum(ring(g * unit.size, parallel.dp // shards, 2) for unit in units)
+    counts = ring(INT64_BYTES, parallel.dp, 2)
+    if parallel.zero_shard_size:
+        return {"dp": counts, "dp_shard": inside, "dp_replicate": across}
+    return {"dp": inside + across + counts}
 
 
 def point_to_point_bytes(config: Config, pp_rank: int) -> int:
@@ -122,7 +127,7 @@ def traffic(config: Config, pp_rank: int) -> dict[str, int]:
     degrees = {"pp": parallel.pp, "dp": parallel.dp, "tp": parallel.tp}
     sent = {
         "pp": tied_bytes(config, pp_rank),
-        "dp": data_parallel_bytes(config, pp_rank),
+        **data_parallel_bytes(config, pp_rank),
         "tp": tensor_parallel_bytes(config, pp_rank),
         "world": 0,
     }

@@ -205,7 +205,7 @@ class Ledger(TorchDispatchMode):
         traffic = self.totals.traffic[axis]
         traffic.bytes += passes * whole * (group.size() - 1) // group.size()
         traffic.collectives += 1
-        if function.namespace == "c10d" and axis == "dp":  # ZeRO's, on buffers of its own
+        if function.namespace == "c10d" and axis.startswith("dp"):  # ZeRO's, on buffers of its own
             self._explain(tensors, GRADIENTS if "reduce" in name else COMMUNICATION)
 
     def _explain(self, tensors: Iterable[Tensor], kind: str) -> None:

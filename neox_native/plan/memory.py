@@ -125,7 +125,7 @@ def _phase(
         others = [stage for stage, reduced in zip(sizes.stages, moment.reduced) if reduced and stage is not now]
         matrices += sum(stage.lingering for stage in others)
         reduced = sum(stage.elements for stage in others) + (now.elements if moment.reduced[moment.turn] else rows)
-        phase["gradients"] = gradient_bytes(sizes.config) * (matrices + reduced // sizes.config.parallel.dp)
+        phase["gradients"] = gradient_bytes(sizes.config) * (matrices + reduced // sizes.config.parallel.shard_ranks)
     if sizes.zero == 3:
         phase["parameters"] = sizes.e * present
         phase["communication"] += sizes.e * gathered

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from neox_native.config.check import problems
+from neox_native.config.layout_rules import in_use
 from neox_native.config.schema import Config
 from neox_native.config.settings import SETTINGS
 from neox_native.config.values import to_toml
@@ -78,7 +79,7 @@ def _changed(config: Config, knobs: Sequence[list[Changes]]) -> Iterator[Remedy]
             changes["parallel.dp"] = ranks // (changes.get("parallel.pp", parallel.pp) * changes.get("parallel.tp", parallel.tp))
         candidate = with_changes(config, changes)
         if candidate.parallel.dp > 0 and not problems(candidate, ranks):
-            yield Remedy(changes, peak_bytes(candidate))
+            yield Remedy(changes, peak_bytes(replace(candidate, parallel=in_use(candidate.parallel))))
 
 
 def _knobs(config: Config) -> dict[str, list[Changes]]:
@@ -90,6 +91,7 @@ def _knobs(config: Config) -> dict[str, list[Changes]]:
     kinds = get_args(recomputation.annotation)  # each forgets more than the one before
     values: dict[str, list[Any]] = {
         "parallel.zero_stage": [stage for stage in (1, 2, 3) if stage > parallel.zero_stage and parallel.dp > 1],
+        "parallel.zero_shard_size": [0] if parallel.zero_shard_size else [],
         "training.micro_batch_size": [size for size in range(micro - 1, 0, -1) if micro % size == 0],
         recomputation.dotted: list(kinds[kinds.index(training.activation_checkpointing) + 1 :]),
         "training.recompute_every": [1] if training.recompute_every > 1 and training.activation_checkpointing != "none" else [],

@@ -52,7 +52,8 @@ class Candidate:
         parallel, training = self.config.parallel, self.config.training
         words = [f"pp {parallel.pp} dp {parallel.dp} tp {parallel.tp}"]
         words += ["sp"] if parallel.sequence_parallel else []
-        words += [f"zero {parallel.zero_stage}", f"micro {training.micro_batch_size}"]
+        inside = f" inside {parallel.zero_shard_size}" if parallel.zero_shard_size else ""
+        words += [f"zero {parallel.zero_stage}{inside}", f"micro {training.micro_batch_size}"]
         if parallel.pp > 1:
             words.append(parallel.pipeline_schedule + (f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""))
         forgotten = forgets(self.config)
@@ -66,12 +67,13 @@ def forgets(config: Config) -> str:
 
 
 def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
-    """Every layout of `gpus` devices that passes the config's own rules. Tensor parallelism stays inside a node."""
+    """Every layout of `gpus` devices that passes the config's own rules. Tensor parallelism stays inside a node, and so
+    do ZeRO's groups where it has any."""
     degrees = [number for number in range(1, gpus + 1) if gpus % number == 0]
     tps = [degree for degree in degrees if gpus_per_node % degree == 0]
     for pp, tp in itertools.product(degrees, tps):
         if gpus % (pp * tp) == 0 and pp <= config.model.num_layers:
-            for parallel, training in _choices(pp, gpus // (pp * tp), tp):
+            for parallel, training in _choices(pp, gpus // (pp * tp), tp, gpus_per_node // tp):
                 changed = replace(
                     config,
                     parallel=replace(config.parallel, pp=pp, dp=gpus // (pp * tp), tp=tp, stage_layers=[], **parallel),
@@ -81,14 +83,16 @@ def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
                     yield changed
 
 
-def _choices(pp: int, dp: int, tp: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Settings of [parallel] and [training] that make a difference on a mesh."""
+def _choices(pp: int, dp: int, tp: int, neighbours: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Settings of [parallel] and [training] that make a difference on a mesh of which a node holds so many neighbours on dp."""
     sequence = (False, True) if tp > 1 else (False,)
-    stages = (0, 1, 2, 3) if dp > 1 else (0,)
+    groups = (0, neighbours) if 1 < neighbours < dp else (0,)
+    stages = [(0, 0), *itertools.product((1, 2, 3) if dp > 1 else (), groups)]
     schedules = SCHEDULES if pp > 1 else SCHEDULES[:1]
     choices = itertools.product(sequence, stages, MICRO_BATCH_SIZES, schedules, FORGETS)
-    for cut, zero, micro, (schedule, virtual), (recompute, every) in choices:
-        layout = {"sequence_parallel": cut, "zero_stage": zero, "pipeline_schedule": schedule, "virtual_stages": virtual}
+    for cut, (zero, group), micro, (schedule, virtual), (recompute, every) in choices:
+        layout = {"sequence_parallel": cut, "zero_stage": zero, "zero_shard_size": group}
+        layout |= {"pipeline_schedule": schedule, "virtual_stages": virtual}
         yield layout, {"micro_batch_size": micro, "activation_checkpointing": recompute, "recompute_every": every}
 
 
@@ -151,6 +155,9 @@ CHOICES: dict[str, Callable[[Config], object]] = {
     "pp": lambda config: config.parallel.pp,
     "tp": lambda config: config.parallel.tp,
     "zero": lambda config: config.parallel.zero_stage,
+    "zero shards": lambda config: (
+        ("inside a node" if config.parallel.zero_shard_size else "over all of dp") if config.parallel.zero_stage else None
+    ),
     "sequence parallelism": lambda config: config.parallel.sequence_parallel if config.parallel.tp > 1 else None,
     "micro batch": lambda config: config.training.micro_batch_size,
     "schedule": lambda config: (

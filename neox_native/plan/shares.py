@@ -104,7 +104,7 @@ _laid_out = cache(lay_out)  # layers of the same kinds have one layout
 
 def share_of(config: Config, pp_rank: int) -> Share:
     """The share of pipeline rank `pp_rank`. See [Note: stages]."""
-    parallel, world = config.parallel, config.parallel.dp if zero_stage_of(config.parallel) else 1
+    parallel, world = config.parallel, config.parallel.shard_ranks
     cut = parallel.pp, parallel.virtual_stages, parallel.pipeline_schedule, tuple(parallel.stage_layers)
     return _share(config.model, parallel.tp, world, pp_rank, *cut)
 

@@ -30,7 +30,6 @@ from neox_native.plan.shares import (
     num_microbatches,
     share_of,
     stream_bytes,
-    zero_stage_of,
 )
 
 
@@ -256,26 +255,29 @@ def _sends(config: Config, machine: Machine, pp_rank: int) -> float:
 def _exposed_data_parallel(config: Config, machine: Machine, pp_rank: int, forward: float, backward: float) -> float:
     """The time of traffic over dp beyond the passes that hide it. Reductions run beside the last backward pass (stages 2 and
     3: every one), but for the last unit's; gathers beside the first forward pass (stage 3: both passes of every
-    microbatch)."""
+    microbatch). Once a step gradients are summed over the ranks that hold the same shards: in stage 0 all of dp, otherwise
+    none unless ZeRO shards inside groups, whose collectives then have the links of so many neighbours."""
     parallel, m = config.parallel, num_microbatches(config)
     if parallel.dp == 1:
         return 0.0
-    stage, e = zero_stage_of(parallel), ELEMENT_BYTES[config.training.precision]
-    share = share_of(config, pp_rank)
-    units, matrices = share.units, share.world * share.row
-    speed = machine.ring_bytes_per_second(parallel.dp, parallel.tp)
-    start, ring = len(units) * machine.gpu.collective_seconds, (parallel.dp - 1) / parallel.dp
-    reduce = (2 if stage == 0 else 1) * gradient_bytes(config) * matrices * ring / speed + start
-    gather = e * matrices * ring / speed + start
-    beside = forward if machine.software.overlaps_gathers else 0.0
-    tail = gradient_bytes(config) * units[0].world * units[0].size * ring / speed
-    if stage == 0:
-        return max(reduce - backward, tail)
-    if stage == 1:
-        return max(reduce - backward, tail) + max(gather - beside, 0.0)
-    if stage == 2:
-        return m * max(reduce - backward, tail) + max(gather - beside, 0.0)
-    return m * (max(reduce + gather - backward, tail) + max(gather - forward, 0.0))
+    stage, e, g = parallel.zero_stage, ELEMENT_BYTES[config.training.precision], gradient_bytes(config)
+    share, shards = share_of(config, pp_rank), parallel.shard_ranks
+    replicas, first = parallel.dp // shards, share.units[0]
+
+    def ring(num_bytes: float, ranks: int, stride: int, units: int = len(share.units)) -> float:
+        sent, speed = num_bytes * (ranks - 1) / ranks, machine.ring_bytes_per_second(ranks, stride)
+        return sent / speed + units * machine.gpu.collective_seconds if ranks > 1 else 0.0
+
+    reduce, gather = (ring(each * share.world * share.row, shards, parallel.tp) for each in (g, e))
+    across = ring(2 * g * share.row, replicas, parallel.tp * shards)
+    tail = ring(g * first.world * first.size, shards, parallel.tp, units=0)
+    last_tail = tail + ring(2 * g * first.size, replicas, parallel.tp * shards, units=0)
+    busy = reduce + (gather if stage == 3 else 0.0)
+    reductions = m if stage >= 2 else 1
+    reduced = (reductions - 1) * max(busy - backward, tail) + max(busy + across - backward, last_tail)
+    if stage == 3:
+        return reduced + m * max(gather - forward, 0.0)
+    return reduced + max(gather - (forward if machine.software.overlaps_gathers else 0.0), 0.0)
 
 
 def _update(config: Config, machine: Machine, pp_rank: int) -> float:

@@ -121,7 +121,7 @@ def _verdict(axis: str, failed: dict[int, str], hosts: list[str], limit_seconds:
 
 def describe_mesh(mesh: Mesh, hosts: list[str]) -> str:
     """The mesh as a table: one line per (pp, dp) with its tp ranks and their hosts."""
-    names, everyone = list(mesh.named), mesh.whole.mesh
+    names, everyone = list(mesh.place), mesh.whole.mesh
     lines = [f"mesh {mesh.layout} = {counted(everyone.numel(), 'rank')} on {counted(len(set(hosts)), 'host')}"]
     for place in itertools.product(*(range(size) for size in everyone.shape[:-1])):
         ranks = everyone[place].tolist()

@@ -28,7 +28,7 @@ from neox_native.reliability.bad_steps import BadSteps
 from neox_native.train import fits
 from neox_native.zero.layout import ZeroStage
 from neox_native.zero.optimizer import ShardedOptimizer
-from neox_native.zero.state import first_rows
+from neox_native.zero.state import first_rows, optimizer_state
 from neox_native.zero.spec import local
 
 VOCABULARY = ("model.embed_in.weight", "model.embed_out.weight")
@@ -150,21 +150,26 @@ def copies(
 ) -> Iterator[tuple[str, dist.ProcessGroup, list[tuple[str, Tensor]]]]:
     """What several ranks hold alike, with the name of the axis along which they differ.
 
-    - dp: weights. ZeRO stages 1 and 2 copy trained weights from their one owner in every step, so only frozen ones can drift
-      apart; in stage 3 each weight has one owner.
+    - dp: weights and moments in stage 0, or their shards where ZeRO shards inside groups. Inside such a group, or all of dp,
+      stages 1 and 2 copy trained weights from their one owner in every step, so only frozen ones can drift apart; in stage 3
+      each weight has one owner.
     - tp: replicated weights, the rows of shared heads, and the random state that drops the same elements of the same
       residual stream.
     - pp: the embedding of the first and the last stage, where it is tied.
     """
-    shards: dict[str, tuple[dist.ProcessGroup, list[tuple[str, Tensor]]]] = {}
+    held: dict[str, tuple[dist.ProcessGroup, list[tuple[str, Tensor]]]] = {}
     for unit in optimizer.units:
-        _, alike = shards.setdefault(unit.group.group_name, (unit.group, []))
-        if unit.zero_stage == ZeroStage.NONE:
+        if unit.replicas is not None:
+            _, alike = held.setdefault(unit.replicas.group_name, (unit.replicas, []))
             alike += [(spec.name, shard) for spec, shard in zip(unit.specs, unit.shards)]
-        elif unit.zero_stage != ZeroStage.PARAMETERS:
+            for spec, shard in zip(unit.specs, unit.shards[: len(unit.gradients.shards)]):
+                state = optimizer_state(optimizer.optimizer, shard)
+                alike += [(f"{name} of {spec.name}", moment) for name, moment in state.items() if moment.dim()]
+        if unit.zero_stage in (ZeroStage.OPTIMIZER, ZeroStage.GRADIENTS):
+            _, alike = held.setdefault(unit.group.group_name, (unit.group, []))
             alike += [(spec.name, local(spec.parameter)) for spec in unit.specs if not spec.parameter.requires_grad]
-    for group, alike in shards.values():
-        yield mesh.shards().name, group, alike
+    for group, alike in held.values():
+        yield mesh.rows.name, group, alike
     specs, tp_group = optimizer.specs(), mesh.tensor.group
     state = optimizer.state_dict()
     masters = {spec.name: state[f"model.{spec.name}"].to_local() for spec in specs}

@@ -4,7 +4,9 @@
 matrix (the first microbatch) or adds it (the others) and drops it: the copy-in that the collective needs is the fp32
 accumulation that low precision needs. Stages 0 and 1 keep the matrix and reduce it once, in the last backward pass of
 the step; the result lies in my own row. Stages 2 and 3 reduce in every backward pass into a row of their own and free
-the matrix. Stage 0 is the same with one row, the whole parameter, and an all-reduce.
+the matrix. Where ZeRO shards inside groups, a rank's row is then summed over its replicas in the other groups, once a step and
+beside the backward pass, as soon as the last reduction has filled it. Stage 0 is the same with one row, the whole parameter:
+only its all-reduce over replicas is left.
 
 With `FixedGradients` the matrix holds integers, whose sum no order changes, until `settle` turns this rank's row into fp32.
 
@@ -35,7 +37,8 @@ class GradientSum:
     Args:
         specs: its trainable parameters.
         layout: their places in the rows.
-        group: the ranks over which gradients are summed; they hold a row each, or all of them the same one.
+        group: the ranks over which gradients are summed; they hold a row each.
+        replicas: those that hold the same row, over which it is summed, too; None where there are no others.
         keeps_matrix: whether the gradients of a whole step are collected before they are reduced; else those of each
             backward pass.
         device: where everything lives.
@@ -47,12 +50,13 @@ class GradientSum:
         specs: Sequence[ParameterSpec],
         layout: Layout,
         group: dist.ProcessGroup,
+        replicas: dist.ProcessGroup | None,
         keeps_matrix: bool,
         device: torch.device,
         fixed: FixedGradients | None,
     ):
         self.specs, self.layout, self.group, self.keeps_matrix = specs, layout, group, keeps_matrix
-        self.device, self.fixed = device, fixed
+        self.replicas, self.device, self.fixed = replicas, device, fixed
         self.rank = dist.get_rank(group) if layout.world > 1 else 0
         self.dtype = torch.float32 if fixed is None else torch.int64
         self.places: list[list[Tensor]] = []
@@ -74,6 +78,10 @@ class GradientSum:
         self.reduction: collectives.Handle | None = None
         self.num_reductions = 0
         """Reductions in this step."""
+        self.is_last = False
+        """Whether no other of this step follows the newest one."""
+        self.summing: collectives.Handle | None = None
+        """The sum of the row over the replicas."""
         self.waiting: collectives.Waiting = nullcontext
 
     def begin(self) -> None:
@@ -108,8 +116,12 @@ class GradientSum:
         else:
             self.fixed.collect(place, gradient, add)
 
-    def start(self) -> None:
-        """Sum the matrix over the group; parameters that received no gradient count as zero."""
+    def start(self, last: bool) -> None:
+        """Sum the matrix over the group, or in stage 0 over the replicas; parameters that received no gradient count as zero.
+
+        Args:
+            last: the step's last backward pass has begun.
+        """
         if self.matrix is None:
             self.matrix = self._new_matrix()
         for position, slot in enumerate(self.layout.slots):
@@ -121,13 +133,14 @@ class GradientSum:
             output = output if self.num_reductions == 0 else self.matrix[self.rank]
         if self.layout.world > 1:
             self.reduction = collectives.reduce_scatter(output, self.matrix.view(-1), self.group)
-        elif dist.get_world_size(self.group) > 1:
-            self.reduction = collectives.all_reduce(output, self.group)
+        elif self.replicas is not None:
+            self.reduction = collectives.all_reduce(output, self.replicas)
         self.num_reductions += 1
-        self.reducing = True
+        self.reducing, self.is_last = True, last
 
     def finish(self) -> None:
-        """Make the result visible to the compute stream; in stages 2 and 3 add it to the row and free the matrix."""
+        """Make the result visible to the compute stream; in stages 2 and 3 add it to the row and free the matrix. Behind the
+        step's last reduction, begin to sum the row over the replicas."""
         if not self.reducing:
             return
         self.reducing = False
@@ -141,6 +154,21 @@ class GradientSum:
                 self.row.add_(self.matrix[self.rank])
             self.matrix, self.places = None, []
         self.filled.clear()
+        if self.is_last:
+            self._sum_over_replicas()
+
+    def close(self) -> None:
+        """All reductions of the step have finished: make the sum over the replicas visible to the compute stream."""
+        if not self.is_last:  # nobody could tell
+            self._sum_over_replicas()
+        if self.summing is not None:
+            with self.waiting():
+                self.summing.wait()
+        self.summing, self.is_last, self.num_reductions = None, False, 0
+
+    def _sum_over_replicas(self) -> None:
+        if self.layout.world > 1 and self.replicas is not None:
+            self.summing = collectives.all_reduce(self.row, self.replicas)
 
     def forget(self) -> None:
         """A training forward begins. If it is the step's first, stages 2 and 3 free the last step's gradient; its row comes

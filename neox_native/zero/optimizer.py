@@ -269,7 +269,7 @@ class ShardedOptimizer:
         square[-1] = fixed.faults()
         if loss is not None:
             square[-1] += (~loss.isfinite()).sum()
-        first = [each for each in self.trained if each.unit.num_replicas == 1 or dist.get_rank(each.unit.group) == 0]
+        first = [each for each in self.trained if each.unit.replicas is None or dist.get_rank(each.unit.replicas) == 0]
         if counted := [piece for trained in first for piece in trained.counted]:
             square = square + limbs(counted, squared=True, piece=fixed.piece)
         if dist.get_world_size() > 1:

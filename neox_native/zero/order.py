@@ -40,6 +40,8 @@ class UnitsOfStage:
         self.max_in_flight = 2 if all(unit.gradients.keeps_matrix for unit in self.reduced) else 1
         self.watching = False
         """Whether the end of the current backward pass will be noticed."""
+        self.last = False
+        """Whether the current backward pass is the step's last."""
 
     def install_hooks(self) -> None:
         """Collect gradients as they come; make parameters present when modules run."""
@@ -62,7 +64,7 @@ class UnitsOfStage:
                 unit.make_present()
         self._flush()  # in case the pass before delivered no gradient at all
         self.due.extend(unit for unit in self.reduced if not unit.gradients.keeps_matrix or last and not unit.gradients.num_reductions)
-        self.watching = False
+        self.watching, self.last = False, last
 
     @torch.no_grad()
     def absorb(self) -> None:
@@ -75,11 +77,12 @@ class UnitsOfStage:
         """The step's backward passes are over: reduce the rest and wait for the results."""
         self._flush()
         self.due.extend(unit for unit in self.reduced if unit.gradients.num_reductions == 0)
+        self.last = True
         self._flush()
         while self.in_flight:
             self.in_flight.popleft().gradients.finish()
         for unit in self.reduced:
-            unit.gradients.num_reductions = 0
+            unit.gradients.close()
 
     def _on_forward(self) -> None:
         """The stage's forward pass begins: the last step's gradients make room for its activations. Not so in an evaluation
@@ -142,7 +145,7 @@ class UnitsOfStage:
         if len(self.in_flight) == self.max_in_flight:
             self.in_flight.popleft().gradients.finish()
         self.in_flight.append(self.due.popleft())
-        self.in_flight[-1].gradients.start()
+        self.in_flight[-1].gradients.start(self.last)
 
 
 def _inside_backward() -> bool:

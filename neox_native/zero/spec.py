@@ -97,7 +97,10 @@ class Unit:
     group: dist.ProcessGroup
     """The ranks over which the unit is sharded and its gradients are summed."""
     state_mesh: DeviceMesh
-    """("tp", those ranks): a parameter is cut by tp, then each slice over the group. Checkpoints need it."""
+    """("tp", those ranks): a parameter is cut by tp, then each slice over the group. Checkpoints need it. A dim between the two
+    holds replicas."""
+    replicas: dist.ProcessGroup | None = None
+    """The ranks that hold the same shards, and over which gradients are summed besides."""
 
 
 def local(tensor: Tensor) -> Tensor:

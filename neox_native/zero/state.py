@@ -93,7 +93,7 @@ def as_global(spec: ParameterSpec, shard: Tensor, unit: ShardedUnit, first_row: 
     return DTensor.from_local(
         shard,
         unit.state_mesh,
-        [spec.placement, Shard(0) if unit.zero_stage else Replicate()],
+        [spec.placement, *[Replicate()] * (unit.state_mesh.ndim - 2), Shard(0) if unit.zero_stage else Replicate()],
         run_check=False,
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),

@@ -70,8 +70,11 @@ class ShardedUnit:
         size = dist.get_world_size(unit.group)
         self.zero_stage = zero_stage if size > 1 else ZeroStage.NONE
         self.rank, world = (dist.get_rank(unit.group), size) if self.zero_stage else (0, 1)
-        self.num_replicas = 1 if self.zero_stage else size
-        """Ranks of the group that hold the same shards."""
+        assert unit.replicas is None or zero_stage, "stage 0 has one group, whose ranks are all replicas"
+        alike = unit.replicas if self.zero_stage or unit.replicas else unit.group
+        self.num_replicas = 1 if alike is None else dist.get_world_size(alike)
+        self.replicas = alike if self.num_replicas > 1 else None
+        """The ranks that hold the same shards, where there are others."""
         trained = [spec for spec in unit.specs if spec.parameter.requires_grad]
         self.specs = trained + [spec for spec in unit.specs if not spec.parameter.requires_grad]
         self.layout = lay_out([spec.local_shape for spec in self.specs], world)
@@ -83,7 +86,7 @@ class ShardedUnit:
         self.waiting: collectives.Waiting = nullcontext
         self._hold_parameters()
         self.gradients = GradientSum(
-            trained, self.trained_layout, unit.group, self.zero_stage <= ZeroStage.OPTIMIZER, device, fixed
+            trained, self.trained_layout, unit.group, self.replicas, self.zero_stage <= ZeroStage.OPTIMIZER, device, fixed
         )
 
     def _hold_parameters(self) -> None:

@@ -21,6 +21,7 @@ from neox_native.errors import UserError
 QUICKSTART = CONFIGS_FOLDER / "quickstart.toml"
 PIPELINE = ["--parallel.pp=2"]
 LOOPED = [*PIPELINE, "--parallel.virtual_stages=2"]
+IN_GROUPS = ["--parallel.zero_stage=3", "--parallel.zero_shard_size"]
 ZERO_BUBBLE = [*LOOPED, "--parallel.pipeline_schedule=interleaved_zero_bubble"]
 
 
@@ -202,6 +203,8 @@ LAYOUT_MISTAKES = [
         "make them a multiple of parallel.pp = 2, such as 4 or 6",
     ),
     (2, [*ZERO_BUBBLE, "--compile.enabled"], "splits the backward pass, which compile.enabled = true cannot"),
+    (4, [*IN_GROUPS, "3"], "zero_shard_size = 3 does not divide the 4 data-parallel ranks; set it to 2 or 4, or to 0, which shards"),
+    (4, [*IN_GROUPS, "8"], "parallel.zero_shard_size = 8 is larger than the 4 data-parallel ranks; set it to 4, or to 0,"),
     (4, [*ZERO_BUBBLE, "--parallel.zero_stage=2"], "parallel.zero_stage = 2 would reduce them there; set it to 0 or 1"),
 ]
 
@@ -214,7 +217,7 @@ def test_each_layout_mistake_gets_its_own_sentence(world_size: int, overrides: l
 
 IGNORED = {
     "pp": {"pipeline_schedule": ["zbv", "interleaved_1f1b"], "virtual_stages": ["9"], "stage_layers": ["[1, 1]", "[2, 2]"]},
-    "dp": {"zero_stage": ["1", "3"]},
+    "dp": {"zero_stage": ["1", "3"], "zero_shard_size": ["2"]},
     "tp": {"sequence_parallel": ["true"]},
 }
 
@@ -251,6 +254,7 @@ def test_every_number_refuses_what_is_no_size(dotted: str, bad: str) -> None:
         ("--training.spike_window=0", "training.spike_window = 0 must be 1 or more."),
         ("--parallel.dp=0", "parallel.dp = 0 must be 1 or more, or -1 for the ranks that pp and tp leave."),
         ("--parallel.zero_stage=4", "parallel.zero_stage = 4 must be between 0 and 3."),
+        ("--parallel.zero_shard_size=1", "parallel.zero_shard_size = 1 must be 0 or at least 2."),
         ("--lr_schedule.warmup_fraction=1.5", "lr_schedule.warmup_fraction = 1.5 must be between 0 and 1."),
         ("--model.hidden_dropout=1", "model.hidden_dropout = 1.0 must be at least 0 and below 1."),
         ("--optimizer.betas=[0.9, 1]", "optimizer.betas = [0.9, 1.0] must be at least 0 and below 1."),
@@ -278,6 +282,14 @@ def test_require_returns_the_config_with_dp_resolved() -> None:
         require(config, 2)
 
 
+def test_groups_of_all_ranks_or_of_nothing_to_shard_are_no_groups() -> None:
+    plain = ["--parallel.tp=1", "--parallel.dp=4"]
+    for stage, size in ((3, 4), (0, 2)):
+        same = [*plain, f"--parallel.zero_stage={stage}"]
+        assert require(load(QUICKSTART, [*same, f"--parallel.zero_shard_size={size}"]), 4) == require(load(QUICKSTART, same), 4)
+    assert require(load(QUICKSTART, [*plain, *IN_GROUPS, "2"]), 4).parallel.shard_ranks == 2
+
+
 def test_slow_choices_say_their_number() -> None:
     assert notices(load(QUICKSTART), 2, "cpu") == []
     (fp16,) = notices(load(QUICKSTART, ["--training.precision=fp16"]), 2, "cpu")
@@ -288,6 +300,8 @@ def test_slow_choices_say_their_number() -> None:
         (zero,) = notices(load(QUICKSTART, [f"--parallel.zero_stage={stage}"]), 2, "cpu")
         assert "4 microbatches" in zero and volume in zero
     assert notices(load(QUICKSTART, ["--parallel.zero_stage=3"]), 1, "cpu") == []
+    (zero,) = notices(load(QUICKSTART, [*IN_GROUPS, "2"]), 4, "cpu")
+    assert "moves 6 times the parameters per step inside groups of 2 ranks, where" in zero
 
 
 def test_a_resumed_run_keeps_its_model_and_its_data_order() -> None:

@@ -21,6 +21,7 @@ LAYOUTS = [
     (Parallel(dp=2, zero_stage=1), {}),
     (Parallel(dp=2, zero_stage=3), {"precision": "bf16"}),
     (Parallel(dp=2, zero_stage=2), {"precision": "bf16", "activation_checkpointing": "full"}),
+    (Parallel(dp=4, zero_stage=3, zero_shard_size=2), {"precision": "bf16"}),
     (Parallel(dp=1, tp=2, sequence_parallel=True), {"precision": "bf16", "activation_checkpointing": "selective"}),
     (Parallel(dp=1, pp=2), {"activation_checkpointing": "full"}),
     (Parallel(dp=1, pp=2, tp=2, pipeline_schedule="interleaved_1f1b", virtual_stages=2), {}),

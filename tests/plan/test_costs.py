@@ -29,6 +29,7 @@ ELASTIC = "determinism=elastic num_layers=2"
 SORTS = 'pattern=["attention","attention+feed_forward","feed_forward"]'
 FEW: list[Case] = [
     ("70m", 4, 0, 4, 3, "zero_stage=3"),
+    ("70m", 8, 0, 4, 3, "tp=2 zero_stage=2 zero_shard_size=2"),
     ("70m", 4, 0, 4, 3, "tp=4 sequence_parallel=true num_kv_heads=2 vocab_multiple_of=1"),
     ("70m", 4, 2, 4, 4, "pp=2 tie_embeddings=true"),
     ("70m", 4, 2, 4, 4, f"pp=2 tp=2 {SORTS}"),
@@ -42,6 +43,9 @@ MANY: list[Case] = [
     ("160m", 8, 2, 2, 4, "pp=4 zero_stage=3 determinism=elastic virtual_stages=3 pipeline_schedule=interleaved_1f1b"),
     ("410m", 8, 4, 2, 4, f"pp=2 tp=2 zero_stage=2 determinism=elastic {LOOPED}=looped_bfs"),
     ("70m", 4, 2, 4, 16, f"pp=2 determinism=elastic {LOOPED}=interleaved_zero_bubble {NO_RECOMPUTATION}"),
+    *(("160m", 8, 5, 4, 3, f"zero_stage={stage} zero_shard_size={size}") for stage in (1, 2, 3) for size in (2, 4)),
+    ("160m", 16, 8, 2, 4, "pp=2 tp=2 zero_stage=3 zero_shard_size=2 determinism=elastic tie_embeddings=true"),
+    ("160m", 16, 0, 2, 4, f"pp=2 zero_stage=1 zero_shard_size=4 {LOOPED}=zbv"),
     ("70m", 4, 0, 4, 3, "tp=2 sequence_parallel=true"),
     ("160m", 16, 0, 4, 3, "tp=4 num_kv_heads=1 zero_stage=2"),
     ("160m", 1, 0, 4, 3, NO_RECOMPUTATION),

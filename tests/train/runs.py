@@ -120,9 +120,9 @@ def train(config: Config, masked: bool = False) -> Outcome:
     return Outcome(found, norms, evaluation, gradients[0], shards(optimizer, place, "shard"))
 
 
-def whole(parts: list[Shards], sharded: bool = False, exact: bool = False) -> dict[str, torch.Tensor]:
-    """Full tensors from all ranks' parts, which are `sharded` over dp or not. Stages that share one must agree on it, to rounding
-    or `exact`."""
+def whole(parts: list[Shards], shard_ranks: int = 1, exact: bool = False) -> dict[str, torch.Tensor]:
+    """Full tensors from all ranks' parts, each sharded among `shard_ranks` neighbours on dp, whose replicas must be equal bit by
+    bit. Stages that share one must agree on it, to rounding or `exact`."""
     full: dict[str, torch.Tensor] = {}
     for name in sorted({name for part in parts for name in part.of}):
         columns: dict[int, dict[tuple[int, int], torch.Tensor]] = {}
@@ -133,7 +133,7 @@ def whole(parts: list[Shards], sharded: bool = False, exact: bool = False) -> di
                 dim = part.of[name][0]
                 if name in part.shared:
                     rows[part.place[2]] = part.shared[name]
-        candidates = [_join(pieces, dim, sharded) for pieces in columns.values()]
+        candidates = [_join(pieces, dim, shard_ranks) for pieces in columns.values()]
         candidates = [_without_copies(candidate, rows) if rows else candidate for candidate in candidates]
         tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"atol": 1e-6}
         assert all(torch.allclose(candidates[0], other, **tolerance) for other in candidates), f"{name} differs between stages"
@@ -141,12 +141,14 @@ def whole(parts: list[Shards], sharded: bool = False, exact: bool = False) -> di
     return full
 
 
-def _join(pieces: dict[tuple[int, int], torch.Tensor], dim: int | None, sharded: bool) -> torch.Tensor:
+def _join(pieces: dict[tuple[int, int], torch.Tensor], dim: int | None, shard_ranks: int) -> torch.Tensor:
     ranks = sorted(pieces)
     by_tp = []
     for tp in sorted({tp for _, tp in ranks}):
         rows = [pieces[place] for place in ranks if place[1] == tp]
-        by_tp.append(torch.cat(rows) if sharded else rows[0])
+        first, *others = (torch.cat(rows[start : start + shard_ranks]) for start in range(0, len(rows), shard_ranks))
+        assert all(torch.equal(first, other) for other in others), "replicas differ"
+        by_tp.append(first)
     return by_tp[0] if dim is None else torch.cat(by_tp, dim)
 
 
@@ -185,9 +187,8 @@ def compare(
         close(outcome.losses, expected[0].losses)
         close(outcome.norms, expected[0].norms)
         close([outcome.evaluation], [expected[0].evaluation])
-    sharded = parallel.zero_stage > 0 and parallel.dp > 1
-    gradients = whole([outcome.gradients for outcome in outcomes], sharded)
-    weights = whole([outcome.weights for outcome in outcomes], sharded)
+    gradients = whole([outcome.gradients for outcome in outcomes], parallel.shard_ranks)
+    weights = whole([outcome.weights for outcome in outcomes], parallel.shard_ranks)
     expected_weights = whole([outcome.weights for outcome in expected])
     for name, gradient in whole([outcome.gradients for outcome in expected]).items():
         assert (gradients[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name

@@ -34,11 +34,11 @@ WALK = [
     ["--parallel.dp=4", "--parallel.zero_stage=3"],
     ["--parallel.pp=2", "--parallel.dp=2", "--parallel.zero_stage=1"],
     [*LOOPED, "--parallel.dp=1", "--parallel.pipeline_schedule=interleaved_1f1b"],
-    ["--parallel.dp=8"],
+    ["--parallel.dp=8", "--parallel.zero_stage=2", "--parallel.zero_shard_size=4"],
     ["--parallel.dp=1"],
 ]
 OTHER_WALK = [
-    ["--parallel.dp=8", "--parallel.zero_stage=2"],
+    ["--parallel.dp=8", "--parallel.zero_stage=3", "--parallel.zero_shard_size=2"],
     ["--parallel.pp=2", "--parallel.dp=2", "--parallel.virtual_stages=2", "--parallel.pipeline_schedule=looped_bfs"],
     [*LOOPED, "--parallel.dp=1", "--parallel.pipeline_schedule=zbv"],
     ["--parallel.pp=2", "--parallel.dp=4", "--parallel.stage_layers=[3, 5]", "--parallel.pipeline_schedule=gpipe", "--parallel.zero_stage=3"],

@@ -87,6 +87,40 @@ def test_zero_does_not_change_the_numbers(mesh, stage, recompute):
     compare(layout(*mesh, sequence_parallel=True, zero_stage=stage), micro_batch_size=1, activation_checkpointing=recompute)
 
 
+IN_PAIRS = [
+    ((1, 4, 1), 1, 2, "parallel"),
+    ((1, 4, 1), 3, 1, "odd tied"),
+    ((1, 4, 2), 2, 1, "one key head"),
+    ((2, 4, 1), 3, 1, "tied"),
+]
+
+
+@pytest.mark.parametrize("mesh, stage, size, model", IN_PAIRS, ids=str)
+def test_shards_inside_groups_do_not_change_the_numbers(mesh, stage, size, model):
+    parallel = layout(*mesh, sequence_parallel=True, zero_stage=stage)
+    compare(replace(parallel, zero_shard_size=2), model, micro_batch_size=size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision, optimizer", [("fp32", "sgd"), ("fp32", "adamw"), ("bf16", "sgd")])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("mesh", [(1, 4, 1), (1, 4, 2), (2, 4, 1)], ids=str)
+def test_every_stage_inside_groups_draws_the_serial_curve(mesh, stage, size, precision, optimizer):
+    """bf16 against stage 0 of the same mesh."""
+    settings = dict(micro_batch_size=size, precision=precision, global_batch_size=16)
+    same_mesh = layout(*mesh, sequence_parallel=True)
+    twin = config_of(same_mesh if precision == "bf16" else layout(1, 1, 1), optimizer=optimizer, **settings)
+    compare(replace(same_mesh, zero_stage=stage, zero_shard_size=2), optimizer=optimizer, twin=twin, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_groups_work_under_every_schedule(schedule):
+    stage = 1 if schedule in ("interleaved_zero_bubble", "zbv") else 3
+    compare(replace(layout(2, 4, 1, schedule, zero_stage=stage), zero_shard_size=2), "tied")
+
+
 @pytest.mark.parametrize(
     "mesh, stage", [((1, 1, 2), 0), pytest.param((2, 2, 1), 1, marks=pytest.mark.slow), ((1, 2, 1), 3)], ids=str
 )

@@ -23,6 +23,9 @@ LAYOUTS = {
     "dp 2, ZeRO-1": Parallel(dp=2, zero_stage=1),
     "dp 4, ZeRO-2": Parallel(dp=4, zero_stage=2),
     "dp 4, ZeRO-3": Parallel(dp=4, zero_stage=3),
+    "dp 4, ZeRO-3 in pairs": Parallel(dp=4, zero_stage=3, zero_shard_size=2),
+    "pp 2 x dp 4, ZeRO-1 in pairs": Parallel(pp=2, dp=4, zero_stage=1, zero_shard_size=2),
+    "tp 2, dp 4, ZeRO-2 in pairs": Parallel(dp=4, tp=2, zero_stage=2, zero_shard_size=2, sequence_parallel=True),
     "pp 2 x dp 2, ZeRO-1": Parallel(pp=2, dp=2, zero_stage=1),
     "pp 2 x dp 2, ZeRO-3": Parallel(pp=2, dp=2, zero_stage=3),
     "uneven stages": Parallel(pp=2, dp=1, stage_layers=[1, 3]),
@@ -48,6 +51,7 @@ FAST = [
     ("dp 4, ZeRO-0", "fp16, tied"),
     ("dp 4, ZeRO-2", "recomputed"),
     ("dp 4, ZeRO-3", "bf16, tied"),
+    ("tp 2, dp 4, ZeRO-2 in pairs", "recomputed"),
     ("pp 2 x dp 2, ZeRO-1", "fp32"),
     ("zbv", "selective"),
     ("tp 4, dp 2", "fp32"),
@@ -70,10 +74,9 @@ def numbers(parallel: Parallel, settings: str) -> tuple[list[float], dict[str, t
     config = require(replace(config, run=replace(config.run, determinism="elastic")), ranks)
     outcomes = run_ranks(ranks, train, config, True)
     found = [*outcomes[0].losses, *outcomes[0].norms, outcomes[0].evaluation]
-    sharded = parallel.zero_stage > 0 and parallel.dp > 1
 
     def gathered(parts: list[Shards]) -> dict[str, torch.Tensor]:
-        return whole(parts, sharded, exact=True)
+        return whole(parts, parallel.shard_ranks, exact=True)
 
     return found, gathered([each.gradients for each in outcomes]), gathered([each.weights for each in outcomes])
 

@@ -36,6 +36,7 @@ OTHER = {
     "parallel.virtual_stages": ["--parallel.virtual_stages=4"],
     "parallel.stage_layers": ["--parallel.stage_layers=[3, 1, 2, 2]"],
     "parallel.zero_stage": ["--parallel.zero_stage=1"],
+    "parallel.zero_shard_size": ["--parallel.dp=4", "--parallel.zero_stage=1", "--parallel.zero_shard_size=2"],
     "training.micro_batch_size": ["--training.micro_batch_size=2"],
     "training.precision": ["--training.precision=bf16"],
     "compile.enabled": [],

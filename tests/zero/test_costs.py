@@ -64,6 +64,7 @@ class Counter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.calls: dict[str, int] = {}
+        self.order: list[str] = []
         self.bytes: dict[str, int] = {}
         for name in ("all_gather", "reduce_scatter", "all_reduce"):
             monkeypatch.setattr(collectives, name, self.counting(name, getattr(collectives, name)))
@@ -77,6 +78,7 @@ class Counter:
             whole = max(tensor.nbytes for tensor in (first, *rest[:-1]))
             received = whole * (d - 1) // d * (2 if name == "all_reduce" else 1)
             self.calls[name] = self.calls.get(name, 0) + 1
+            self.order.append(name)
             self.bytes[name] = self.bytes.get(name, 0) + received
             return original(first, *rest)
 
@@ -121,12 +123,16 @@ def test_a_run_holds_and_moves_what_the_papers_say(dp: int, dtype: torch.dtype, 
         monkeypatch.setattr(toy, name, size)
     common = Case(optimizer="adamw", dtype=dtype, frozen=(FROZEN,))
     cases = [replace(common, stage=stage, fixed=fixed) for stage in STAGES for fixed in (False, True)]
+    cases += [replace(case, shard_size=2) for case in cases if dp == 4 and case.stage]
     sizes = {name: parameter.numel() for name, parameter in toy.build(cases[0]).named_parameters()}
     frozen = sizes.pop(FROZEN)
     for results in run_ranks(dp, lambda: [measure(case, dp) for case in cases]):
         for case, (_calls, moved, held) in zip(cases, results):
             g, trained = 8 if case.fixed else 4, sum(sizes.values())
-            papers = by_the_papers(case.stage, dp, case.accumulation, dtype.itemsize, trained, frozen, g)
+            shards = case.shard_size or dp
+            papers = by_the_papers(case.stage, shards, case.accumulation, dtype.itemsize, trained, frozen, g)
+            across = by_the_papers(0, dp // shards, 1, dtype.itemsize, trained // shards, 0, g).reduced
+            papers = replace(papers, reduced=papers.reduced + (across if case.stage else 0))
             gathered = moved.pop("all_gather", 0)
             assert Bytes(held[0], gathered, sum(moved.values())) == papers and held[1] == held[0], case
 
@@ -142,3 +148,20 @@ def test_one_collective_per_unit(m: int) -> None:
         {"all_gather": units, "reduce_scatter": m * units},
         {"all_gather": 2 * m * units, "reduce_scatter": m * units},
     ]
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_groups_sum_each_unit_once_a_step_beside_the_last_backward_pass(m: int) -> None:
+    def reductions(case: Case) -> list[str]:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            counter = Counter(monkeypatch)
+            model, optimizer = sharded(case, 4)
+            backward(model, optimizer, case, 0, 4)
+            in_backward = len([name for name in counter.order if name == "all_reduce"])
+            optimizer.step(learning_rate(case), case.clip)
+            return [name for name in counter.order if name != "all_gather"] + [f"{in_backward} in backward"]
+
+    for stage, waiting in ((1, 2), (2, 1), (3, 1)):
+        *order, early = run_ranks(4, reductions, Case(stage=stage, accumulation=m, shard_size=2))[0]
+        assert order.count("all_reduce") == 5 and order.count("reduce_scatter") == (5 if stage == 1 else 5 * m)
+        assert "all_reduce" not in order[: order.count("reduce_scatter") - 5] and early == f"{5 - waiting} in backward"

@@ -83,6 +83,13 @@ def test_units_may_have_groups_of_their_own() -> None:
         assert_equal(ours, run_serial(case, 4), 1e-6)
 
 
+def test_shards_inside_groups_equal_one_process() -> None:
+    tried = [("tied recomputation", 1), ("unused", 1), ("accumulation", 2), ("unused", 2), ("frozen", 3), ("tied recomputation", 3)]
+    cases = {(name, stage): replace(CASES[name], stage=stage, shard_size=2) for name, stage in tried}
+    for (name, _), ours in zip(cases, run_ranks(4, train_all, list(cases.values()), 4)[3]):
+        assert_equal(ours, run_serial(CASES[name], 4), 1e-6 if CASES[name].optimizer == "sgd" else 5e-5)
+
+
 def test_one_data_rank_has_nothing_to_shard() -> None:
     cases = [Case(stage=stage) for stage in STAGES]
     for ours in run_ranks(1, train_all, cases, 1)[0]:
@@ -103,6 +110,18 @@ def test_low_precision_stages_agree(dtype: torch.dtype, optimizer: str) -> None:
     replicated, *sharded = run_ranks(2, train_all, [replace(base, stage=stage) for stage in STAGES], 2)[0]
     for ours in sharded:
         assert_equal(ours, replicated, 1e-6 if optimizer == "sgd" else 5e-5)
+
+
+def test_low_precision_agrees_inside_groups_and_integers_are_the_same_bits() -> None:
+    rounded = [Case(dtype=torch.bfloat16, stage=stage, shard_size=2 if stage else 0) for stage in STAGES]
+    exact = [replace(case, fixed=True, clip=0.0, steps=1) for case in rounded]
+    replicated, *sharded = run_ranks(4, train_all, rounded + exact, 4)[1]
+    for ours in sharded[:3]:
+        assert_equal(ours, replicated, 1e-6)
+    expected, *same = sharded[3:]
+    for ours in same:
+        assert ours.norms == expected.norms and ours.gradients[0].keys() == expected.gradients[0].keys()
+        assert all(torch.equal(ours.gradients[0][name], gradient) for name, gradient in expected.gradients[0].items())
 
 
 def test_low_precision_follows_fp32() -> None:

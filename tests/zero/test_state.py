@@ -18,9 +18,9 @@ from tests.zero.toy import Case, backward, gather, learning_rate, sharded
 SAVED_AFTER, STEPS = 2, 4
 
 
-def case_of(stage: int, dtype: torch.dtype) -> Case:
+def case_of(stage: int, dtype: torch.dtype, shard_size: int = 0) -> Case:
     """Accumulation 1, so that bf16 losses do not depend on how rows fall into microbatches."""
-    return Case(stage=stage, optimizer="adamw", dtype=dtype, accumulation=1, frozen=("blocks.1.up.weight",))
+    return Case(stage=stage, shard_size=shard_size, optimizer="adamw", dtype=dtype, accumulation=1, frozen=("blocks.1.up.weight",))
 
 
 def train(model, optimizer, case: Case, steps: range, dp: int) -> list[float]:
@@ -64,19 +64,22 @@ FP32, BF16 = torch.float32, torch.bfloat16
     [
         ((4, 1), (2, 3), FP32),
         ((2, 3), (3, 0), FP32),
-        ((3, 0), (4, 1), FP32),
+        ((3, 0), (4, 1, 2), FP32),
         ((4, 3), (1, 0), FP32),
+        ((4, 3, 2), (4, 2), FP32),
+        ((4, 2), (4, 3, 2), BF16),
         ((3, 2), (4, 3), BF16),
         ((2, 0), (3, 2), BF16),
     ],
     ids=str,
 )
 def test_any_layout_continues_any_other(
-    saved: tuple[int, int], loaded: tuple[int, int], dtype: torch.dtype, tmp_path: Path
+    saved: tuple[int, ...], loaded: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """`saved` and `loaded` are (data-parallel ranks, stage)."""
-    losses, weights = run_ranks(saved[0], quietly(save), case_of(saved[1], dtype), saved[0], tmp_path)[0]
-    resumed, resumed_weights = run_ranks(loaded[0], quietly(resume), case_of(loaded[1], dtype), loaded[0], tmp_path)[0]
+    """`saved` and `loaded` are (data-parallel ranks, stage, size of ZeRO's groups where it has any)."""
+    (ranks, stage, *size), (now, other, *another) = saved, loaded
+    losses, weights = run_ranks(ranks, quietly(save), case_of(stage, dtype, *size), ranks, tmp_path)[0]
+    resumed, resumed_weights = run_ranks(now, quietly(resume), case_of(other, dtype, *another), now, tmp_path)[0]
     low = dtype == BF16  # other microbatches round otherwise
     assert resumed == pytest.approx(losses, rel=2**-8 if low else 1e-5)
     for name, weight in weights.items():

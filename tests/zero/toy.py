@@ -80,6 +80,8 @@ class Case:
     """Parameters with a learning rate of their own, as a multiple of the run's."""
     own_groups: bool = False
     """On 4 ranks: block 1 is sharded over pairs of them, block 2 over nobody; their gradients are summed over the rest."""
+    shard_size: int = 0
+    """Neighbours among which all units are sharded; 0 takes all ranks."""
     skip_blocks: tuple[tuple[int, int], ...] = ()
     """(step, dp rank) pairs in which block 1 is left out: its parameters receive no gradient there."""
 
@@ -135,22 +137,21 @@ def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
 def units_of(model: Toy, case: Case, dp: int) -> list[Unit]:
     """One unit per block, the embedding, the head with its norm; a tied embedding lives around the whole model."""
     named = {parameter: name for name, parameter in model.named_parameters()}
-    mesh = build_mesh(Parallel(dp=dp), torch.device("cpu"))
-    sizes = {"block1": 2, "block2": 1} if case.own_groups else {}
+    mesh = build_mesh(Parallel(dp=dp, zero_shard_size=case.shard_size), torch.device("cpu"))
+    sizes = {"block1": 2, "block2": 1} if case.own_groups and case.stage else {}
 
     def unit(name: str, modules: tuple[nn.Module, ...], readers: Sequence[nn.Module]) -> Unit:
-        group, state_mesh, sum_over, counted = mesh.shards().group, mesh.state_mesh(), (), True
-        if name in sizes:  # `across` ranks hold the same shard
-            state_mesh = init_device_mesh("cpu", (dp // sizes[name], sizes[name]), mesh_dim_names=("across", "within"))
-            across, group = state_mesh.get_all_groups()
-            sum_over, counted = (across,), dist.get_rank(across) == 0
+        group, state_mesh, replicas = mesh.shards().group, mesh.state_mesh(), mesh.replicas() and mesh.replicas().group
+        if name in sizes:
+            state_mesh = init_device_mesh("cpu", (dp // sizes[name], sizes[name]), mesh_dim_names=("replicas", "shards"))
+            replicas, group = state_mesh.get_all_groups()
         parameters = [parameter for module in readers for parameter in module.parameters() if parameter in named]
         names = [named[parameter] for parameter in parameters]
         specs = [
-            ParameterSpec(name, parameter, rule(name, case), sum_over, counted)
+            ParameterSpec(name, parameter, rule(name, case))
             for name, parameter in zip(names, parameters)
         ]
-        return Unit(name, modules, specs, group, state_mesh)
+        return Unit(name, modules, specs, group, state_mesh, replicas)
 
     blocks = [unit(f"block{index}", (block,), (block,)) for index, block in enumerate(model.blocks)]
     embedding = unit("embedding", (model,) if case.tied else (model.embed,), (model.embed,))

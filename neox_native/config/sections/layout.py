@@ -11,7 +11,7 @@ from neox_native.config.ranges import Count, CountOrRest, Range
 @dataclass(frozen=True)
 class Parallel:
     """How the ranks are laid out: pp * dp * tp = number of ranks. What cuts along an axis is ignored where it has one rank:
-    schedule and stages at pp 1, zero_stage at dp 1, sequence_parallel at tp 1."""
+    schedule and stages at pp 1, zero_stage and zero_shard_size at dp 1, sequence_parallel at tp 1."""
 
     pp: Count = 1
     """Pipeline-parallel degree [ranks]."""
@@ -29,6 +29,14 @@ class Parallel:
     """Layers of each stage, first to last; empty lets the code balance them, embedding and head weighed in."""
     zero_stage: Annotated[int, Range("between 0 and 3", lambda number: 0 <= number <= 3)] = 0
     """ZeRO stage: 0 keeps everything, 1 shards optimizer state, 2 also gradients, 3 also parameters, over dp."""
+    zero_shard_size: Annotated[int, Range("0 or at least 2", lambda number: number == 0 or number >= 2)] = 0
+    """Neighbours on the dp axis among which ZeRO shards; gradients are summed across such groups, too (HSDP) [ranks]. 0 takes
+    the whole axis; zero_stage 0 shards nothing."""
+
+    @property
+    def shard_ranks(self) -> int:
+        """Data-parallel ranks among which ZeRO shards. The section must be resolved."""
+        return (self.zero_shard_size or self.dp) if self.zero_stage else 1
 
 
 @dataclass(frozen=True)

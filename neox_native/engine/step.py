@@ -77,13 +77,14 @@ class Losses:
 
     def function(self, batch: StepBatch, scale: Tensor | float = 1.0) -> StepLoss:
         """The loss function of the microbatches of this data rank's share of a step."""
-        weight = torch.tensor(self.objective.weight(batch), dtype=torch.int64, device=self.device)  # exact in any order
+        # An integer, exact in any order; filled in on the device, since a copy of a number on the host waits for the device.
+        weight = torch.full((), self.objective.weight(batch), dtype=torch.int64, device=self.device)
         weighing = dist.all_reduce(weight, group=self.mesh.rows.group, async_op=True)
         return StepLoss(self.objective, to_device(batch.loss_fields, self.device), weight, weighing, scale)
 
     def sums_of(self, batch: StepBatch) -> StepLoss:
         """The loss function that sums the objective over microbatches and divides by nothing."""
-        return StepLoss(self.objective, to_device(batch.loss_fields, self.device), torch.tensor(1, device=self.device))
+        return StepLoss(self.objective, to_device(batch.loss_fields, self.device), torch.ones((), dtype=torch.int64, device=self.device))
 
     def total(self, share: Tensor) -> Tensor:
         """The whole step's loss, in fp64, from each rank's share, one of `sums.share`."""

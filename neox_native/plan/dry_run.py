@@ -87,7 +87,7 @@ def dry_run(config: Config, rank: int, world_size: int, exact: bool = False) -> 
     config = dataclasses.replace(config, compile=dataclasses.replace(config.compile, enabled=False))
     total = num_microbatches(config)
     fewer, more = _enough(config)
-    with _fake_process_group(rank, world_size):
+    with fake_process_group(rank, world_size):
         mesh = build_mesh(config.parallel, CPU)
         _run(_shallow(config), mesh)
         if exact or total <= more:
@@ -178,19 +178,26 @@ class _Counted:
 
 def _run(config: Config, mesh: Mesh) -> _Counted:
     """One step of all the microbatches that the config asks for."""
+    ledger = Ledger(axes_of(mesh))
+    with fake_step(config, mesh, CPU) as step:
+        run_step(step, step.engine.parts.values(), fake_batch(config), ledger)
+    parameters = sum(local(spec.parameter).numel() for spec in step.optimizer.specs())
+    return _Counted(parameters, ledger.peaks(), ledger.totals)
+
+
+@contextmanager
+def fake_step(config: Config, mesh: Mesh, device: torch.device) -> Iterator[TrainStep]:
+    """What this rank of a `fake_process_group` trains with, on `device`, which need not exist: tensors of the body are fake."""
     parts = assemble(config.model, config.parallel, config.training, config.compile, mesh)
     units = units_of(parts, config.model, config.parallel, mesh)
-    ledger = Ledger(axes_of(mesh))
     with _fake_tensors():
-        optimizer = build_optimizer(config, mesh, CPU, parts, units)
+        optimizer = build_optimizer(config, mesh, device, parts, units)
         if optimizer.fixed is not None:
             optimizer.fixed.piece = PIECES["cuda"]  # fewer operations to follow
-        engine = build_engine(config, mesh, CPU, parts, optimizer)
+        engine = build_engine(config, mesh, device, parts, optimizer)
         if isinstance(engine, Pipeline):
             _skip_the_vote(engine)
-        run_step(build_step(config, mesh, CPU, engine, optimizer), parts.values(), fake_batch(config), ledger)
-    parameters = sum(local(spec.parameter).numel() for stage in units.values() for unit in stage for spec in unit.specs)
-    return _Counted(parameters, ledger.peaks(), ledger.totals)
+        yield build_step(config, mesh, device, engine, optimizer)
 
 
 def run_step(step: TrainStep, parts: Iterable[Transformer], batch: StepBatch, ledger: Ledger) -> None:
@@ -274,7 +281,7 @@ def _report(config: Config, mesh: Mesh, counted: _Counted) -> RankReport:
 
 
 @contextmanager
-def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
+def fake_process_group(rank: int, world_size: int) -> Iterator[None]:
     """Be rank `rank` among `world_size` that do not exist: collectives return at once and leave tensors as they are."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch.nn.attention import flex_attention
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neox_native.model.kinds import attention
@@ -45,9 +46,10 @@ def download(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def checked(tensor: Tensor, *arguments: Any, **settings: Any) -> Tensor:
         targets = (*arguments, *settings.values())
         to_host = function.__name__ == "cpu" or any(str(getattr(each, "device", each)) == "cpu" for each in targets)
-        told_by_cpp = "/torch/optim/" in sys._getframe(1).f_code.co_filename  # which groups tensors by device
-        if to_host and tensor.device.type == "cuda" and not told_by_cpp:
+        if to_host and tensor.device.type == "cuda":
             raise Waits(f"{function} to the host waits for the device")
+        if tensor.device in targets and all(each == tensor.device or isinstance(each, bool) for each in targets):
+            return tensor  # nothing to do
         return function(tensor, *arguments, **settings)
 
     return checked
@@ -61,7 +63,7 @@ class _Copies(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, if it waits for nothing."""
         kwargs = dict(kwargs or {})
-        if getattr(function, "_overloadpacket", None) is torch.ops.aten._fused_adamw_:
+        if function is torch.ops.aten._fused_adamw_.tensor_lr:
             return None  # with a rate on the device torch cannot fake it
         if function in COPIES:
             if kwargs.get("device") == torch.device("cpu") and called_by_autograd():
@@ -122,6 +124,14 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor
         return flex_attention.flex_attention(q, k, v, **settings)
 
 
+def grouped(*arguments: Any) -> dict[tuple[torch.device, torch.dtype], Any]:
+    """Lists of tensors by device and type, as optimizers and norms ask for them in C++."""
+    return {(found[0][0][0].device, dtype): found for (_, dtype), found in _GROUPED(*arguments).items()}
+
+
+_GROUPED = torch._C._group_tensors_by_device_and_dtype
+
+
 def waits(*_arguments: Any, **_settings: Any) -> None:
     """Stands for what waits."""
     raise Waits("the device was synchronised")
@@ -149,6 +159,8 @@ def fake_cuda() -> Iterator[None]:
     with (
         mock.patch.dict(handlers, {asked: for_cpp}),
         mock.patch.multiple(torch.cuda, **replaced),
+        mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped),
+        mock.patch.object(_foreach_utils, "_foreach_supported_types", [*_foreach_utils._foreach_supported_types, fake_tensor.FakeTensor]),
         mock.patch.object(F, "scaled_dot_product_attention", attend),
         mock.patch.object(attention, "_compiled_flex_attention", lambda: attend_in_blocks),
         mock.patch.object(_Dear, "supports_higher_order_operators", True, create=True),  # a compiled one it does not see

@@ -31,6 +31,7 @@ LAYOUT_RULES = (
     layout_rules.schedule_microbatches,
     layout_rules.shard_groups,
     layout_rules.zero_bubble,
+    layout_rules.async_tensor_parallel,
 )
 
 # A resumed run may change everything but what its weights, its optimizer state and the order of its data are made of:
@@ -99,7 +100,7 @@ def require_on(device_type: str, config: Config) -> None:
     """Refuse what the device cannot do, which is known only where training runs.
 
     Raises:
-        UserError: compilation in low precision on a CPU.
+        UserError: compilation in low precision on a CPU; tensor parallelism that overlaps where nothing can.
     """
     precision = config.training.precision
     if device_type == "cpu" and config.compile.on and precision != "fp32":
@@ -107,15 +108,27 @@ def require_on(device_type: str, config: Config) -> None:
             f'compile.enabled = true with training.precision = "{precision}" needs a GPU: for a CPU, torch 2.11 to 2.13 '
             'write C++ that does not compile; set compile.enabled = false or training.precision = "fp32".'
         )
+    if config.parallel.async_tp and device_type == "cpu":
+        raise UserError(
+            f"parallel.async_tp = true with parallel.tp = {config.parallel.tp} needs GPUs, which send while they multiply: on a CPU "
+            "there is nothing to overlap; set parallel.async_tp = false."
+        )
+    if config.parallel.async_tp and not on_device(config, device_type).compile.on:
+        raise UserError(
+            'parallel.async_tp = true is done by torch\'s compiler, and compile.enabled = "auto" compiles nothing: '
+            f"{_obstacles(config, _num_ranks(config))[0]} Or set parallel.async_tp = false."
+        )
 
 
 def on_device(config: Config, device_type: str) -> Config:
     """The config as it is used on a kind of device, with compile.enabled = "auto" resolved; it has passed `require`."""
     if config.compile.enabled != "auto":
         return config
-    parallel = config.parallel
-    ranks = parallel.pp * parallel.dp * parallel.tp
-    return dataclasses.replace(config, compile=Compile(device_type != "cpu" and not _obstacles(config, ranks)))
+    return dataclasses.replace(config, compile=Compile(device_type != "cpu" and not _obstacles(config, _num_ranks(config))))
+
+
+def _num_ranks(config: Config) -> int:
+    return config.parallel.pp * config.parallel.dp * config.parallel.tp
 
 
 def _obstacles(config: Config, world_size: int) -> list[str]:

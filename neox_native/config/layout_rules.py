@@ -20,7 +20,7 @@ FORWARD_FIRST = ("gpipe", "looped_bfs")
 IDLE_AT_1 = {
     "pp": ("pipeline_schedule", "virtual_stages", "stage_layers"),
     "dp": ("zero_stage", "zero_shard_size"),
-    "tp": ("sequence_parallel",),
+    "tp": ("sequence_parallel", "async_tp"),
 }
 """The settings of [parallel] that are ignored where an axis has one rank."""
 
@@ -189,4 +189,19 @@ def zero_bubble(config: Config, world_size: int) -> Iterator[str]:
         yield (
             f"{name} splits the backward pass, so that gradients are not final when a block has run, and "
             f"parallel.zero_stage = {parallel.zero_stage} would reduce them there; set it to 0 or 1, {other}."
+        )
+
+
+def async_tensor_parallel(config: Config, world_size: int) -> Iterator[str]:
+    """What runs beside pieces of matrix products are the collectives of sequence parallelism, and it is the compiler that cuts."""
+    parallel = config.parallel
+    if parallel.async_tp and not parallel.sequence_parallel:
+        yield (
+            "parallel.async_tp = true cuts the all-gathers and reduce-scatters of sequence parallelism in pieces, but "
+            "parallel.sequence_parallel = false; set it to true, or parallel.async_tp = false."
+        )
+    if parallel.async_tp and config.compile.enabled is False:
+        yield (
+            "parallel.async_tp = true is done by torch's compiler, but compile.enabled = false; set it to true, or "
+            "parallel.async_tp = false."
         )

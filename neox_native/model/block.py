@@ -42,11 +42,15 @@ class Block(nn.Module):
     def compute(self, x_BTD: Tensor, context: Context) -> Tensor:
         """`forward` without the seed: what may be compiled, once for all seeds."""
         for step in self.steps:
-            normalised_BTD = self.normalize(x_BTD)
-            branches = [getattr(self, module)(getattr(self, norm)(normalised_BTD), context) for norm, module in step]
+            reads = self.read(self.normalize(x_BTD), step)
+            branches = [getattr(self, module)(read, context) for (_, module), read in zip(step, reads)]
             biases = [getattr(self, module).output_bias for _, module in step]
             x_BTD = x_BTD + self.dropout(self.join(branches, biases))
         return x_BTD
+
+    def read(self, normalised_BTD: Tensor, step: list[tuple[str, str]]) -> list[Tensor]:
+        """x̂ [B, T, D] -> what each branch of a residual step reads: x̂ through the learned half of its own norm."""
+        return [getattr(self, norm)(normalised_BTD) for norm, _ in step]
 
 
 def block_cards(model: Model, kinds: tuple[Kind, ...]) -> Cards:

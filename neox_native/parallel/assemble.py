@@ -14,7 +14,7 @@ from neox_native.dtypes import DTYPES
 from neox_native.mesh import Mesh
 from neox_native.model.kinds import dealt
 from neox_native.model.transformer import Transformer
-from neox_native.parallel import tensor
+from neox_native.parallel import async_tp, tensor
 from neox_native.parallel.recompute import recompute, within_budget
 from neox_native.parallel.stages import stage_layers, stages_of_rank
 
@@ -28,6 +28,8 @@ def assemble(
     so that its gradient is told from the embedding's on one rank as it is on two.
     """
     num_stages = parallel.pp * parallel.virtual_stages
+    overlaps = parallel.async_tp and compilation.on
+    compiler = async_tp.overlapping if overlaps else None
     layers = stage_layers(model, num_stages, parallel.stage_layers)
     parts = {}
     for number in stages_of_rank(mesh.pipeline.rank, parallel.pp, parallel.virtual_stages, parallel.pipeline_schedule):
@@ -35,7 +37,7 @@ def assemble(
             part = Transformer(dealt(model, parallel.tp), layers[number], first=number == 0, last=number == num_stages - 1)
         part.to(DTYPES[training.precision])
         if parallel.tp > 1:
-            tensor.apply(part, mesh.tensor.mesh, parallel.sequence_parallel)
+            tensor.apply(part, mesh.tensor.mesh, parallel.sequence_parallel, overlaps)
         if model.tie_embeddings and part.embed_in is not None and part.readout is not None:
             part.readout.embed_out.weight = nn.Parameter(torch.empty_like(part.embed_in.weight))
         if part.readout is not None:
@@ -50,7 +52,7 @@ def assemble(
                 recompute(block, selective=forgets == "selective")
             if compilation.on:
                 budget = training.activation_memory_budget if forgets == "selective" else 0.0
-                backend = within_budget(budget) if inside else "inductor"
+                backend = within_budget(budget, compiler) if inside else compiler or "inductor"
                 # The bound method, not the module: names stay, and hooks on the block run outside the graph.
                 block.compute = torch.compile(block.compute, fullgraph=True, dynamic=False, backend=backend)
         parts[number] = part

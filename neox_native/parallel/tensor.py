@@ -17,7 +17,7 @@ activation function see plain local tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn as nn
@@ -35,9 +35,10 @@ from torch.distributed.tensor.parallel import (
 
 from neox_native.config.schema import Model
 from neox_native.model.auxiliary import AuxiliaryLoss
-from neox_native.model.kinds import kinds_of_layers
+from neox_native.model.kinds import Kind, kinds_of_layers
 from neox_native.model.parameters import Cards
 from neox_native.model.transformer import Transformer
+from neox_native.parallel.async_tp import Laid, OneProduct
 from neox_native.parallel.cuts import share_of_vocabulary
 from neox_native.parallel.loss import RanksOfVocabulary
 
@@ -209,8 +210,8 @@ def embedding(output: Placement) -> Rule:
     return Rule(style, Shard(0), Replicate(), Partial(), output)
 
 
-def plan(model: Model, sequence_parallel: bool) -> dict[str, Rule]:
-    """Module name -> rule, for the whole model. See [Note: tensor parallelism]."""
+def plan(model: Model, sequence_parallel: bool, async_tp: bool = False) -> dict[str, Rule]:
+    """Module name -> rule, for the whole model. See [Note: tensor parallelism], and with `async_tp` [Note: one product]."""
     stream: Placement = Shard(1) if sequence_parallel else Replicate()
     adds_positions = model.pos_emb in ("learned", "sinusoidal")  # to whole rows, which are cut afterwards
     rules = {"embed_in": embedding(Replicate() if adds_positions else stream)}
@@ -224,6 +225,9 @@ def plan(model: Model, sequence_parallel: bool) -> dict[str, Rule]:
             block |= {kind.norm: whole()} | {f"{kind.module}.{name}": rule for name, rule in kind_rules(kind.cards(model))}
         block["join.total"] = seam(Partial(), stream, local=False)
         block["join"] = seam(stream, stream, local=True)
+        if async_tp:
+            assert sequence_parallel, "asynchronous tensor parallelism gathers and scatters the sequence"
+            rules[f"layers.{number}"], block = in_one_product(model, kinds, block)
         rules |= {f"layers.{number}.{name}": rule for name, rule in block.items()}
     return rules | {
         "readout.normalize": seam(stream, Replicate(), local=False, read_in_parts=True),
@@ -231,6 +235,22 @@ def plan(model: Model, sequence_parallel: bool) -> dict[str, Rule]:
         "readout.embed_out": columns(VocabParallelHead(model.padded_vocab_size)),
         "readout.cross_entropy": Rule(VocabParallelLoss(model.padded_vocab_size), None, Replicate(), Replicate(), Replicate()),
     }
+
+
+def in_one_product(model: Model, kinds: tuple[Kind, ...], block: dict[str, Rule]) -> tuple[Rule, dict[str, Rule]]:
+    """The rule of a block that computes projections together, and those left of its modules, given those of a plain block."""
+    weights = {
+        kind.module: {name.removesuffix(".weight"): card.cut for name, card in kind.cards(model).items() if card.role == "matrix"}
+        for kind in kinds
+        if kind.enclosed
+    }
+    first = {branch: [name for name, cut in cuts.items() if cut == 0] for branch, cuts in weights.items()}
+    last = {branch: next(name for name, cut in cuts.items() if cut == 1) for branch, cuts in weights.items()}
+    laid = [f"{branch}.{name}" for branch, cuts in weights.items() for name in cuts]
+    seams = ("normalize", "join.total", "join")
+    left = {name: rule for name, rule in block.items() if name not in seams}
+    left |= {name: replace(left[name], style=Laid(left[name].weight)) for name in laid}
+    return Rule(OneProduct(first, last), None, Shard(1), Shard(1), Shard(1)), left
 
 
 def kind_rules(cards: Cards) -> Iterator[tuple[str, Rule]]:
@@ -246,10 +266,10 @@ def kind_rules(cards: Cards) -> Iterator[tuple[str, Rule]]:
             assert leaf in ("weight", "bias") or card.cut is None, f"no module cuts {name}: hold it in a `Vector`"
 
 
-def apply(model: Transformer, tp_mesh: DeviceMesh, sequence_parallel: bool) -> None:
+def apply(model: Transformer, tp_mesh: DeviceMesh, sequence_parallel: bool, async_tp: bool = False) -> None:
     """Cut a model, or a part of one, over the tp axis. Works on meta tensors and communicates nothing."""
     here = dict(model.named_modules())
-    styles = {name: rule.style for name, rule in plan(model.config, sequence_parallel).items() if name in here}
+    styles = {name: rule.style for name, rule in plan(model.config, sequence_parallel, async_tp).items() if name in here}
     styles |= {name: SharedLoss() for name, module in here.items() if isinstance(module, AuxiliaryLoss)}
     # Without src_data_rank=None every weight would be broadcast from rank 0.
     parallelize_module(model, tp_mesh, styles, src_data_rank=None)

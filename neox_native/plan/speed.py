@@ -1,9 +1,10 @@
 """How long a step takes: a roofline over matrix products, memory traffic and links. Pure arithmetic, [Note: letters].
 
 [Note: roofline] A stage's time per microbatch is the sum of its matrix products and its attention at their share of the
-peak, of its elementwise kernels at the memory's speed, and of its tensor-parallel collectives, which nothing overlaps.
-The pipeline adds its bubble; the traffic over dp hides behind the passes it can run beside; the update reads and writes
-the optimizer's state once. A layer is never faster than its kernels can be launched.
+peak, of its elementwise kernels at the memory's speed, and of its tensor-parallel collectives, which nothing overlaps unless
+`parallel.async_tp` does: then `EXPOSED_WITH_OVERLAP` of them is left, as measured of others' code. The pipeline adds its
+bubble; the traffic over dp hides behind the passes it can run beside; the update reads and writes the optimizer's state
+once. A layer is never faster than its kernels can be launched.
 """
 
 from __future__ import annotations
@@ -209,7 +210,8 @@ def _layer(config: Config, sort: Sort, machine: Machine) -> Passes:
         passes = passes_of_layer(config, sort)
         sent, calls = passes * ring(activation_bytes(config), t), passes / (1 if config.parallel.sequence_parallel else 2)
         collectives = sent / machine.ring_bytes_per_second(t, 1) + calls * machine.gpu.collective_seconds
-        collectives *= EXPOSED_WITH_OVERLAP if software.overlaps_tensor_parallel else 1.0
+        overlaps = software.overlaps_tensor_parallel or config.parallel.async_tp
+        collectives *= EXPOSED_WITH_OVERLAP if overlaps else 1.0
     early = collectives / (3 if forgets == "full" else 2)
     return Passes(forward + early, backward + again + collectives - early, collectives)
 

@@ -22,7 +22,7 @@ LAYOUT = ("pp", "dp", "tp", "zero_stage")
 ROUNDING = ("training.micro_batch_size", "training.loss_slice_tokens", "training.precision", "compile.enabled")
 """Settings that, like all of [parallel], cut sums or draw masks in another way and are not meant to change what is trained.
 Recomputation is none of them: it repeats the same operations."""
-WITHIN_A_MICROBATCH = ("parallel.tp", "parallel.sequence_parallel", *ROUNDING)
+WITHIN_A_MICROBATCH = ("parallel.tp", "parallel.sequence_parallel", "parallel.async_tp", *ROUNDING)
 """Those that cut sums of floating-point numbers even in elastic mode, whose sums over microbatches and ranks are exact."""
 KINDS = {"step": int, "consumed_samples": int, "data": dict, "layout": dict}
 """What a run needs of a checkpoint's metadata to go on."""

@@ -26,6 +26,7 @@ from neox_native.engine.step import TrainStep
 from neox_native.errors import UserError
 from neox_native.launch import Launch, Ranks, start_process_group
 from neox_native.mesh import Mesh, build_mesh
+from neox_native.parallel.async_tp import share_memory
 from neox_native.reliability.preemption import Requests
 from neox_native.reliability.startup import check_agreement, check_axes, code_version, describe_mesh
 from neox_native.reliability.watchdog import FLIGHT_RECORDER, Watchdog, enable_flight_recorder, job_store
@@ -78,6 +79,9 @@ def lay_out_ranks(config: Config, device: torch.device) -> tuple[Mesh, Ranks, Ru
     folder = RunFolder(config, ranks)
     mesh = build_mesh(config.parallel, device)
     check_axes(mesh, hosts, job_store())
+    if config.parallel.async_tp:
+        with ranks.together("Sharing memory over tp"):
+            share_memory(mesh.tensor, hosts)
     ranks.say(describe_mesh(mesh, hosts))
     return mesh, ranks, folder
 

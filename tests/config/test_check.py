@@ -115,6 +115,7 @@ def test_each_mistake_gets_its_own_sentence(overrides: list[str], part: str) -> 
     assert len(found) == 1 and part in found[0] and found[0].endswith("."), found
 
 
+ASYNC_TP = ["--parallel.tp=2", "--parallel.sequence_parallel", "--parallel.async_tp"]
 LAYOUT_MISTAKES = [
     (
         4,
@@ -205,6 +206,8 @@ LAYOUT_MISTAKES = [
     (2, [*ZERO_BUBBLE, "--compile.enabled"], "splits the backward pass, which compile.enabled = true cannot"),
     (4, [*IN_GROUPS, "3"], "zero_shard_size = 3 does not divide the 4 data-parallel ranks; set it to 2 or 4, or to 0, which shards"),
     (4, [*IN_GROUPS, "8"], "parallel.zero_shard_size = 8 is larger than the 4 data-parallel ranks; set it to 4, or to 0,"),
+    (2, ["--parallel.tp=2", "--parallel.async_tp"], "cuts the all-gathers and reduce-scatters of sequence parallelism in pieces"),
+    (2, [*ASYNC_TP, "--compile.enabled=false"], "parallel.async_tp = true is done by torch's compiler, but compile.enabled = false"),
     (4, [*ZERO_BUBBLE, "--parallel.zero_stage=2"], "parallel.zero_stage = 2 would reduce them there; set it to 0 or 1"),
 ]
 
@@ -218,7 +221,7 @@ def test_each_layout_mistake_gets_its_own_sentence(world_size: int, overrides: l
 IGNORED = {
     "pp": {"pipeline_schedule": ["zbv", "interleaved_1f1b"], "virtual_stages": ["9"], "stage_layers": ["[1, 1]", "[2, 2]"]},
     "dp": {"zero_stage": ["1", "3"], "zero_shard_size": ["2"]},
-    "tp": {"sequence_parallel": ["true"]},
+    "tp": {"sequence_parallel": ["true"], "async_tp": ["true"]},
 }
 
 

@@ -39,3 +39,14 @@ def test_low_precision_is_compiled_on_gpus_only() -> None:
         require_on("cpu", config)
     require_on("cuda", config)
     require_on("cpu", load(None, ["--compile.enabled=true", "--training.precision=fp32"]))
+
+
+def test_tensor_parallelism_overlaps_in_blocks_compiled_for_gpus_only() -> None:
+    asked = ["--parallel.tp=2", "--parallel.sequence_parallel", "--parallel.async_tp"]
+    config = require(load(QUICKSTART, asked), 2)
+    require_on("cuda", config)
+    with pytest.raises(UserError, match="parallel.async_tp = true with parallel.tp = 2 needs GPUs.* nothing to overlap"):
+        require_on("cpu", config)
+    with pytest.raises(UserError, match='"auto" compiles nothing: run.determinism = "bitwise" cannot hold.*set parallel.async_tp = false'):
+        require_on("cuda", require(load(QUICKSTART, [*asked, "--run.determinism=bitwise"]), 2))
+    require_on("cpu", require(load(QUICKSTART, asked[1:]), 1))

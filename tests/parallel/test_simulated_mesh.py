@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from neox_native.model.kinds import KINDS
 from neox_native.model.transformer import Transformer, cards
 from neox_native.parallel import tensor
 from tests.parallel.layouts import MODEL, batch, draw, serial
@@ -27,11 +28,14 @@ def simulated_ranks():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_simulated_ranks_equal_serial(simulated_ranks, sequence_parallel):
+@pytest.mark.parametrize("sequence_parallel, async_tp, enclosed", [(False, False, True), (True, False, True), (True, True, True), (True, True, False)])
+@pytest.mark.parametrize("size", [1, 2])
+def test_simulated_ranks_equal_serial(simulated_ranks, sequence_parallel, async_tp, enclosed, size, monkeypatch):
+    """With `async_tp` also where only one of two branches lets its projections be taken out."""
+    monkeypatch.setitem(KINDS, "feed_forward", replace(KINDS["feed_forward"], enclosed=enclosed))
     model = replace(MODEL, num_layers=1)
-    _, expected = serial(model, 1, 2)
-    (tokens,), (targets,) = batch(model, 1, 2)
+    _, expected = serial(model, 1, size)
+    (tokens,), (targets,) = batch(model, 1, size)
     weights = {name: draw(name, model) for name in cards(model)}
     with simulated_ranks:
         mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
@@ -39,7 +43,7 @@ def test_simulated_ranks_equal_serial(simulated_ranks, sequence_parallel):
         with torch.no_grad():
             for name, parameter in whole.named_parameters():
                 parameter.copy_(weights[whole.global_name(name)])
-        tensor.apply(whole, mesh, sequence_parallel)
+        tensor.apply(whole, mesh, sequence_parallel, async_tp)
         logits = DTensor.from_local(whole(tokens), mesh, [torch.distributed.tensor.Shard(-1)]).full_tensor()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()

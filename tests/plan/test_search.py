@@ -169,6 +169,7 @@ def test_each_cost_makes_the_step_longer() -> None:
     assert seconds(recompute="full") > seconds(recompute="selective") > seconds()
     assert seconds(Machine(H100.gpu, 8, COMPILED)) < seconds(Machine(H100.gpu, 8, EAGER))
     assert seconds(tp=8) > seconds(zero_stage=1)
+    assert seconds(tp=8, sequence_parallel=True) > seconds(tp=8, sequence_parallel=True, async_tp=True) > seconds(zero_stage=1)
     assert seconds(mode="elastic", zero_stage=1) > seconds(mode="bitwise", zero_stage=1)
     assert seconds(pp=4) > seconds(pp=4, pipeline_schedule="interleaved_1f1b", virtual_stages=2)
     slow_network = Machine(replace(H100.gpu, network_bytes_per_second=1e9), 8)

@@ -39,6 +39,7 @@ OTHER = {
     "parallel.zero_shard_size": ["--parallel.dp=4", "--parallel.zero_stage=1", "--parallel.zero_shard_size=2"],
     "training.micro_batch_size": ["--training.micro_batch_size=2"],
     "training.precision": ["--training.precision=bf16"],
+    "parallel.async_tp": [],
     "compile.enabled": [],
 }
 RUNTIME = runtime_of(torch.device("cpu"), Ranks())
@@ -48,6 +49,13 @@ def checked(*settings: str, unchecked: bool = False) -> Config:
     config = load(None, settings)
     parallel = config.parallel
     return config if unchecked else require(config, parallel.pp * max(parallel.dp, 1) * parallel.tp)
+
+
+def other_than(dotted: str, *settings: str) -> Config:
+    """A run that differs in one setting; what these settings refuse by themselves stands for a checkpoint of a fast run."""
+    config = checked(*BASE, *OTHER[dotted], *settings)
+    section, name = dotted.split(".")
+    return config if OTHER[dotted] else replace(config, **{section: replace(getattr(config, section), **{name: True})})
 
 
 def resume(saved: dict[str, Any], config: Config, **runtime: str) -> None:
@@ -60,10 +68,7 @@ def written_by(config: Config) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dotted", OTHER)
 def test_bitwise_refuses_what_rounds_or_drops_otherwise_and_fast_does_not(dotted: str) -> None:
-    run = checked(*BASE)
-    other = checked(*BASE, *OTHER[dotted])
-    if dotted == "compile.enabled":  # bitwise refuses it by itself: a checkpoint of a fast run
-        other = replace(other, compile=replace(other.compile, enabled=True))
+    run, other = checked(*BASE), other_than(dotted)
     with pytest.raises(UserError, match=rf"bitwise.* step 3: .*{dotted} was .* agree to rounding only"):
         resume(written_by(other), run)
     resume(written_by(other), replace(run, run=replace(run.run, determinism="fast")))
@@ -74,9 +79,7 @@ ELASTIC = "--run.determinism=elastic"
 
 @pytest.mark.parametrize("dotted", OTHER)
 def test_elastic_refuses_what_cuts_sums_within_a_microbatch_and_nothing_else(dotted: str) -> None:
-    run, other = checked(*BASE, ELASTIC), checked(*BASE, *OTHER[dotted], ELASTIC)
-    if dotted == "compile.enabled":
-        other = replace(other, compile=replace(other.compile, enabled=True))
+    run, other = checked(*BASE, ELASTIC), other_than(dotted, ELASTIC)
     if dotted not in WITHIN_A_MICROBATCH:
         return resume(written_by(other), run)
     with pytest.raises(UserError, match=rf'"elastic".* step 3: {dotted} was .* agree to rounding only.*"fast"\.$'):

@@ -11,7 +11,7 @@ from neox_native.config.ranges import Count, CountOrRest, Range
 @dataclass(frozen=True)
 class Parallel:
     """How the ranks are laid out: pp * dp * tp = number of ranks. What cuts along an axis is ignored where it has one rank:
-    schedule and stages at pp 1, zero_stage and zero_shard_size at dp 1, sequence_parallel at tp 1."""
+    schedule and stages at pp 1, zero_stage and zero_shard_size at dp 1, sequence_parallel and async_tp at tp 1."""
 
     pp: Count = 1
     """Pipeline-parallel degree [ranks]."""
@@ -32,6 +32,9 @@ class Parallel:
     zero_shard_size: Annotated[int, Range("0 or at least 2", lambda number: number == 0 or number >= 2)] = 0
     """Neighbours on the dp axis among which ZeRO shards; gradients are summed across such groups, too (HSDP) [ranks]. 0 takes
     the whole axis; zero_stage 0 shards nothing."""
+    async_tp: bool = False
+    """Send over tp in pieces, beside the matrix products that read or made them, in compiled blocks of GPUs that read each
+    other's memory (torch's asynchronous tensor parallelism); takes sequence_parallel."""
 
     @property
     def shard_ranks(self) -> int:

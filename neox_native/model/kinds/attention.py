@@ -124,4 +124,6 @@ def dealt(model: Model, holders: int) -> Model:
     return replace(model, num_kv_heads=holders) if holders > model.kv_heads else model
 
 
-ATTENTION = Kind("attention", Attention, cards, module="attention", norm="input_layernorm", costs=costs, dealt=dealt)
+ATTENTION = Kind(
+    "attention", Attention, cards, module="attention", norm="input_layernorm", costs=costs, dealt=dealt, enclosed=True
+)

@@ -70,4 +70,6 @@ def costs(model: Model) -> Costs:
     )
 
 
-FEED_FORWARD = Kind("feed_forward", FeedForward, cards, module="mlp", norm="post_attention_layernorm", costs=costs)
+FEED_FORWARD = Kind(
+    "feed_forward", FeedForward, cards, module="mlp", norm="post_attention_layernorm", costs=costs, enclosed=True
+)

@@ -31,3 +31,6 @@ class Kind:
     dealt: Callable[[Model, int], Model] = lambda model, holders: model
     """From a model and a number of holders to the model that can be cut into that many even parts: the same one, unless some
     rows must be copied (see `RowGroups`)."""
+    enclosed: bool = False
+    """Whether its module only calls its first projections, those cut between rows, on what it reads, and returns what its
+    `OutputLinear` gives: then a layout may compute them together with those of its neighbours."""

@@ -134,8 +134,10 @@ def units_of(
         return ParameterSpec(name, parameter, Rule(card.decay, card.lr_multiplier), tuple(sum_over), counted, shared, aliases)
 
     def unit(name: str, family: str, readers: tuple[nn.Module, ...], found: list[ParameterSpec]) -> Unit:
-        replicas = mesh.replicas(family)
-        return Unit(name, readers, found, mesh.shards(family).group, state_mesh(family), replicas and replicas.group)
+        replicas, tables_alone = mesh.replicas(family), all(isinstance(reader, nn.Embedding) for reader in readers)
+        return Unit(
+            name, readers, found, mesh.shards(family).group, state_mesh(family), replicas and replicas.group, not tables_alone
+        )
 
     def units(part: Transformer, name: str, readers: list[nn.Module], modules: dict[str, nn.Module]) -> list[Unit]:
         specs: dict[str, list[ParameterSpec]] = {}

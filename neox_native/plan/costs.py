@@ -85,21 +85,33 @@ def _partial_gradient_bytes(config: Config, share: Share) -> int:
 def data_parallel_bytes(config: Config, pp_rank: int) -> dict[str, int]:
     """What a rank sends over the dp axis in a step, and over its parts, where ZeRO shards inside groups of it. Among the ranks
     of a group, stage 1 reduce-scatters gradients and all-gathers parameters once; 2 reduce-scatters in every microbatch; 3
-    also gathers twice in each (Rajbhandari et al. 2020 §7). Once a step, a rank's row of gradients is all-reduced over those
+    also gathers for each pass (Rajbhandari et al. 2020 §7). Once a step, a rank's row of gradients is all-reduced over those
     that hold the same one: in stage 0 all gradients over all of dp. Rows are padded, see [Note: rows and units]. One int64 more
     counts targets."""
     parallel, g, m = config.parallel, gradient_bytes(config), num_microbatches(config)
     e, shards = ELEMENT_BYTES[config.training.precision], parallel.shard_ranks
     units = share_of(config, pp_rank).units
     reductions = m if parallel.zero_stage >= 2 else 1
-    gathers = 2 * m if parallel.zero_stage == 3 else 1
-    matrices = [unit.world * unit.size for unit in units]
-    inside = sum(reductions * ring(g * count, shards) + gathers * ring(e * count, shards) for count in matrices)
+    gathers = _gathers_of_stage_3(config, pp_rank, len(units)) if parallel.zero_stage == 3 else [1] * len(units)
+    matrices = zip(gathers, (unit.world * unit.size for unit in units))
+    inside = sum(reductions * ring(g * count, shards) + number * ring(e * count, shards) for number, count in matrices)
     across = sum(ring(g * unit.size, parallel.dp // shards, 2) for unit in units)
     counts = ring(INT64_BYTES, parallel.dp, 2)
     if parallel.zero_shard_size:
         return {"dp": counts, "dp_shard": inside, "dp_replicate": across}
     return {"dp": inside + across + counts}
+
+
+def _gathers_of_stage_3(config: Config, pp_rank: int, num_units: int) -> list[int]:
+    """How often each unit of a rank is gathered in a step: for each forward and each backward pass, but not for an embedding's
+    backward pass, nor for that of the last unit where it follows on the forward pass. See [Note: gather]."""
+    parallel, m, share = config.parallel, num_microbatches(config), share_of(config, pp_rank)
+    warmup = m - 1 if parallel.pipeline_schedule == "gpipe" else min(parallel.pp - 1 - pp_rank, m - 1)
+    follow = m - warmup if parallel.pp > 1 else m
+    follow = follow if parallel.virtual_stages == 1 else 0
+    tied = config.model.tie_embeddings and share.last  # the unit of a tied matrix goes around the whole model
+    first = [2 * m - follow if tied else m] if share.first else []
+    return [*first, *[2 * m] * (num_units - len(first) - 1), 2 * m - follow]
 
 
 def point_to_point_bytes(config: Config, pp_rank: int) -> int:

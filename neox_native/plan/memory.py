@@ -145,7 +145,7 @@ def _backward(sizes: _Sizes, moment: Moment) -> Iterator[dict[str, int]]:
         yield _phase(sizes, moment, _input_half(sizes, stage))
         return
     seen = Counter[Layer]()
-    for layer, follows in zip(reversed(stage.layers), [*(layer.unit for layer in stage.layers[-2::-1]), stage.embedding]):
+    for layer, follows in zip(reversed(stage.layers), [*(layer.unit for layer in stage.layers[-2::-1]), 0]):
         seen[layer] += 1
         if seen[layer] <= 2:  # a third of a sort is as the second
             yield from _layer(sizes, moment, layer, freed, before, rows, follows)
@@ -200,7 +200,7 @@ def _embedding(sizes: _Sizes, moment: Moment, before: int) -> dict[str, int]:
     model, stage = sizes.config.model, sizes.stages[moment.turn]
     work = sizes.e * model.padded_vocab_size * model.hidden_size + sizes.whole - sizes.kept(stage)
     rows = stage.elements - stage.embedding
-    return _phase(sizes, moment, work, before + stage.embedding, rows, present=stage.embedding)
+    return _phase(sizes, moment, work, before + stage.embedding, rows)
 
 
 def _gather(sizes: _Sizes) -> dict[str, int]:

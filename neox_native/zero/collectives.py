@@ -4,13 +4,13 @@ NCCL runs them on a stream of its own, beside the compute stream, and `wait` mak
 host. torch renamed two of them between 2.11 and 2.13.
 
 gloo's own all-gather goes through a copy of the matrix, and its reduce-scatter is an all-reduce of a copy and a slice.
-There, rows are exchanged directly between the memory of each pair of ranks: the volume of the textbook, and 0.2 to 0.5
-of the CPU time, measured on 2 ranks.
+There, rows of gradients and chunks of parameters are exchanged directly between the memory of each pair of ranks: the volume
+of the textbook, and 0.2 to 0.5 of the CPU time, measured on 2 ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -33,18 +33,25 @@ class Handle(Protocol):
         """Let what follows on the compute stream see the result."""
 
 
+def pairwise(group: dist.ProcessGroup) -> bool:
+    """Whether ranks exchange rows, and chunks of rows, pair by pair."""
+    return dist.get_backend(group) == "gloo"
+
+
+def exchange_chunks(matrices: Sequence[Tensor], group: dist.ProcessGroup) -> Handle:
+    """Fill each of the matrices [W, *] with the rows that the other ranks have in theirs; mine is there."""
+    mine = [matrix[dist.get_rank(group)] for matrix in matrices]
+    return _Exchange([mine] * dist.get_world_size(group), list(zip(*matrices)), group)
+
+
 def all_gather(matrix: Tensor, row: Tensor, group: dist.ProcessGroup) -> Handle:
-    """Fill `matrix` [W * S] with the row [S] of every other rank; `row` may be this rank's part of `matrix`, and on
-    gloo that part stays as it is."""
-    if dist.get_backend(group) != "gloo":
-        return _ALL_GATHER(matrix, row, group=group, async_op=True)
-    rows_WS = matrix.view(dist.get_world_size(group), -1)
-    return _Exchange([row] * len(rows_WS), rows_WS, group)
+    """Fill `matrix` [W * S] with the row [S] of every rank; `row` may be this rank's part of `matrix`."""
+    return _ALL_GATHER(matrix, row, group=group, async_op=True)
 
 
 def reduce_scatter(row: Tensor, matrix: Tensor, group: dist.ProcessGroup) -> Handle:
     """Sum the matrices [W * S] of all ranks and leave my row in `row` [S], which may be its part of `matrix`."""
-    if dist.get_backend(group) != "gloo":
+    if not pairwise(group):
         return _REDUCE_SCATTER(row, matrix, op=dist.ReduceOp.SUM, group=group, async_op=True)
     return _ExchangeAndSum(row, matrix.view(dist.get_world_size(group), -1), group)
 
@@ -57,14 +64,14 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Handle:
 
 
 class _Exchange:
-    """Send `outgoing[r]` to rank r and receive `incoming[r]` from it, for all others r."""
+    """Send the tensors `outgoing[r]` to rank r and receive the tensors `incoming[r]` from it, for all others r."""
 
-    def __init__(self, outgoing: Tensor | list[Tensor], incoming: Tensor | dict[int, Tensor], group: dist.ProcessGroup):
+    def __init__(self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]], group: dist.ProcessGroup):
         world, rank = dist.get_world_size(group), dist.get_rank(group)
         others = [(rank + distance) % world for distance in range(1, world)]
         self.buffers = outgoing, incoming  # alive until `wait`
-        self.works = [dist.irecv(incoming[other], group=group, group_src=other) for other in others]
-        self.works += [dist.isend(outgoing[other], group=group, group_dst=other) for other in others]
+        self.works = [dist.irecv(each, group=group, group_src=other) for other in others for each in incoming[other]]
+        self.works += [dist.isend(each, group=group, group_dst=other) for other in others for each in outgoing[other]]
 
     def wait(self) -> None:
         for work in self.works:
@@ -82,7 +89,8 @@ class _ExchangeAndSum(_Exchange):
         # A row apart from the matrix is free until the sum goes there.
         self.received = {first: torch.empty_like(row) if row.data_ptr() == self.mine.data_ptr() else row}
         self.received |= {other: torch.empty_like(row) for other in rest}
-        super().__init__(rows_WS, self.received, group)
+        incoming = [[self.received[other]] if other in self.received else [] for other in range(len(rows_WS))]
+        super().__init__([[each] for each in rows_WS], incoming, group)
 
     def wait(self) -> None:
         super().wait()

@@ -30,6 +30,8 @@ from neox_native.zero import collectives
 from neox_native.zero.layout import Layout, Slot, local_view
 from neox_native.zero.spec import ParameterSpec, local_gradient
 
+MANY = 1 << 30
+
 
 class GradientSum:
     """The sum of one unit's gradients, over microbatches and ranks. See [Note: accumulation].
@@ -74,6 +76,11 @@ class GradientSum:
         """Parameters that have contributed to the matrix."""
         self.missing: Counter[int] = Counter()
         """For each parameter, how many of its gradients the current backward pass has yet to deliver: one for each reader."""
+        # In stages 2 and 3 one matrix is filled while another is reduced. Pairwise exchanges need memory of their own, and sums over
+        # replicas begin when the reduction before them has finished.
+        bounded = layout.world > 1 and (collectives.pairwise(group) or replicas is not None)
+        self.max_in_flight = 1 if not keeps_matrix else 2 if bounded else MANY
+        """Reductions of which so many may be under way at a time."""
         self.reducing = False
         self.reduction: collectives.Handle | None = None
         self.num_reductions = 0

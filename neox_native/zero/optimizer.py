@@ -89,7 +89,10 @@ class ShardedOptimizer:
     ):
         self.device, self.make_optimizer, self.fixed = device, make_optimizer, fixed
         self.units_of_stage = {
-            number: UnitsOfStage([ShardedUnit(unit, zero_stage, param_dtype, device, fixed) for unit in units])
+            number: UnitsOfStage(
+                [ShardedUnit(unit, zero_stage, param_dtype, device, fixed) for unit in units],
+                keeps_end=len(units_by_stage) == 1,  # other stages would run meanwhile, and need the memory
+            )
             for number, units in units_by_stage.items()
         }
         self.units = [unit for units in self.units_of_stage.values() for unit in units.units]

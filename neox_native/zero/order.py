@@ -5,6 +5,8 @@ next forward pass, while the gather of the unit after it is under way. Stage 3 d
 releases the unit after its forward, gathers it again when the gradient of its output is there (and the unit before it,
 which comes next in backward), and releases it when its own gradients have left. A unit with frozen parameters cannot
 tell that it is through, nor can one that lacks a gradient: it is released when the unit before it begins, or at the end.
+What ends a forward pass begins the backward pass, so it stays for that, unless another forward pass comes first. Nothing
+is gathered to differentiate a unit of embedding tables, whose gradients do not depend on their values.
 
 [Note: reduce] Units are reduced while backward runs, the last one first and always in that order: a rank on which a
 parameter happens to receive no gradient must not reduce another unit than its peers.
@@ -27,17 +29,23 @@ from neox_native.zero.unit import ShardedUnit, State
 
 class UnitsOfStage:
     """The units of one pipeline stage, which `install_hooks` lets follow what autograd does. See [Note: gather] and
-    [Note: reduce]."""
+    [Note: reduce].
 
-    def __init__(self, units: Sequence[ShardedUnit]):
-        self.units = list(units)
+    Args:
+        units: in the order in which they run.
+        keeps_end: whether units of stage 3 that end a forward pass stay for the backward pass.
+    """
+
+    def __init__(self, units: Sequence[ShardedUnit], keeps_end: bool):
+        self.units, self.keeps_end = list(units), keeps_end
         self.reduced = [unit for unit in reversed(self.units) if unit.gradients.shards]
         """Units with gradients, in the order of their reductions."""
         self.due: deque[ShardedUnit] = deque()
         """Those that the current backward pass has yet to reduce."""
         self.in_flight: deque[ShardedUnit] = deque()
-        # Two matrices at a time: one is filled while the other is reduced.
-        self.max_in_flight = 2 if all(unit.gradients.keeps_matrix for unit in self.reduced) else 1
+        self.max_in_flight = min((unit.gradients.max_in_flight for unit in self.reduced), default=1)
+        self.at_end = False
+        """Whether a forward pass has come to its last unit, and no other has begun."""
         self.watching = False
         """Whether the end of the current backward pass will be noticed."""
         self.last = False
@@ -92,6 +100,9 @@ class UnitsOfStage:
                 unit.gradients.forget()
 
     def _before_forward(self, index: int) -> None:
+        if self.at_end and not _inside_backward():
+            self.at_end = False
+            self._release()
         self.units[index].make_present()
         if not _inside_backward():  # a recomputed forward has the unit before it next, and that is on its way
             self._prefetch(index + 1)
@@ -102,12 +113,16 @@ class UnitsOfStage:
         for tensor in output if isinstance(output, tuple) else (output,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda _gradient: self._before_backward(index))
-        self.units[index].drop()
+        self.at_end |= self.keeps_end and torch.is_grad_enabled() and index == len(self.units) - 1
+        if not self.at_end:
+            self.units[index].drop()
 
     def _before_backward(self, index: int) -> None:
         self._watch()
-        self.units[index].make_present()
-        self._prefetch(index - 1)
+        if self.units[index].differentiates_values:
+            self.units[index].make_present()
+        if index and self.units[index - 1].differentiates_values:
+            self._prefetch(index - 1)
         if index + 1 < len(self.units):
             self.units[index + 1].drop()
 
@@ -128,13 +143,16 @@ class UnitsOfStage:
         """What stage 3 still holds is released, and what the pass left incomplete is reduced now, at the same point on every
         rank."""
         self.watching = False
+        self._release()
+        self._flush()
+
+    def _release(self) -> None:
         for unit in self.units:
             if unit.releases:
                 unit.drop()
-        self._flush()
 
     def _prefetch(self, index: int) -> None:
-        if 0 <= index < len(self.units):
+        if index < len(self.units):
             self.units[index].gather()
 
     def _flush(self) -> None:

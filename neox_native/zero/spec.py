@@ -101,6 +101,8 @@ class Unit:
     holds replicas."""
     replicas: dist.ProcessGroup | None = None
     """The ranks that hold the same shards, and over which gradients are summed besides."""
+    differentiates_values: bool = True
+    """Whether backward passes through the modules read the parameters. Those through embedding tables do not."""
 
 
 def local(tensor: Tensor) -> Tensor:

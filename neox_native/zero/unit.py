@@ -11,7 +11,7 @@ chunks. The storage has a version counter apart from the parameter's: to autogra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from enum import Flag, auto
 from typing import NamedTuple
@@ -45,9 +45,8 @@ class Gathering(NamedTuple):
     """An all-gather under way."""
 
     work: collectives.Handle
-    matrix: Tensor
-    row: Tensor
-    """Mine, which may be part of the matrix."""
+    matrix: Tensor | None
+    """Where the rows arrive [W, S]; None if they arrive in the parameters."""
     layout: Layout
 
 
@@ -82,6 +81,7 @@ class ShardedUnit:
         self.has_frozen = len(trained) < len(self.specs)
         self.releases = self.zero_stage == ZeroStage.PARAMETERS
         """Whether full parameters exist only while they are in use."""
+        self.differentiates_values = unit.differentiates_values
         self.state = State.RESTING if self.releases else State.PRESENT
         self.waiting: collectives.Waiting = nullcontext
         self._hold_parameters()
@@ -152,17 +152,23 @@ class ShardedUnit:
         layout = self.layout if self.frozen_stale or self.releases else self.trained_layout
         if not layout.size:
             return
-        matrix = torch.empty(layout.world * layout.size, dtype=self.dtype, device=self.device)
-        row = matrix[self.rank * layout.size : (self.rank + 1) * layout.size]
-        if self.row is not None:
-            row = self.row
-        else:
+        if collectives.pairwise(self.group):
+            self._hold_storages()
+            chunks = [storage.view(layout.world, -1) for storage in self.storages[: len(layout.slots)]]
+            if (copied := self.master if self.row is None else self.row) is not None:  # else my shard is a view of my chunk
+                mine = [copied[slot.offset : slot.offset + slot.width] for slot in layout.slots if slot.offset < len(copied)]
+                torch._foreach_copy_([chunk[self.rank] for chunk in chunks[: len(mine)]], mine)
+            self.gathering = Gathering(collectives.exchange_chunks(chunks, self.group), None, layout)
+            return
+        matrix = torch.empty(layout.world, layout.size, dtype=self.dtype, device=self.device)
+        row = matrix[self.rank] if self.row is None else self.row
+        if self.row is None:
             num_copied = 0 if self.master is None else len(self.trained_layout.slots)
             if self.master is not None:
                 row[: len(self.master)].copy_(self.master)
             if views := [local_view(row, slot, self.rank) for slot in layout.slots[num_copied:]]:
                 torch._foreach_copy_(views, self.shards[num_copied : len(layout.slots)])
-        self.gathering = Gathering(collectives.all_gather(matrix, row, self.group), matrix, row, layout)
+        self.gathering = Gathering(collectives.all_gather(matrix.view(-1), row, self.group), matrix, layout)
 
     @torch.no_grad()
     def make_present(self) -> None:
@@ -173,21 +179,18 @@ class ShardedUnit:
         self.state ^= State.GATHERING | State.PRESENT
         if self.gathering is None:
             return
-        work, flat, row, layout = self.gathering
+        work, matrix, layout = self.gathering
         self.gathering = None
         with self.waiting():
             work.wait()
-        matrix = flat.view(layout.world, layout.size)
-        for slot, storage in zip(layout.slots, self.storages):
-            if self.releases:
-                storage.untyped_storage().resize_(storage.numel() * storage.element_size())
-            place = slice(slot.offset, slot.offset + slot.width)
-            chunks, rows = storage.view(layout.world, slot.width), matrix[:, place]
-            chunks[: self.rank].copy_(rows[: self.rank])
-            chunks[self.rank + 1 :].copy_(rows[self.rank + 1 :])
-            if self.master is not None or self.releases:  # otherwise my shard is a view of my chunk
-                chunks[self.rank].copy_(row[place])
+        if matrix is not None:
+            self._hold_storages()
+            unpack(matrix, layout, self.storages)
         self.frozen_stale = self.frozen_stale and layout is not self.layout
+
+    def _hold_storages(self) -> None:
+        for storage in self.storages if self.releases else ():
+            storage.untyped_storage().resize_(storage.numel() * storage.element_size())
 
     def drop(self) -> None:
         """Let a gather end whose result nobody wants: copied late, it would overwrite newer shards that are views. In stage
@@ -196,11 +199,11 @@ class ShardedUnit:
             if self.gathering is not None:
                 self.gathering.work.wait()
                 self.gathering = None
-            self.state ^= State.GATHERING
-        elif State.PRESENT in self.state and self.releases:
+        if self.releases:
             for storage in self.storages:
                 storage.untyped_storage().resize_(0)
-            self.state ^= State.PRESENT
+            self.state &= ~State.PRESENT
+        self.state &= ~State.GATHERING
 
     def arrive(self, position: int) -> None:
         """Autograd has finished a gradient of one parameter. If it was the last, every node of the backward pass that reads the
@@ -211,3 +214,16 @@ class ShardedUnit:
             if self.gradients.complete and not self.has_frozen:
                 self.drop()
         self.gradients.take(position)
+
+
+def unpack(matrix: Tensor, layout: Layout, storages: Sequence[Tensor]) -> None:
+    """Copy the slots of a matrix [W, S] into flat storages [W * width], all at once: on a GPU it is one kernel."""
+    sizes, chunks, end = [], [], 0
+    for slot, storage in zip(layout.slots, storages):
+        if padding := slot.offset - end:
+            sizes.append(padding)
+            chunks.append(matrix.new_empty(layout.world, padding))
+        sizes.append(slot.width)
+        chunks.append(storage.view(layout.world, slot.width))
+        end = slot.offset + slot.width
+    torch.split_with_sizes_copy(matrix[:, :end], sizes, dim=1, out=chunks)

@@ -151,7 +151,7 @@ def units_of(model: Toy, case: Case, dp: int) -> list[Unit]:
             ParameterSpec(name, parameter, rule(name, case))
             for name, parameter in zip(names, parameters)
         ]
-        return Unit(name, modules, specs, group, state_mesh, replicas)
+        return Unit(name, modules, specs, group, state_mesh, replicas, not isinstance(modules[0], nn.Embedding))
 
     blocks = [unit(f"block{index}", (block,), (block,)) for index, block in enumerate(model.blocks)]
     embedding = unit("embedding", (model,) if case.tied else (model.embed,), (model.embed,))

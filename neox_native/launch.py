@@ -87,7 +87,12 @@ def pick_device(setting: str, launch: Launch) -> torch.device:
 
 def start_process_group(device: torch.device, launch: Launch) -> None:
     """Join the other ranks: NCCL for GPU tensors, gloo for CPU tensors. A lone process needs no launcher."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend, timeout, options = "gloo", dist.default_pg_timeout, None
+    if device.type == "cuda":
+        # Small kernels of a collective must not wait behind all the blocks of a large product. Groups that are split off this one
+        # inherit its options.
+        backend, options = "cpu:gloo,cuda:nccl", dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = timeout
     if launch.world_size == 1 and "MASTER_ADDR" not in os.environ:
         store: dist.Store = dist.HashStore()
     else:
@@ -101,6 +106,8 @@ def start_process_group(device: torch.device, launch: Launch) -> None:
         store=store,
         rank=launch.rank,
         world_size=launch.world_size,
+        timeout=timeout,
+        pg_options=options,
         device_id=device if device.type == "cuda" else None,
     )
 

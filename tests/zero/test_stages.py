@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from neox_native.zero import collectives
 from tests.ranks import run_ranks
 from tests.zero.toy import Case, Run, run_serial, run_sharded
 
@@ -74,6 +75,18 @@ def test_every_stage_equals_one_process(name: str, dp: int) -> None:
     cases = [replace(CASES[name], stage=stage) for stage in STAGES]
     for ours in run_ranks(dp, train_all, cases, dp)[0]:
         assert_equal(ours, run_serial(CASES[name], dp), 1e-6 if CASES[name].optimizer == "sgd" else 5e-5)
+
+
+def test_whole_rows_give_what_chunks_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gloo's own collectives on rows, which is the way of NCCL."""
+    low = Case(optimizer="adamw", dtype=torch.bfloat16, frozen=("blocks.1.up.weight",), accumulation=1)
+    cases = [replace(case, stage=stage) for case in (CASES["tied recomputation"], CASES["frozen"], low) for stage in (1, 2, 3)]
+    in_chunks = run_ranks(2, train_all, cases, 2)[0]
+    monkeypatch.setattr(collectives, "pairwise", lambda _group: False)
+    in_rows = run_ranks(2, train_all, cases, 2)[0]
+    for one, other in zip(in_chunks, in_rows):
+        assert (one.losses, one.norms) == (other.losses, other.norms)
+        assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
 
 
 def test_units_may_have_groups_of_their_own() -> None:

@@ -52,6 +52,7 @@ class Candidate:
         parallel, training = self.config.parallel, self.config.training
         words = [f"pp {parallel.pp} dp {parallel.dp} tp {parallel.tp}"]
         words += ["sp"] if parallel.sequence_parallel else []
+        words += ["async"] if parallel.async_tp and parallel.tp > 1 else []
         inside = f" inside {parallel.zero_shard_size}" if parallel.zero_shard_size else ""
         words += [f"zero {parallel.zero_stage}{inside}", f"micro {training.micro_batch_size}"]
         if parallel.pp > 1:

@@ -18,7 +18,7 @@ from neox_native.plan.dry_run import distinct_ranks, dry_run
 from neox_native.plan.hardware import Gpu, find_gpu, load_gpus
 from neox_native.plan.published import comparisons, table
 from neox_native.plan.memory import peak_bytes
-from neox_native.plan.search import MEMORY_SHARE, Candidate, reasons, search
+from neox_native.plan.search import MEMORY_SHARE, Candidate, layouts, reasons, search
 from neox_native.plan.speed import COMPILED, EAGER, Machine, stage_passes, step_time
 from tools import plan as tool, show_schedule
 
@@ -91,6 +91,13 @@ def test_where_nothing_divides_the_settings_are_named() -> None:
 def test_what_no_layout_mends_is_named() -> None:
     with pytest.raises(UserError, match="^model.num_layers = 0 must be 1 or more.$"):
         search(load("configs/pythia/70m.toml", ["--model.num_layers=0"]), 8, H100)
+
+
+def test_layouts_that_overlap_tensor_parallelism_cut_the_sequence_and_are_named() -> None:
+    found = layouts(load("configs/pythia/70m.toml", ["--parallel.async_tp", "--compile.enabled"]), 2, 8)
+    words = {Candidate(layout, 0, None).layout for layout in found}
+    assert {"tp 2 sp async" in each for each in words} == {True, False}
+    assert all(("tp 2" in each) == ("sp async" in each) == ("async" in each) for each in words)
 
 
 def test_a_rank_that_does_not_exist_is_refused() -> None:

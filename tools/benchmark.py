@@ -6,6 +6,7 @@
     python tools/benchmark.py --data         preparation, index, loader
     python tools/benchmark.py --generate     generation beside Hugging Face
     python tools/benchmark.py --determinism  the modes of run.determinism beside each other
+    python tools/benchmark.py --gpu          one GPU: rates, attention, Pythia 1B, 1.4B and 2.8B in five configurations, peers
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from neox_native.errors import report_user_errors
 from neox_native.metrics.throughput import device_name
 from neox_native.options import Parser
 
-SUBJECTS = ("training", "peers", "checkpoint", "data", "generate", "determinism")
+SUBJECTS = ("training", "peers", "checkpoint", "data", "generate", "determinism", "gpu")
 
 
 def machine() -> str:
@@ -44,9 +45,11 @@ def main(arguments: list[str]) -> None:
     for subject in SUBJECTS:
         choice.add_argument(f"--{subject}", dest="subject", action="store_const", const=subject, help="see above")
     subject = parser.parse_args(arguments).subject or "training"
-    print(f"`python tools/benchmark.py --{subject}` on {machine()}\n", flush=True)
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools is a folder of the clone, not of the package
-    print(importlib.import_module(f"tools.benchmarks.{subject}").run())
+    benchmark = importlib.import_module(f"tools.benchmarks.{subject}")
+    getattr(benchmark, "require_device", lambda: None)()
+    print(f"`python tools/benchmark.py --{subject}` on {machine()}\n", flush=True)
+    print(benchmark.run())
 
 
 if __name__ == "__main__":

@@ -126,7 +126,9 @@ def plain_model(work: Workload, device: torch.device) -> Transformer:
     return Transformer(work.model, seed=0).to(device=device, dtype=work.dtype)
 
 
-def trained_by(model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer) -> Step:
+def trained_by(
+    model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, loss_of: Callable[..., Tensor] = loss_of
+) -> Step:
     """The usual three lines."""
 
     def step(tokens_BT: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from neox_native.launch import Launch, pick_device
+
 GRACE_SECONDS = 2.0
 """How long the other ranks may go on after one has failed."""
 
@@ -37,8 +39,11 @@ class RankError(AssertionError):
     """A rank failed; the message holds its traceback."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
-    """Call `function(*args)` on `world_size` ranks with a gloo process group; return the results in rank order.
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 300.0, device: str = "cpu"
+) -> list[Any]:
+    """Call `function(*args)` on `world_size` ranks with a gloo process group, and with NCCL for a GPU each where `device` is
+    "cuda"; return the results in rank order.
 
     RANK, WORLD_SIZE and LOCAL_RANK are set as torchrun would set them. Results travel by pickle: return plain CPU
     tensors, never DTensors. Raises `RankError` with the traceback of the rank that failed first, and `TimeoutError`.
@@ -46,7 +51,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        arguments = (world_size, folder, timeout_seconds, function, args)
+        arguments = (world_size, folder, timeout_seconds, device, function, args)
         processes = [context.Process(target=_rank_main, args=(rank, *arguments)) for rank in range(world_size)]
         with warnings.catch_warnings():
             # Python 3.12 warns of forking beside threads; torch's idle pools hold no lock that a child takes.
@@ -69,6 +74,7 @@ def _rank_main(
     world_size: int,
     folder: Path,
     timeout_seconds: float,
+    device: str,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
@@ -78,11 +84,12 @@ def _rank_main(
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     try:
         dist.init_process_group(
-            "gloo",
+            "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
             init_method=f"file://{folder}/rendezvous",
             rank=rank,
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout_seconds),
+            device_id=None if device == "cpu" else pick_device(device, Launch.from_environment()),
         )
         result = pickle.dumps(function(*args))
         (folder / f"{rank}.result").write_bytes(result)

@@ -2,6 +2,7 @@
 
     python tools/plan.py dry-run --config configs/20b.toml --world-size 64 [--rank R] [--json]
     python tools/plan.py search --config configs/20b.toml --gpus 64 --gpu H100 [--top 5] [--write best.toml]
+    python tools/plan.py predict --config configs/pythia/1b.toml --gpus 8 --gpu H100
     python tools/plan.py calibrate --config configs/pythia/1b.toml --like H100 --write machine.toml
     python tools/plan.py validate
 
@@ -17,14 +18,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from neox_native.config.check import require, require_some_layout
+from neox_native.config.check import on_device, require, require_some_layout
 from neox_native.config.load import dump, load
 from neox_native.errors import UserError, named_as, report_user_errors
 from neox_native.options import Parser, whole
 from neox_native.plan import published
 from neox_native.plan.hardware import find_gpu
-from neox_native.plan.search import reasons, search, table
-from neox_native.plan.speed import COMPILED, EAGER, Machine
+from neox_native.plan.search import outlook, reasons, search, table
+from neox_native.plan.speed import Machine
 
 SETTINGS_FOLLOW = " Settings may follow, as --parallel.tp 4; `python train.py --help` lists them."
 
@@ -33,12 +34,12 @@ def dry_run(options: argparse.Namespace, overrides: list[str]) -> None:
     """Run one rank, or the distinct ones, and print what they need."""
     from neox_native.plan import dry_run
 
-    config = load(options.config, overrides)
+    with named_as("torchrun started", "--world-size is"):
+        config = on_device(require(load(options.config, overrides), options.world_size), "cuda")
     if options.rank is not None and not 0 <= options.rank < options.world_size:
         raise UserError(f"--rank {options.rank} is none of the ranks 0 to {options.world_size - 1} of --world-size.")
-    with named_as("torchrun started", "--world-size is"):
-        ranks = dry_run.distinct_ranks(config, options.world_size) if options.rank is None else [options.rank]
-        reports = [dry_run.dry_run(config, rank, options.world_size) for rank in ranks]
+    ranks = dry_run.distinct_ranks(config, options.world_size) if options.rank is None else [options.rank]
+    reports = [dry_run.dry_run(config, rank, options.world_size) for rank in ranks]
     if options.json:
         for report in reports:
             print(json.dumps(dataclasses.asdict(report)))
@@ -52,19 +53,23 @@ def search_layouts(options: argparse.Namespace, overrides: list[str]) -> None:
         require_writable(options.write)
     config = load(options.config, overrides)
     hardware = Path(options.hardware) if options.hardware else None
-    software = COMPILED if config.compile.enabled else EAGER
-    machine = Machine(find_gpu(options.gpu, hardware), options.gpus_per_node, software)
+    machine = Machine(find_gpu(options.gpu, hardware), options.gpus_per_node)
     candidates = search(config, options.gpus, machine)
     fitting = sum(candidate.time is not None for candidate in candidates)
-    print(
-        f"{len(candidates)} layouts can work on {options.gpus} {machine.gpu.name}, {fitting} fit; "
-        f"predicted for code {software.word}:\n"
-    )
+    print(f"{len(candidates)} layouts can work on {options.gpus} {machine.gpu.name}, {fitting} fit:\n")
     print(table([candidate for candidate in candidates[: options.top] if candidate.time is not None]))
     print("\nWhat lost, and why:\n" + "\n".join(reasons(candidates, machine)))
     if options.write:
         Path(options.write).write_text(dump(require(candidates[0].config, options.gpus)), encoding="utf-8")
         print(f"\nWrote {options.write}.")
+
+
+def predict(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Print the memory and the time of a step of a config as it is, by the closed forms."""
+    machine = Machine(find_gpu(options.gpu, Path(options.hardware) if options.hardware else None), options.gpus_per_node)
+    with named_as("torchrun started", "--gpus is"):
+        config = on_device(require(load(options.config, overrides), options.gpus), "cuda")
+    print(f"{options.gpus} {machine.gpu.name}: {outlook(config, machine)}")
 
 
 def calibrate(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -129,10 +134,11 @@ def parser() -> argparse.ArgumentParser:
     dry.add_argument("--json", action="store_true", help="print one JSON object a rank")
 
     find = command("search", search_layouts, "the run's config; its layout is what is searched")
-    find.add_argument("--gpus", type=whole(1), required=True, metavar="N", help="GPUs of the run")
-    find.add_argument("--gpu", required=True, metavar="NAME", help="their kind, such as H100")
-    find.add_argument("--gpus-per-node", type=whole(1), default=8, metavar="N", help="GPUs that fast links join (default: 8)")
-    find.add_argument("--hardware", metavar="FILE", help="a file that calibrate wrote (default: the built-in devices)")
+    for added in (find, command("predict", predict, "the run's config")):
+        added.add_argument("--gpus", type=whole(1), required=True, metavar="N", help="GPUs of the run")
+        added.add_argument("--gpu", required=True, metavar="NAME", help="their kind, such as H100")
+        added.add_argument("--gpus-per-node", type=whole(1), default=8, metavar="N", help="GPUs that fast links join (default: 8)")
+        added.add_argument("--hardware", metavar="FILE", help="a file that calibrate wrote (default: the built-in devices)")
     find.add_argument("--top", type=whole(1), default=5, metavar="N", help="layouts to print (default: 5)")
     find.add_argument("--write", metavar="FILE", help="write the config with the best layout here")
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import sys
 from xml.sax.saxutils import escape
 
-from neox_native.config.check import require
+from neox_native.config.check import on_device, require
 from neox_native.config.load import from_command_line
 from neox_native.config.schema import Config
 from neox_native.errors import report_user_errors
 from neox_native.options import Parser, whole
 from neox_native.parallel.timeline import Timeline, lay_out, order_of, timeline
 from neox_native.plan.hardware import find_gpu
-from neox_native.plan.speed import COMPILED, EAGER, Machine, stage_passes
+from neox_native.plan.speed import Machine, stage_passes
 from neox_native.units import share_of_step
 
 COLOURS = {"F": "#7aa6da", "B": "#8fc98b", "I": "#f0c674", "W": "#c397d8", "idle": "#eeeeee"}
@@ -44,8 +44,7 @@ def text(drawn: Timeline, unit: float) -> str:
 
 def to_scale(config: Config, gpu: str, gpus_per_node: int, microbatches: int) -> tuple[Timeline, float]:
     """The schedule in predicted seconds, and a forward pass of the fastest stage."""
-    parallel, software = config.parallel, COMPILED if config.compile.enabled else EAGER
-    stages = stage_passes(config, Machine(find_gpu(gpu), gpus_per_node, software))
+    parallel, stages = config.parallel, stage_passes(on_device(config, "cuda"), Machine(find_gpu(gpu), gpus_per_node))
     order = order_of(parallel.pipeline_schedule, parallel.pp, parallel.virtual_stages, microbatches)
     durations = [
         {"F": stage.forward, "B": stage.backward, "I": stage.backward / 2, "W": stage.backward / 2} for stage in stages

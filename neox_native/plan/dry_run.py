@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from neox_native.config.check import require
+from neox_native.config.check import on_device, require
 from neox_native.config.layout_rules import IN_ROUNDS
-from neox_native.config.schema import Config
+from neox_native.config.schema import Compile, Config
 from neox_native.data.loader import StepBatch
 from neox_native.engine.build import build_engine, build_optimizer, build_step, units_of
 from neox_native.engine.single_stage import Engine
@@ -66,6 +66,8 @@ class RankReport:
     """Operations of every matrix product and attention that ran."""
     bubble_fraction: float
     """Idle time of the pipeline over its compute time."""
+    compiled: bool = False
+    """Whether the run compiles: eager code ran, and the closed form says by how much its memory differs from compiled code's."""
 
 
 def dry_run(config: Config, rank: int, world_size: int, exact: bool = False) -> RankReport:
@@ -82,18 +84,17 @@ def dry_run(config: Config, rank: int, world_size: int, exact: bool = False) -> 
     Raises:
         UserError: the config cannot work on so many ranks.
     """
-    config = require(config, world_size)
-    # A compiled block hides its operations; what it needs is a little less than what the eager one does.
-    config = dataclasses.replace(config, compile=dataclasses.replace(config.compile, enabled=False))
+    asked = require(config, world_size)
+    config = dataclasses.replace(asked, compile=Compile(False))  # a compiled block hides its operations
     total = num_microbatches(config)
     fewer, more = _enough(config)
     with fake_process_group(rank, world_size):
         mesh = build_mesh(config.parallel, CPU)
         _run(_shallow(config), mesh)
         if exact or total <= more:
-            return _report(config, mesh, _run(config, mesh))
+            return _report(asked, mesh, _run(config, mesh))
         short = [_run(_with_microbatches(config, count), mesh) for count in (fewer, more)]
-        return _report(config, mesh, _continued(*short, total - fewer, more - fewer))
+        return _report(asked, mesh, _continued(*short, total - fewer, more - fewer))
 
 
 def distinct_ranks(config: Config, world_size: int) -> list[int]:
@@ -109,6 +110,7 @@ def report_of(config: Config, started: int) -> str:
     """The distinct ranks of a config's own mesh, for people; where dp is left open, of as many as were started."""
     parallel = config.parallel
     world_size = parallel.pp * parallel.dp * parallel.tp if parallel.dp > 0 else started
+    config = on_device(require(config, world_size), "cuda")
     return text([dry_run(config, rank, world_size) for rank in distinct_ranks(config, world_size)])
 
 
@@ -126,6 +128,8 @@ def text(reports: list[RankReport]) -> str:
         lines.append(f"  FLOPs of a step     {report.model_flops:.3e} of the model, {report.hardware_flops:.3e} executed")
         lines.append(f"  pipeline bubble     {share_of_step(report.bubble_fraction):.1%} of the step")
         blocks.append("\n".join(lines))
+    if any(report.compiled for report in reports):
+        blocks.append("Eager code was run; by how much the memory of compiled code differs is taken from the closed form.")
     worst = max(reports, key=lambda report: report.peak_bytes)
     return "\n\n".join(blocks) + f"\n\nworst: rank {worst.rank} with {size(worst.peak_bytes)}"
 
@@ -265,18 +269,23 @@ def _report(config: Config, mesh: Mesh, counted: _Counted) -> RankReport:
     place, parallel = mesh.place, config.parallel
     drawn = timeline(parallel.pipeline_schedule, parallel.pp, parallel.virtual_stages, num_microbatches(config))
     axes = dict.fromkeys((*mesh.named, "world"), Traffic()) | totals.traffic
+    bytes_by_kind = peak.by_kind
+    if config.compile.on and states_costs(config.model):
+        eager = memory(dataclasses.replace(config, compile=Compile(False)), place["pp"])
+        bytes_by_kind = {kind: peak.by_kind[kind] + number - eager[kind] for kind, number in memory(config, place["pp"]).items()}
     return RankReport(
         rank=dist.get_rank(),
         coordinates=place,
         parameters=counted.parameters,
-        bytes_by_kind=peak.by_kind,
-        peak_bytes=peak.num_bytes,
+        bytes_by_kind=bytes_by_kind,
+        peak_bytes=sum(bytes_by_kind.values()),
         peak_at=str(peak.at),
         communication={axis: dataclasses.asdict(traffic) for axis, traffic in axes.items()},
         point_to_point_bytes=totals.sent_bytes,
         model_flops=costs.model_flops_of_rank(config, place["pp"]),
         hardware_flops=totals.flops,
         bubble_fraction=drawn.bubble_fraction,
+        compiled=config.compile.on,
     )
 
 

@@ -156,12 +156,13 @@ def _backward(sizes: _Sizes, moment: Moment) -> Iterator[dict[str, int]]:
 
 def _head(sizes: _Sizes, moment: Moment, lingering: int) -> Iterator[dict[str, int]]:
     """Head and loss, [Note: slices] in `model/cross_entropy.py`: a slice's softmax in fp32, in low precision a rounded copy of its
-    gradient, too, and its product with x; then the backward pass converts the sums; then they have taken the place of what was
+    gradient, too (compiled, its logits alone), and its product with x; then the backward pass converts the sums; then they have taken the place of what was
     made in fp32, and the unit's matrix begins."""
     stage = sizes.stages[moment.turn]
     follows, converted = stage.layers[-1].unit, sizes.head_gradient + sizes.whole
     made, low = (0 if sizes.early else sizes.made), sizes.e < FP32_BYTES
-    work = made + (FP32_BYTES + sizes.e * low) * sizes.slice_logits + sizes.head_gradient * low
+    of_a_logit = sizes.e if sizes.config.compile.on else FP32_BYTES + sizes.e * low
+    work = made + of_a_logit * sizes.slice_logits + sizes.head_gradient * low
     yield _phase(sizes, moment, work, lingering, present=stage.readout, gathered=0 if sizes.early else follows)
     yield _phase(sizes, moment, made + converted * low, lingering, present=stage.readout, gathered=follows)
     work = converted - sizes.whole - (sizes.made if sizes.early else 0)

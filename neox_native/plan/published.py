@@ -12,9 +12,9 @@ from neox_native.config.check import require
 from neox_native.config.schema import Config, Model, Parallel, Training
 from neox_native.model.flops import model_flops_per_token
 from neox_native.plan.hardware import find_gpu
-from neox_native.plan.speed import COMPILED, EAGER, NEOX, OVERLAPPED, Machine, step_time
+from neox_native.plan.speed import EAGER, FUSED, NEOX, OVERLAPPED, Machine, step_time
 
-SOFTWARE = {"neox": NEOX, "eager": EAGER, "fused": COMPILED, "overlapped": OVERLAPPED}
+SOFTWARE = {"neox": NEOX, "eager": EAGER, "fused": FUSED, "overlapped": OVERLAPPED}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from neox_native.config.check import problems, require_some_layout
-from neox_native.config.schema import Config
+from neox_native.config.schema import Compile, Config
 from neox_native.errors import UserError
 from neox_native.plan.memory import peak_bytes
 from neox_native.plan.speed import Machine, StepTime, step_time
@@ -58,6 +58,7 @@ class Candidate:
         if parallel.pp > 1:
             words.append(parallel.pipeline_schedule + (f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""))
         forgotten = forgets(self.config)
+        words += ["compiled"] if self.config.compile.on else []
         return " ".join(words) + ("" if forgotten == "none" else f" recompute {forgotten}")
 
 
@@ -68,8 +69,9 @@ def forgets(config: Config) -> str:
 
 
 def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
-    """Every layout of `gpus` devices that passes the config's own rules. Tensor parallelism stays inside a node, and so
-    do ZeRO's groups where it has any."""
+    """Every layout of `gpus` devices that passes the config's own rules, compiled where the config lets it be. Tensor parallelism
+    stays inside a node, and so do ZeRO's groups where it has any."""
+    compiled = (True, False) if config.compile.enabled == "auto" else (config.compile.on,)
     degrees = [number for number in range(1, gpus + 1) if gpus % number == 0]
     tps = [degree for degree in degrees if gpus_per_node % degree == 0]
     for pp, tp in itertools.product(degrees, tps):
@@ -80,8 +82,8 @@ def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
                     parallel=replace(config.parallel, pp=pp, dp=gpus // (pp * tp), tp=tp, stage_layers=[], **parallel),
                     training=replace(config.training, **training),
                 )
-                if not problems(changed, gpus):
-                    yield changed
+                ways = (replace(changed, compile=Compile(on)) for on in compiled)
+                yield from itertools.islice((way for way in ways if not problems(way, gpus)), 1)
 
 
 def _choices(pp: int, dp: int, tp: int, neighbours: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -131,6 +133,14 @@ def search(config: Config, gpus: int, machine: Machine) -> list[Candidate]:
     return found
 
 
+def outlook(config: Config, machine: Machine) -> str:
+    """What a resolved config is to a machine, in a line: memory, time and what of the peak that is."""
+    it = Candidate(config, peak_bytes(config), step_time(config, machine))
+    assert it.time is not None
+    peak, memory = size(it.peak_bytes), size(machine.gpu.memory_bytes)
+    return f"{peak} of {memory} per GPU, {it.time.seconds:.3g} s a step, {it.time.mfu:.1%} MFU ({it.layout})"
+
+
 def table(candidates: list[Candidate]) -> str:
     """The layouts as a table."""
     header = ("layout", "memory", "tokens/s/GPU", "MFU", "bubble", "exposed communication")
@@ -165,6 +175,7 @@ CHOICES: dict[str, Callable[[Config], object]] = {
         f"{config.parallel.pipeline_schedule} x{config.parallel.virtual_stages}" if config.parallel.pp > 1 else None
     ),
     "activation checkpointing": forgets,
+    "compiled": lambda config: config.compile.on,
 }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from neox_native.config.layout_rules import head_gradients_in_forward
@@ -46,19 +46,21 @@ class Software:
     """In ZeRO's stages 1 and 2 parameters are gathered beside the next forward pass; DeepSpeed waits for them."""
     launch_seconds: float = 0.125e-3
     """Host time to launch the forward pass of one layer kind."""
+    logit_bytes: float = 40.0
+    """What the loss reads and writes of a logit, beside its products."""
+    kernels: tuple[float, float] = (1.0, 2.0)
+    """What elementwise kernels of a forward and of a backward pass move, in units of what layer kinds state."""
     slowdown: float = 1.0
     """Compute time over the roofline's, for what synchronises, copies and waits; from a calibration row of `published.toml`."""
 
-    @property
-    def word(self) -> str:
-        """For people."""
-        return "with compiled blocks" if self.fused else "that runs eagerly (compile.enabled = false)"
 
-
-EAGER = Software(fused=False)
-COMPILED = Software(fused=True, launch_seconds=0.05e-3)
+EAGER = Software(fused=False, kernels=(41 / 38, 100 / 38))
+"""Counted in a block of ours: 41 activations forward and 100 backward, where its kinds state 38; compiled 19 and 38."""
+FUSED = Software(fused=True, logit_bytes=16.0, launch_seconds=0.05e-3)
+COMPILED = replace(FUSED, logit_bytes=8.0)
+"""Of ours: see [Note: compiled loss] in `model/compiled_loss.py`."""
 NEOX = Software(fused=False, overlaps_gathers=False, slowdown=1.17)
-OVERLAPPED = Software(fused=True, overlaps_tensor_parallel=True, launch_seconds=0.05e-3)
+OVERLAPPED = replace(FUSED, overlaps_tensor_parallel=True)
 EXPOSED_WITH_OVERLAP = 0.3
 """Share of tensor-parallel collectives that stays exposed where they run beside pieces of the matrix products."""
 CONVERTED_BYTES, SETTLED_BYTES = 36, 220
@@ -101,7 +103,12 @@ class Machine:
 
     gpu: Gpu
     gpus_per_node: int = 8
-    software: Software = EAGER
+    software: Software | None = None
+    """None: this program, compiled or not as a config says."""
+
+    def running(self, config: Config) -> Machine:
+        """The machine with the code that trains a resolved config."""
+        return replace(self, software=self.software or (COMPILED if config.compile.on else EAGER))
 
     def ring_bytes_per_second(self, ranks: int, stride: int) -> float:
         """The speed of a collective among `ranks` devices that lie `stride` apart: inside a node that of its links; across
@@ -125,7 +132,7 @@ class Machine:
 
 def step_time(config: Config, machine: Machine) -> StepTime:
     """Time of a step of a resolved config."""
-    parallel, m = config.parallel, num_microbatches(config)
+    machine, parallel, m = machine.running(config), config.parallel, num_microbatches(config)
     stages = stage_passes(config, machine)
     ranks = [
         sum((stages[stage] for stage in share_of(config, rank).stages), Passes(0.0, 0.0, 0.0))
@@ -176,7 +183,7 @@ class Passes:
 
 def stage_passes(config: Config, machine: Machine) -> list[Passes]:
     """The passes of each stage of the pipeline, first to last."""
-    parallel, stages = config.parallel, dict[int, Passes]()
+    machine, parallel, stages = machine.running(config), config.parallel, dict[int, Passes]()
     layer = cache(lambda sort: _layer(config, sort, machine))
     for rank in range(parallel.pp):
         share = share_of(config, rank)
@@ -199,10 +206,11 @@ def _layer(config: Config, sort: Sort, machine: Machine) -> Passes:
     products = sum(machine.seconds_of_matmul(tokens, inner, columns, e) for inner, columns in shapes)
     flops = tokens * sum(each.flops for each in costs) / t
     others = flops / (machine.gpu.peak_flops_per_second * machine.gpu.attention_efficiency)
-    kernels = machine.seconds_of_memory(_kernel_bytes(config, kinds, costs, software.fused))
+    moved = machine.seconds_of_memory(_kernel_bytes(config, kinds, costs, software.fused))
+    kernels, backward_kernels = (share * moved for share in software.kernels)
     launch = len(kinds) * (software.launch_seconds + (DTENSOR_SECONDS if t > 1 and not software.fused else 0.0))
     forward = software.slowdown * max(products + others + kernels, launch)
-    backward = software.slowdown * max(2 * products + 2.5 * others + 2 * kernels, 1.5 * launch)
+    backward = software.slowdown * max(2 * products + 2.5 * others + backward_kernels, 1.5 * launch)
     cheap = software.slowdown * (kernels if software.fused else max(kernels, launch))
     again = {"none": 0.0, "selective": cheap, "full": forward}[forgets]
     collectives = 0.0
@@ -236,10 +244,9 @@ def _head(config: Config, machine: Machine) -> float:
     model, t = config.model, config.parallel.tp
     columns, e = model.padded_vocab_size / t, ELEMENT_BYTES[config.training.precision]
     product = machine.seconds_of_matmul(_tokens(config), model.hidden_size, columns, e)
-    passes = 16.0 if machine.software.fused else 40.0  # bytes read and written per logit
     added = (_tokens(config) - 1) // config.training.loss_slice_tokens * model.hidden_size * (2 * FP32_BYTES + 2 * e)
     products = 3 if head_gradients_in_forward(config.parallel) else 4
-    return products * product + machine.seconds_of_memory((passes * _tokens(config) + added) * columns)
+    return products * product + machine.seconds_of_memory((machine.software.logit_bytes * _tokens(config) + added) * columns)
 
 
 def _sends(config: Config, machine: Machine, pp_rank: int) -> float:

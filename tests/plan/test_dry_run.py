@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 
-from neox_native.config.check import require
+from neox_native.config.check import on_device, require
 from neox_native.config.load import load
 from neox_native.config.schema import Config, Model, Parallel, Training
 from neox_native.errors import UserError
@@ -32,6 +32,7 @@ KEYS = {
     "model_flops",
     "hardware_flops",
     "bubble_fraction",
+    "compiled",
 }
 slow = partial(pytest.param, marks=pytest.mark.slow)
 SMALL = Config(
@@ -55,11 +56,12 @@ def test_twenty_billion_parameters_on_a_laptop() -> None:
     h, vocabulary = 6144, 50432
     layer = 12 * h * h // 2 + (3 * h + 4 * h) // 2 + 2 * h + 4 * h
     assert report["parameters"] == vocabulary * h // 2 + 11 * layer
-    config = require(load("configs/20b.toml"), 64)
-    # 48 microbatches [4, 2048, 6144] in bf16; 11 layers of a gather and a reduce-scatter each way and a gather again,
-    # and the embedding's two; once a step, fp32 gradients of norms and output biases, an eighth of each.
+    config = on_device(require(load("configs/20b.toml"), 64), "cuda")
+    assert config.compile.on and report["compiled"]
+    # 48 microbatches [4, 2048, 6144] in bf16; 11 layers of a gather and a reduce-scatter each way, and the embedding's two;
+    # once a step, fp32 gradients of norms and output biases, an eighth of each.
     activation = 4 * 2048 * h * 2
-    assert report["communication"]["tp"]["bytes"] == 48 * 57 * activation // 2 + 11 * 6 * h // 8 * 4
+    assert report["communication"]["tp"]["bytes"] == 48 * 46 * activation // 2 + 11 * 6 * h // 8 * 4
     assert {axis: sent["bytes"] for axis, sent in report["communication"].items()} == costs.traffic(config, 0)
     assert report["point_to_point_bytes"] == 48 * activation // 2
     assert report["peak_bytes"] == pytest.approx(sum(memory(config, 0).values()), rel=0.05)
@@ -99,6 +101,19 @@ def test_pythia_still_assembles_and_steps(size: str, ranks: int) -> None:
     report = dry_run(config, 0, ranks)
     assert report.peak_bytes == pytest.approx(sum(memory(require(config, ranks), 0).values()), rel=0.05)
     assert report.hardware_flops > report.model_flops
+
+
+def test_compiled_code_needs_what_the_closed_form_says() -> None:
+    ranks = 32
+    config = require(load("configs/pythia/70m.toml", ["--training.activation_checkpointing=selective"]), ranks)
+    report = dry_run(config, 0, ranks)
+    assert not report.compiled and "closed form" not in text([report])
+    compiled = on_device(config, "cuda")
+    report = dry_run(compiled, 0, ranks)
+    assert report.peak_bytes == pytest.approx(sum(memory(compiled, 0).values()), rel=0.05)
+    assert report.compiled and "taken from the closed form" in text([report])
+    tight = replace(compiled, training=replace(compiled.training, activation_memory_budget=0.2))
+    assert dry_run(tight, 0, ranks).peak_bytes < report.peak_bytes
 
 
 @pytest.mark.parametrize("schedule", [slow("interleaved_zero_bubble"), "zbv"])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from neox_native.config.check import problems, require
-from neox_native.config.load import load
+from neox_native.config.check import on_device, problems, require
+from neox_native.config.load import CONFIGS_FOLDER, load
 from neox_native.config.schema import Config, Model, Parallel, Run, Training
 from neox_native.errors import UserError, report_user_errors
 from neox_native.plan.calibrate import calibrate, to_toml
@@ -153,10 +153,10 @@ def test_a_hardware_file_with_a_gap_is_refused(tmp_path: Path) -> None:
         load_gpus(tmp_path / "none.toml")
 
 
-def test_held_out_runs_are_predicted_within_fifteen_percent_and_in_order() -> None:
+def test_held_out_runs_are_predicted_within_six_percent_and_in_order() -> None:
     rows = comparisons()
     held_out = [row for row in rows if not row.calibrates]
-    assert sum(abs(row.error) for row in held_out) / len(held_out) < 0.15
+    assert sum(abs(row.error) for row in held_out) / len(held_out) < 0.0605
     assert all(abs(row.error) < 0.02 for row in rows if row.calibrates)
     # Runs whose published MFU differ by more than a tenth are ranked as published.
     for one in rows:
@@ -196,9 +196,36 @@ def test_a_machine_can_be_measured(tmp_path: Path) -> None:
     assert loaded.node_bytes_per_second == find_gpu("MI250X").node_bytes_per_second
 
 
+HEADERS = [
+    (name, line.removeprefix("# Predicted for "), command.removeprefix("#   by python tools/plan.py "))
+    for name in ("20b", *(f"pythia/{size}" for size in ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")))
+    for lines in [(CONFIGS_FOLDER / f"{name}.toml").read_text(encoding="utf-8").splitlines()[1:]]
+    for line, command in zip(lines, lines[1:])
+    if line.startswith("# Predicted for ")
+]
+
+
+def test_the_header_of_each_config_says_what_the_planner_predicts(capsys: pytest.CaptureFixture[str]) -> None:
+    """A header that is stale wants the line that its command prints."""
+    for name, line, command in HEADERS:
+        assert f" --config configs/{name}.toml " in command
+        tool.main(command.split())
+        assert capsys.readouterr().out.strip() == line
+    assert len({name for name, *_ in HEADERS}) == 11
+
+
+def test_a_gpu_is_offered_compiled_code_unless_the_config_or_its_mode_forbids() -> None:
+    config = load("configs/pythia/1b.toml")
+    offered = {each.config.compile.on for each in search(config, 1, H100)}
+    for told in (["--compile.enabled=false"], [ELASTIC]):
+        assert {each.config.compile.on for each in search(load("configs/pythia/1b.toml", told), 1, H100)} == {False}
+    assert offered == {True} and "compiled" in search(config, 1, H100)[0].layout
+
+
 def test_schedules_are_drawn_to_scale(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--config", "configs/20b.toml", "--training.global_batch_size", "256", "--gpu", "H100"]
-    config = require(load("configs/20b.toml", arguments[2:4]), 64)
+    settings = ["--training.global_batch_size", "256", "--training.activation_checkpointing", "full"]
+    arguments = ["--config", "configs/20b.toml", *settings, "--gpu", "H100"]
+    config = on_device(require(load("configs/20b.toml", settings), 64), "cuda")
     drawn, unit = show_schedule.to_scale(config, "H100", 8, 8)
     passes = stage_passes(config, H100)
     assert unit == min(stage.forward for stage in passes)

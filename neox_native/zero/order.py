@@ -9,7 +9,8 @@ What ends a forward pass begins the backward pass, so it stays for that, unless 
 is gathered to differentiate a unit of embedding tables, whose gradients do not depend on their values.
 
 [Note: reduce] Units are reduced while backward runs, the last one first and always in that order: a rank on which a
-parameter happens to receive no gradient must not reduce another unit than its peers.
+parameter happens to receive no gradient must not reduce another unit than its peers. Where shards have replicas in other
+groups, the step's last reduction of a unit is followed by a sum over these, which begins when the reduction is waited for.
 
 Gathers and reductions share a group, so in stage 3 all ranks of a group must run the same units and give gradients to
 the same parameters; which ones may change from step to step.

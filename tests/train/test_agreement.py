@@ -72,7 +72,7 @@ def test_gradients_of_a_long_step_stay_within_fp16():
     assert flushed_before > 0.8 and flushed < 0.03
 
 
-@pytest.mark.parametrize("parallel", [Parallel(dp=1), Parallel(dp=2, zero_stage=2), Parallel(pp=2, dp=2)], ids=str)
+@pytest.mark.parametrize("parallel", [Parallel(dp=1), Parallel(dp=4, zero_stage=2, zero_shard_size=2), Parallel(pp=2, dp=2)], ids=str)
 def test_the_loss_scale_means_the_same_in_every_layout(parallel):
     """It is small enough here for gradients to flush to zero if it acted on the mean of the step's 8 microbatches."""
     config = config_of(parallel, precision="fp16", initial_loss_scale=2.0**-12, min_loss_scale=2.0**-12)
@@ -108,6 +108,25 @@ def test_copies_of_a_key_value_head_are_compared():
 
     for found in run_ranks(4, first_difference):
         assert found.startswith("layers.2.attention.query_key_value.weight differs between the tp replicas [2, 3]")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("kind, name", [("shard", ""), ("exp_avg_sq", "exp_avg_sq of ")])
+def test_masters_and_moments_of_groups_are_compared(kind, name, stage):
+    config = config_of(Parallel(dp=4, zero_stage=stage, zero_shard_size=2), optimizer="adamw", precision="bf16")
+
+    def first_difference() -> str | None:
+        mesh = build_mesh(config.parallel, CPU)
+        _, optimizer = build_model(config, mesh, CPU)
+        ranks = Ranks()
+        assert check_replicas(copies(config, mesh, optimizer), ranks) is None
+        if ranks.rank == 3:
+            (shard,) = [t.shard for t in optimizer.trained if t.spec.name == "layers.2.mlp.dense_h_to_4h.weight"]
+            (shard if kind == "shard" else optimizer.optimizer.state[shard][kind]).view(-1)[-1] += 1e-5
+        return check_replicas(copies(config, mesh, optimizer), ranks)
+
+    for found in run_ranks(4, first_difference):
+        assert found == f"{name}layers.2.mlp.dense_h_to_4h.weight differs between the dp replicas [1, 3]: rank 3 is not like the others"
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

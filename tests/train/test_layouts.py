@@ -108,9 +108,9 @@ def test_shards_inside_groups_do_not_change_the_numbers(mesh, stage, size, model
 @pytest.mark.parametrize("mesh", [(1, 4, 1), (1, 4, 2), (2, 4, 1)], ids=str)
 def test_every_stage_inside_groups_draws_the_serial_curve(mesh, stage, size, precision, optimizer):
     """bf16 against stage 0 of the same mesh."""
-    settings = dict(micro_batch_size=size, precision=precision, global_batch_size=16)
-    same_mesh = layout(*mesh, sequence_parallel=True)
-    twin = config_of(same_mesh if precision == "bf16" else layout(1, 1, 1), optimizer=optimizer, **settings)
+    settings = dict(micro_batch_size=size, precision=precision)
+    same_mesh = layout(*mesh, "1f1b" if size == 1 else "gpipe", sequence_parallel=True)
+    twin = config_of(same_mesh, optimizer=optimizer, **settings) if precision == "bf16" else None
     compare(replace(same_mesh, zero_stage=stage, zero_shard_size=2), optimizer=optimizer, twin=twin, **settings)
 
 

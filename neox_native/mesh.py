@@ -78,7 +78,11 @@ class Mesh:
 
     def _part(self, name: str, ranks: Tensor) -> Axis:
         """The axis of this rank's group among those that lie along the last dim. A collective."""
-        mine, _ = dist.new_subgroups_by_enumeration(ranks.flatten(0, -2).tolist())
+        groups = ranks.flatten(0, -2).tolist()
+        if getattr(dist.group.WORLD, "bound_device_id", None) is None:
+            mine, _ = dist.new_subgroups_by_enumeration(groups)
+        else:  # as torch makes a mesh's own groups of NCCL: they inherit its options
+            mine = dist.split_group(split_ranks=groups)
         return Axis(DeviceMesh.from_group(mine, self.whole.device_type, mesh_dim_names=(name,)))
 
     @property

@@ -20,8 +20,7 @@ MODEL = Model(num_layers=4, hidden_size=128, num_heads=4, num_kv_heads=1, seq_le
 LAYOUTS = [
     (Parallel(dp=2, zero_stage=1), {}),
     (Parallel(dp=2, zero_stage=3), {"precision": "bf16"}),
-    (Parallel(dp=2, zero_stage=2), {"precision": "bf16", "activation_checkpointing": "full"}),
-    (Parallel(dp=4, zero_stage=3, zero_shard_size=2), {"precision": "bf16"}),
+    (Parallel(dp=4, zero_stage=2, zero_shard_size=2), {"precision": "bf16", "activation_checkpointing": "full"}),
     (Parallel(dp=1, tp=2, sequence_parallel=True), {"precision": "bf16", "activation_checkpointing": "selective"}),
     (Parallel(dp=1, pp=2), {"activation_checkpointing": "full"}),
     (Parallel(dp=1, pp=2, tp=2, pipeline_schedule="interleaved_1f1b", virtual_stages=2), {}),

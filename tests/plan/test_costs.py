@@ -29,7 +29,7 @@ ELASTIC = "determinism=elastic num_layers=2"
 SORTS = 'pattern=["attention","attention+feed_forward","feed_forward"]'
 FEW: list[Case] = [
     ("70m", 4, 0, 4, 3, "zero_stage=3"),
-    ("70m", 8, 0, 4, 3, "tp=2 zero_stage=2 zero_shard_size=2"),
+    ("70m", 4, 0, 4, 3, "zero_stage=2 zero_shard_size=2"),
     ("70m", 4, 0, 4, 3, "tp=4 sequence_parallel=true num_kv_heads=2 vocab_multiple_of=1"),
     ("70m", 4, 2, 4, 4, "pp=2 tie_embeddings=true"),
     ("70m", 4, 2, 4, 4, f"pp=2 tp=2 {SORTS}"),

@@ -88,8 +88,8 @@ def test_zero_does_not_change_the_numbers(mesh, stage, recompute):
 
 
 IN_PAIRS = [
-    ((1, 4, 1), 1, 2, "parallel"),
-    ((1, 4, 1), 3, 1, "odd tied"),
+    pytest.param((1, 4, 1), 1, 2, "parallel", marks=pytest.mark.slow),
+    pytest.param((1, 4, 1), 3, 1, "odd tied", marks=pytest.mark.slow),
     ((1, 4, 2), 2, 1, "one key head"),
     ((2, 4, 1), 3, 1, "tied"),
 ]

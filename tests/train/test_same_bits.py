@@ -50,8 +50,7 @@ SETTINGS = {
 FAST = [
     ("dp 4, ZeRO-0", "fp16, tied"),
     ("dp 4, ZeRO-2", "recomputed"),
-    ("dp 4, ZeRO-3", "bf16, tied"),
-    ("tp 2, dp 4, ZeRO-2 in pairs", "recomputed"),
+    ("dp 4, ZeRO-3 in pairs", "bf16, tied"),
     ("pp 2 x dp 2, ZeRO-1", "fp32"),
     ("zbv", "selective"),
     ("tp 4, dp 2", "fp32"),

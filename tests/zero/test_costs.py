@@ -126,7 +126,7 @@ def test_a_run_holds_and_moves_what_the_papers_say(dp: int, dtype: torch.dtype, 
         monkeypatch.setattr(toy, name, size)
     common = Case(optimizer="adamw", dtype=dtype, frozen=(FROZEN,))
     cases = [replace(common, stage=stage, fixed=fixed) for stage in STAGES for fixed in (False, True)]
-    cases += [replace(case, shard_size=2) for case in cases if dp == 4 and case.stage]
+    cases += [replace(case, shard_size=2) for case in cases if dp == 4 and case.stage and not case.fixed]
     sizes = {name: parameter.numel() for name, parameter in toy.build(cases[0]).named_parameters()}
     frozen = sizes.pop(FROZEN)
     ends = sum(size for name, size in sizes.items() if not name.startswith("blocks."))

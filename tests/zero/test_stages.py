@@ -126,12 +126,12 @@ def test_low_precision_stages_agree(dtype: torch.dtype, optimizer: str) -> None:
 
 
 def test_low_precision_agrees_inside_groups_and_integers_are_the_same_bits() -> None:
-    rounded = [Case(dtype=torch.bfloat16, stage=stage, shard_size=2 if stage else 0) for stage in STAGES]
+    rounded = [Case(dtype=torch.bfloat16, stage=stage, shard_size=2 if stage else 0, steps=2) for stage in (0, 1, 3)]
     exact = [replace(case, fixed=True, clip=0.0, steps=1) for case in rounded]
     replicated, *sharded = run_ranks(4, train_all, rounded + exact, 4)[1]
-    for ours in sharded[:3]:
+    for ours in sharded[:2]:
         assert_equal(ours, replicated, 1e-6)
-    expected, *same = sharded[3:]
+    expected, *same = sharded[2:]
     for ours in same:
         assert ours.norms == expected.norms and ours.gradients[0].keys() == expected.gradients[0].keys()
         assert all(torch.equal(ours.gradients[0][name], gradient) for name, gradient in expected.gradients[0].items())

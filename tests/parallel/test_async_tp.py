@@ -53,6 +53,21 @@ def a_rank_of(tp: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parallel]:
         _clear_sharding_prop_cache()  # what it remembers of an equal mesh names a group that is gone
 
 
+def changed(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+    """A graph after Inductor's passes."""
+    view_to_reshape(graph)
+    with warnings.catch_warnings(), torch.no_grad(), virtualized.V.set_fake_mode(compile_fx.fake_tensor_prop(graph, inputs)):
+        warnings.filterwarnings("ignore", "erase_node")  # torch 2.11 erases a product twice
+        post_grad_passes(graph, is_inference=False)
+    graph.recompile()
+    return graph
+
+
+def calls(graph: torch.fx.GraphModule) -> Counter[str]:
+    """How often it calls each operation."""
+    return Counter(str(node.target) for node in graph.graph.nodes)
+
+
 class Found(NamedTuple):
     """What one of Inductor's graphs is like, once its passes are through."""
 
@@ -66,14 +81,9 @@ def found_in_block(model: Model, tp: int, rows: int, recompute: str, monkeypatch
     found: list[Found] = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[Tensor], **_: object) -> Callable:
-        changed = copy.deepcopy(graph)
-        view_to_reshape(changed)
-        with warnings.catch_warnings(), torch.no_grad(), virtualized.V.set_fake_mode(compile_fx.fake_tensor_prop(changed, inputs)):
-            warnings.filterwarnings("ignore", "erase_node")  # torch 2.11 erases a product twice
-            post_grad_passes(changed, is_inference=False)
         outputs = [node for node in graph.graph.output_node().all_input_nodes if node.op != "placeholder"]
         made = [node.meta["val"].numel() for node in outputs]
-        found.append(Found(Counter(str(node.target) for node in changed.graph.nodes), made))
+        found.append(Found(calls(changed(copy.deepcopy(graph), inputs)), made))
         return make_boxed_func(graph.forward)
 
     monkeypatch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=count))
@@ -125,6 +135,24 @@ def test_numbers_are_those_of_one_process(mesh, stage, model, monkeypatch):
     """The block that is compiled on a GPU, run as it is."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     compare(Parallel(*mesh, sequence_parallel=True, zero_stage=stage, async_tp=True), model, compiled=True, micro_batch_size=2 if stage else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, rows, recompute", [("parallel", 2, "none"), ("sequential", 1, "selective"), ("one key head", 2, "full")])
+def test_what_the_compiler_makes_of_it_has_the_numbers_of_one_process(model, rows, recompute, monkeypatch):
+    """The compiler's graphs, in which torch's own references stand for the kernels that send and multiply in pieces."""
+
+    def run(graph: torch.fx.GraphModule, inputs: list[Tensor], **_: object) -> Callable:
+        assert not any(calls(changed(graph, inputs))[collective] for collective in LEFT)
+        return make_boxed_func(graph.forward)
+
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=run))
+    parallel = Parallel(tp=2, dp=1, sequence_parallel=True, async_tp=True)
+    with torch.library._scoped_library("symm_mem", "IMPL") as library, symmetric._test_mode():
+        library.impl("fused_all_gather_matmul", symmetric._fused_all_gather_matmul_fallback, "CPU")
+        library.impl("fused_matmul_reduce_scatter", symmetric._fused_matmul_reduce_scatter_fallback, "CPU")
+        compare(parallel, model, compiled=True, micro_batch_size=rows, activation_checkpointing=recompute)
 
 
 @pytest.mark.parametrize("hosts, words", [(["a", "a", "a", "a", "b", "b"], "ranks [0, 1, 2, 3, 4, 5] on a, b"), (["a"] * 6, "on a do not")])

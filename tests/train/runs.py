@@ -15,6 +15,7 @@ from neox_native.data.order import rows_of_rank
 from neox_native.engine.build import build_engine, build_model, build_step
 from neox_native.launch import Launch, pick_device
 from neox_native.mesh import build_mesh
+from neox_native.parallel.async_tp import share_memory
 from neox_native.train.evaluate import evaluate
 from neox_native.train.start import choose_arithmetic
 from tests.ranks import run_ranks
@@ -105,6 +106,8 @@ def train(config: Config, masked: bool = False) -> Outcome:
     if device.type == "cuda":
         choose_arithmetic(config.run, device)
     mesh = build_mesh(config.parallel, device)
+    if config.parallel.async_tp and device.type == "cuda":
+        share_memory(mesh.tensor, ["here"] * mesh.whole.size())
     place = tuple(mesh.place.values())
     parts, optimizer = build_model(config, mesh, device)
     engine = build_engine(config, mesh, device, parts, optimizer)

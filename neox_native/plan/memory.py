@@ -3,7 +3,7 @@
 What a rank holds between steps is exact. During a step the peak is the largest of a few phases: of every backward pass
 during which a rank may hold most ([Note: turns]) the loss, the head, two layers of each sort and the embedding, and a
 gather of parameters. Each phase adds up what the microbatches in flight keep and what is in work. Bytes are those of
-eager code; allocators add rounding and fragments.
+eager code, but for the loss and what selective recomputation keeps where blocks are compiled; allocators add rounding and fragments.
 """
 
 from __future__ import annotations

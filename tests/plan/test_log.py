@@ -28,7 +28,10 @@ def test_a_run_begins_with_what_it_will_need_and_send(tmp_path: Path, capfd: pyt
     predicted = costs.predict(config)
     assert event.items() >= dataclasses.asdict(predicted).items() and predicted.sentence(with_memory=False) in event["message"]
     assert predicted.bubble_fraction == pytest.approx(timeline("1f1b", 2, 1, 8).bubble_fraction)
-    line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("step 2/2"))
+    assert "enabled = false" in (tmp_path / "run" / "config.toml").read_text() and config.compile.enabled == "auto"  # on a CPU
+    said = capfd.readouterr().out
+    assert " parameters in fp32, eager, on " in said
+    line = next(line for line in said.splitlines() if line.startswith("step 2/2"))
     assert "  bubble " in line and f"predicted bubble {share_of_step(predicted.bubble_fraction):.4g}" in line
 
 

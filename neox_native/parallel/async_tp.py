@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from neox_native.errors import UserError
 from neox_native.mesh import Axis
 from neox_native.model.block import Block
+from neox_native.model.layers import Join, OutputLinear
 
 OVERLAP = {"_micro_pipeline_tp": True}
 """Setting of Inductor with which it looks for the pairs, in groups that `share_memory` was called for."""
@@ -68,10 +68,10 @@ class Laid(ParallelStyle):
 
 
 class OneProduct(ParallelStyle):
-    """A block that cuts the sequence, and computes the first projections of some of its branches together, and so the last
-    ones. Its other branches get DTensors, as in plain tensor parallelism. See [Note: one product].
+    """Lets a block that cuts the sequence compute the first projections of some of its branches together, and so the last ones.
+    See [Note: one product].
 
-    A single row [1, T, D] is treated as [T, D]: gathered along T it is a view, behind which torch's pass finds no product.
+    Its modules get other classes: nothing in them refers to the block, so that torch compiles once for all blocks alike.
     """
 
     def __init__(self, first: dict[str, list[str]], last: dict[str, str]):
@@ -81,30 +81,60 @@ class OneProduct(ParallelStyle):
         self.first, self.last = first, last
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        assert isinstance(module, Block)
-        self.mesh = device_mesh
+        _become(module, BlockOfOneProduct, mesh=device_mesh, first=self.first)
+        _become(module.join, JoinOfOneProduct, mesh=device_mesh)
         for branch, names in self.first.items():
             for name in names:
-                module.get_submodule(f"{branch}.{name}").forward = partial(_product_of, name)
-            last = module.get_submodule(f"{branch}.{self.last[branch]}")
-            last.forward = partial(_leave, last)
-        module.read = partial(self.read, module)
-        module.join.register_forward_pre_hook(self.multiply)
-        module.join.total.register_forward_hook(self.scatter)
-        module.join.register_forward_hook(lambda _join, _inputs, joined: joined.to_local().view(-1, *joined.to_local().shape[-2:]))
+                _become(module.get_submodule(f"{branch}.{name}"), FirstProjection, name=name)
+            _become(module.get_submodule(f"{branch}.{self.last[branch]}"), LastProjection)
         return module
 
-    def read(self, block: Block, normalised_BTD: Tensor, step: list[tuple[str, str]]) -> list[Tensor | Products]:
+
+def _become(module: nn.Module, another: type[nn.Module], **attributes: object) -> None:
+    """Let a module run as one of another class, with what it holds."""
+    module.__class__ = another
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+class FirstProjection(nn.Linear):
+    """A projection that has run before it is called."""
+
+    name: str
+
+    def forward(self, products: Products) -> Tensor:
+        """[B, T, rows of this rank]."""
+        return products[self.name]
+
+
+class LastProjection(OutputLinear):
+    """A projection that is left to the join."""
+
+    def forward(self, x: Tensor) -> Unjoined:
+        """[B, T, columns of this rank] and the weight that is to meet it."""
+        return Unjoined(x, self.weight.to_local())
+
+
+class BlockOfOneProduct(Block):
+    """A block whose branches in `first` find their first projections done. Others read DTensors, as in plain tensor parallelism.
+
+    A single row [1, T, D] is treated as [T, D]: gathered along T it is a view, behind which torch's pass finds no product.
+    """
+
+    mesh: DeviceMesh
+    first: dict[str, list[str]]
+
+    def read(self, normalised_BTD: Tensor, step: list[tuple[str, str]]) -> list[Tensor | Products]:
         """In place of what each branch of a residual step reads, what its first projections make of it."""
         alone = len(normalised_BTD) == 1 and all(branch in self.first for _, branch in step)
         shard = normalised_BTD.flatten(0, 1) if alone else normalised_BTD
         cut = DTensor.from_local(shard, self.mesh, [Shard(shard.ndim - 2)], run_check=False)
         whole = cut.redistribute(placements=[Replicate()])
-        reads = {branch: {} if branch in self.first else getattr(block, norm)(whole) for norm, branch in step}
+        reads = {branch: {} if branch in self.first else getattr(self, norm)(whole) for norm, branch in step}
         names = [(norm, branch, name) for norm, branch in step for name in self.first.get(branch, ())]
         if names:
-            halves = [getattr(block, norm) for norm, _, _ in names]
-            linears = [block.get_submodule(f"{branch}.{name}") for _, branch, name in names]
+            halves = [getattr(self, norm) for norm, _, _ in names]
+            linears = [self.get_submodule(f"{branch}.{name}") for _, branch, name in names]
             weights = [linear.weight.to_local() for linear in linears]
             scales = [half.weight.to_local(grad_placements=[Partial()]) for half in halves]
             weight = checkpoint(_scaled, weights, scales, use_reentrant=False, preserve_rng_state=False)
@@ -115,24 +145,29 @@ class OneProduct(ParallelStyle):
                 reads[branch][name] = part if shift is None else part + shift
         return list(reads.values())
 
-    def multiply(self, _join: nn.Module, inputs: tuple[list, list]) -> tuple[list, list]:
-        """Before the join: the last projections that were left to it, as one branch."""
-        branches, biases = inputs
-        left = [branch for branch in branches if isinstance(branch, Unjoined)]
-        if not left:
-            return inputs
-        x, weight = left[0]
-        if len(left) > 1:
-            x = torch.cat([x for x, _ in left], dim=-1)
-            weight = checkpoint(_beside, [weight for _, weight in left], use_reentrant=False, preserve_rng_state=False)
-        if len(x) == 1 and len(left) == len(branches):
-            x = x.flatten(0, 1)
-        total = DTensor.from_local(F.linear(x, weight), self.mesh, [Partial()], run_check=False)
-        return [total, *(branch for branch in branches if not isinstance(branch, Unjoined))], biases
 
-    def scatter(self, _total: nn.Module, _inputs: tuple[DTensor], total: DTensor) -> DTensor:
-        """After the branches are added up: each rank's part of the sequence."""
-        return total.redistribute(placements=[Shard(total.ndim - 2)])
+class JoinOfOneProduct(Join):
+    """A join that computes the last projections that were left to it, as one."""
+
+    mesh: DeviceMesh
+
+    def forward(self, branches: list[Unjoined | DTensor], biases: list[DTensor | None]) -> Tensor:
+        """Branches and biases [D] or None -> [B, T, D], this rank's part of the sequence."""
+        left = [branch for branch in branches if isinstance(branch, Unjoined)]
+        whole = [branch for branch in branches if not isinstance(branch, Unjoined)]
+        if left:
+            x, weight = left[0]
+            if len(left) > 1:
+                x = torch.cat([x for x, _ in left], dim=-1)
+                weight = checkpoint(_beside, [weight for _, weight in left], use_reentrant=False, preserve_rng_state=False)
+            x = x.flatten(0, 1) if len(x) == 1 and not whole else x
+            whole.append(DTensor.from_local(F.linear(x, weight), self.mesh, [Partial()], run_check=False))
+        total = sum(whole[1:], whole[0])
+        joined = total.redistribute(placements=[Shard(total.ndim - 2)])
+        for bias in biases:
+            joined = joined if bias is None else joined + bias
+        local = joined.to_local()
+        return local.view(-1, *local.shape[-2:])
 
 
 def _scaled(weights: list[Tensor], scales: list[Tensor]) -> Tensor:
@@ -150,16 +185,6 @@ def _shift(weight: Tensor, half: DTensor | None, bias: DTensor | None) -> Tensor
     parts = [weight @ half.to_local(grad_placements=[Partial()])] if half is not None else []
     parts += [bias.to_local()] if bias is not None else []
     return sum(parts[1:], parts[0]) if parts else None
-
-
-def _product_of(name: str, products: Products) -> Tensor:
-    """The forward pass of a first projection: it has run already."""
-    return products[name]
-
-
-def _leave(last: nn.Linear, x: Tensor) -> Unjoined:
-    """The forward pass of a last projection: it is left to the join."""
-    return Unjoined(x, last.weight.to_local())
 
 
 def overlapping(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

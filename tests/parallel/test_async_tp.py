@@ -77,7 +77,8 @@ class Found(NamedTuple):
 
 
 def found_in_block(model: Model, tp: int, rows: int, recompute: str, monkeypatch: pytest.MonkeyPatch) -> list[Found]:
-    """The forward and the backward graph of a block, which run as they were before Inductor's passes."""
+    """The forward and the backward graph of the blocks, compiled once for more than torch would compile one by one. They run as
+    they were before Inductor's passes."""
     found: list[Found] = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[Tensor], **_: object) -> Callable:
@@ -88,14 +89,17 @@ def found_in_block(model: Model, tp: int, rows: int, recompute: str, monkeypatch
 
     monkeypatch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=count))
     torch._dynamo.reset()
+    layers = torch._dynamo.config.recompile_limit + 1
     with a_rank_of(tp, monkeypatch) as parallel:
         mesh = build_mesh(parallel, CPU)
         async_tp.share_memory(mesh.tensor, ["here"] * tp)
         training = Training(activation_checkpointing=recompute)
-        (part,) = assemble(replace(model, num_layers=1), parallel, training, Compile(True), mesh).values()
+        (part,) = assemble(replace(model, num_layers=layers), parallel, training, Compile(True), mesh).values()
         fill(part)
         x = torch.randn(rows, model.seq_length // tp, model.hidden_size, requires_grad=True)
-        part.layers["0"](x, part.context(model.seq_length, None, None, None)).sum().backward()
+        for block in part.layers.values():
+            x = block(x, part.context(model.seq_length, None, None, None))
+        x.sum().backward()
     return found
 
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import math
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
 
+import train as entry
+from neox_native.config.check import require
 from neox_native.config.schema import Config, Model, Parallel, Run, Training
+from neox_native.data.tokenizers import byte_tokenizer
 from neox_native.errors import UserError
 from neox_native.inference.generator import Generator, Limits
 from neox_native.inference.load import inference_mesh, load_model
 from neox_native.inference.runner import Runner
 from neox_native.inference.sampling import Sampling
-from neox_native.data.tokenizers import byte_tokenizer
 from neox_native.launch import Launch, pick_device
 from neox_native.train.out_of_memory import out_of_memory_explained
 from neox_native.train.start import choose_arithmetic
+from tests.checkpoint.small_runs import settings, write_corpus
 from tests.inference.models import MODELS as SERVED, PROMPTS, checkpoints
 from tests.ranks import run_ranks
 from tests.train.runs import MODELS, Outcome, compare, config_of, train
@@ -155,3 +160,13 @@ def test_memory_that_runs_out_is_told_with_a_snapshot(tmp_path: Path) -> None:
     assert "ran out of memory in step 1, which asked for 256 MiB more." in told and "predicted" in told
     (snapshot,) = (tmp_path / "out_of_memory").iterdir()
     assert pickle.loads(snapshot.read_bytes())["segments"]
+
+
+def test_a_run_logs_evaluates_saves_and_profiles(tmp_path: Path) -> None:
+    changes = ["--run.device=cuda", "--run.profile=2:4", "--parallel.dp=1", "--training.steps=4", "--evaluation.every=2", "--evaluation.batches=1"]
+    config = require(settings(write_corpus(tmp_path), tmp_path / "run", *changes), 1)
+    run_ranks(1, lambda: entry.train(config, pick_device("cuda", Launch.from_environment())), device="cuda")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 4 and all(line["peak_memory_bytes"] > 0 and math.isfinite(line["loss"]) for line in lines)
+    assert (tmp_path / "run" / "checkpoints" / "step_000000004").is_dir()
+    assert {path.name.split(".", 1)[1] for path in (tmp_path / "run" / "profile").iterdir()} == {"txt", "pt.trace.json.gz"}

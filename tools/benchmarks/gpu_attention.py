@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -62,7 +63,8 @@ def backends(device_type: str, head_sizes: tuple[int, ...], seq_length: int, num
                 seconds = [seconds_of(partial(passes, attend, inputs, both), device) for both in (False, True)]
                 yield [str(head_size), name, *(f"{flops * many / each / 1e12:.0f}" for each, many in zip(seconds, (1.0, 3.5)))]
             except Exception as error:
-                yield [str(head_size), name, first_line(error)]
+                refused = re.search("No (available kernel|viable backend)", str(error))
+                yield [str(head_size), name, "torch has none here" if refused else first_line(error)]
 
 
 def within(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -119,6 +119,12 @@ def test_each_remedy_works_and_fits(config: Config, limit: float) -> None:
     assert sizes == sorted(sizes) and max(sizes) <= 2
 
 
+def test_groups_of_zero_may_become_one() -> None:
+    config = pythia("--parallel.zero_stage=3", "--parallel.zero_shard_size=2", ranks=8)
+    found, _ = remedies(config, 0.9 * peak_bytes(config), "NVIDIA A100-SXM4-40GB")
+    assert "--parallel.zero_shard_size=0" in map(str, found)
+
+
 def test_an_explanation_holds_the_plan_against_the_device() -> None:
     """The plan's error is taken along: a rank that held more than was predicted for it will do so again."""
     config = pythia("--training.micro_batch_size=8")

@@ -109,7 +109,9 @@ class Event:
         raise Waits("an event was waited for")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, **settings: bool) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, **settings: bool
+) -> Tensor:
     """What `scaled_dot_product_attention` is on a GPU; torch's C++ code would choose a CPU's."""
     if settings.get("enable_gqa"):
         k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], dim=1) for each in (k, v))

@@ -62,3 +62,9 @@ def find_gpu(name: str, path: Path | None = None) -> Gpu:
         f"--gpu {name!r} is not known; the known are {', '.join(gpus)}. `tools/plan.py calibrate` measures the "
         "machine at hand and writes a file for --hardware."
     )
+
+
+def gpu_of(device_name: str) -> Gpu:
+    """The device that a driver's name means, memory included: "A100-40" for "NVIDIA A100-PCIE-40GB"; H100 where none is meant."""
+    gpus = [gpu for name, gpu in load_gpus().items() if name.split("-")[0] in device_name]
+    return max(gpus, key=lambda gpu: sum(part in device_name for part in gpu.name.split("-")), default=find_gpu("H100"))

@@ -12,7 +12,7 @@ from neox_native.config.layout_rules import in_use
 from neox_native.config.schema import Config
 from neox_native.config.settings import SETTINGS
 from neox_native.config.values import to_toml
-from neox_native.plan.hardware import Gpu, find_gpu, load_gpus
+from neox_native.plan.hardware import gpu_of
 from neox_native.plan.memory import peak_bytes
 from neox_native.plan.speed import Machine, step_time
 
@@ -43,7 +43,7 @@ def remedies(config: Config, limit: float, device_name: str, count: int = 3) -> 
     Returns:
         at most `count` of them; and of all that was tried what needs least, None where nothing could be tried.
     """
-    knobs, machine = _knobs(config), Machine(_gpu(device_name))
+    knobs, machine = _knobs(config), Machine(gpu_of(device_name))
     tried: list[Remedy] = []
     found: dict[tuple[str, ...], Remedy] = {}
     for size in (1, 2):
@@ -101,9 +101,3 @@ def _knobs(config: Config) -> dict[str, list[Changes]]:
         "training.precision": ["bf16"] if training.precision == "fp32" else [],
     }
     return {name: [{name: value} for value in choices] for name, choices in values.items() if choices}
-
-
-def _gpu(device_name: str) -> Gpu:
-    """The planner's device with the longest name that the device's starts with, as "A100" of "NVIDIA A100-SXM4-80GB"."""
-    known = [gpu for name, gpu in load_gpus().items() if name.partition("-")[0] in device_name]
-    return known[-1] if known else find_gpu("H100")

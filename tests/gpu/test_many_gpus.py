@@ -49,7 +49,9 @@ def test_compiled_layouts_are_one_eager_gpu_to_rounding(parallel: Parallel, sequ
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("parallel", [on(replace(layout(*mesh, sequence_parallel=True), async_tp=True)) for mesh in [(1, 1, 2), (1, 1, 4), (2, 1, 2)]])
+@pytest.mark.parametrize(
+    "parallel", [on(replace(layout(*mesh, sequence_parallel=True), async_tp=True)) for mesh in [(1, 1, 2), (1, 1, 4), (2, 1, 2)]]
+)
 def test_tensor_parallelism_in_pieces_is_the_plain_one_to_rounding(parallel: Parallel, recompute: str) -> None:
     run = Run(device="cuda")
     twin = config_of(replace(parallel, async_tp=False), run=run)

@@ -163,7 +163,8 @@ def test_memory_that_runs_out_is_told_with_a_snapshot(tmp_path: Path) -> None:
 
 
 def test_a_run_logs_evaluates_saves_and_profiles(tmp_path: Path) -> None:
-    changes = ["--run.device=cuda", "--run.profile=2:4", "--parallel.dp=1", "--training.steps=4", "--evaluation.every=2", "--evaluation.batches=1"]
+    changes = ["--run.device=cuda", "--run.profile=2:4", "--parallel.dp=1", "--training.steps=4"]
+    changes += ["--evaluation.every=2", "--evaluation.batches=1"]
     config = require(settings(write_corpus(tmp_path), tmp_path / "run", *changes), 1)
     run_ranks(1, lambda: entry.train(config, pick_device("cuda", Launch.from_environment())), device="cuda")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

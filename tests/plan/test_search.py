@@ -15,7 +15,7 @@ from neox_native.config.schema import Config, Model, Parallel, Run, Training
 from neox_native.errors import UserError, report_user_errors
 from neox_native.plan.calibrate import calibrate, to_toml
 from neox_native.plan.dry_run import distinct_ranks, dry_run
-from neox_native.plan.hardware import Gpu, find_gpu, load_gpus
+from neox_native.plan.hardware import Gpu, find_gpu, gpu_of, load_gpus
 from neox_native.plan.published import comparisons, table
 from neox_native.plan.memory import peak_bytes
 from neox_native.plan.search import MEMORY_SHARE, Candidate, layouts, reasons, search
@@ -69,6 +69,22 @@ def test_the_written_config_is_the_best_layout_and_loads(tmp_path: Path, capsys:
     assert f"pp {config.parallel.pp} dp {config.parallel.dp} tp {config.parallel.tp}" in printed
     assert "tokens/s/GPU" in printed and "What lost, and why" in printed
     assert peak_bytes(config) <= MEMORY_SHARE * find_gpu("A100-40").memory_bytes
+
+
+@pytest.mark.parametrize(
+    "told, meant",
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100-80"),
+        ("NVIDIA A100 80GB PCIe", "A100-80"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("AMD Instinct MI250X", "MI250X"),
+        ("Quadro", "H100"),
+    ],
+)
+def test_a_drivers_name_means_the_device_of_its_memory(told: str, meant: str) -> None:
+    assert gpu_of(told).name == meant
 
 
 def test_an_unknown_gpu_lists_the_known() -> None:

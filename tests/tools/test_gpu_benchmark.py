@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 
@@ -44,8 +46,10 @@ def test_every_table_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def three(delay: float) -> Iterator[list[str]]:
     yield ["first"]
-    if delay < 0:
+    if delay == -1:
         raise MemoryError("gone")
+    if delay < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
     yield ["second"]
     time.sleep(delay)
     yield ["third"]
@@ -57,18 +61,19 @@ def three(delay: float) -> Iterator[list[str]]:
         (0.0, 60.0, ["first", "second", "third"]),
         (-1.0, 60.0, ["first", "failed: MemoryError: gone"]),
         (600.0, 12.0, ["first", "second", "the rest was not done within 12 s"]),
+        (-2.0, 60.0, ["first", "ended with exit code -9"]),
     ],
 )
 @pytest.mark.slow
 def test_a_subject_has_its_own_process_and_its_time(delay: float, seconds: float, rows: list[str]) -> None:
     subject = Subject("Toys", ["name", "figure"], three, (delay,), seconds)
-    shown = gpu.table(subject, time.monotonic() + 100, gpu.in_process).splitlines()
-    assert shown == ["Toys:", "", "| name | figure |", "| --- | --- |", *(f"| {row} |  |" for row in rows)]
+    shown = list(gpu.table(subject, time.monotonic() + 100, gpu.in_process))
+    assert shown == ["Toys:\n", "| name | figure |", "| --- | --- |", *(f"| {row} |  |" for row in rows)]
 
 
 def test_what_runs_out_of_time_or_memory_is_a_row() -> None:
     subject = Subject("Toys", ["name"], three, (0.0,), 5.0)
-    assert "| no time was left |" in gpu.table(subject, time.monotonic() - 1, gpu.in_process)
+    assert "| no time was left |" in list(gpu.table(subject, time.monotonic() - 1, gpu.in_process))
 
     def make(_device: torch.device) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
@@ -79,7 +84,26 @@ def test_what_runs_out_of_time_or_memory_is_a_row() -> None:
 def test_pythia_fits_into_its_time_and_is_one_microbatch_a_step() -> None:
     work = gpu.pythia()
     assert all(each.training.micro_batch_size == each.training.global_batch_size for each in work.models.values())
-    assert list(work.models) == ["Pythia 1B", "Pythia 2.8B", "Pythia 1.4B"] and gpu.SECONDS < 8 * 60
+    models = ["Pythia 1B", "Pythia 2.8B", "Pythia 1.4B"]
+    subjects = gpu.subjects(work)
+    assert [each.title for each in subjects][:4] == ["Rates", *models], "before all that may be left out"
+    assert next(iter(gpu_training.CONFIGURATIONS)) == "compiled with the loss, none"
+    assert sum(each.seconds for each in subjects) <= gpu.SECONDS < 8 * 60
+
+
+def test_a_row_is_printed_when_it_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+
+    def rows() -> Iterator[list[str]]:
+        for name in ("first", "second"):
+            yield [name]
+            shown.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(gpu, "choose_allocator", lambda: None)
+    monkeypatch.setattr(gpu, "subjects", lambda _work: [Subject("Toys", ["name"], rows, (), 5.0)])
+    monkeypatch.setattr(gpu, "in_process", lambda subject, _seconds: subject.rows())
+    assert gpu.run() == "All of it took 0 s."
+    assert shown == ["Toys:\n\n| name |\n| --- |\n| first |\n", "| second |\n"]
 
 
 def test_without_a_gpu_it_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from neox_native.metrics.throughput import device_name
 from neox_native.model.transformer import Transformer
 from neox_native.parallel.recompute import recompute
 from neox_native.plan.calibrate import calibrate, seconds_of
-from neox_native.plan.hardware import Gpu, find_gpu, load_gpus
+from neox_native.plan.hardware import gpu_of
 from tools.benchmarks.gpu_training import device_of, first_line
 
 BACKENDS = {
@@ -30,16 +30,10 @@ RECOMPUTED = {"none": None, "selective": True, "full": False}
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def known_gpu(name: str) -> Gpu:
-    """The device of hardware.toml that the driver's name means; H100 where it is none of them."""
-    found = [known for known in load_gpus() if known.split("-")[0] in name]
-    return find_gpu(max(found, key=len, default="H100"))
-
-
 def rates(config: Config, device_type: str) -> Iterator[list[str]]:
     """What `tools/plan.py calibrate` measures."""
     device = device_of(device_type)
-    like = known_gpu(device_name(device))
+    like = gpu_of(device_name(device))
     gpu = calibrate(config, device, like, device_name(device))
     for what, share in (("matrix products", gpu.matmul_efficiency), ("attention, forward, causal", gpu.attention_efficiency)):
         yield [what, f"{share * like.peak_flops_per_second / 1e12:.1f} TFLOP/s", f"{share:.1%} of {like.name}"]

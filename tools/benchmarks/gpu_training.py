@@ -35,16 +35,16 @@ from tools.benchmarks.peers import adamw_settings, parameter_groups, trained_by
 
 COLUMNS = ["", "ms per step", "tokens/s", "MFU", "MFU, causal", "reserved GiB", "planned GiB", "waits"]
 WARMUP_STEPS = 3
-SECONDS = 8.0
+SECONDS = 5.0
 """For the steps of one configuration, after warmup."""
 CONFIGURATIONS: dict[str, tuple[bool, bool, str]] = {
-    "eager, full recomputation": (False, False, "full"),
+    "compiled with the loss, none": (True, True, "none"),
+    "compiled, none": (True, False, "none"),
     "eager, none": (False, False, "none"),
     "compiled, full": (True, False, "full"),
-    "compiled, none": (True, False, "none"),
-    "compiled with the loss, none": (True, True, "none"),
+    "eager, full recomputation": (False, False, "full"),
 }
-"""Name -> whether blocks are compiled, whether the loss is, what is recomputed."""
+"""Name -> whether blocks are compiled, whether the loss is, what is recomputed. Dearest to know first: late ones may be cut."""
 Step = Callable[[Tensor], Any]
 """One step on token ids [B, T]."""
 
@@ -74,7 +74,8 @@ def peers(config: Config, device_type: str, steps: int) -> Iterator[list[str]]:
     choose_arithmetic(config.run, device)
     for name, make in (("DistributedDataParallel", ddp), ("fully_shard", fsdp)):
         for compiled in (False, True):
-            yield [f"{name}, {'compiled' if compiled else 'eager'}", *measured(config, device, steps, partial(make, config, compiled), None)]
+            figures = measured(config, device, steps, partial(make, config, compiled), None)
+            yield [f"{name}, {'compiled' if compiled else 'eager'}", *figures]
 
 
 def ours(config: Config, compiled_loss: bool, device: torch.device) -> Step:
@@ -117,10 +118,10 @@ def plain(config: Config, compiled: bool, dtype: torch.dtype, device: torch.devi
     return model
 
 
-def loss_of(compiled: bool, model: Callable[[Tensor], Tensor], tokens_BT: Tensor) -> Tensor:
-    """The usual one, over all logits at once."""
+def whole_loss(compiled: bool) -> Callable[..., Tensor]:
+    """The usual loss, over all logits at once, as a function of a model and its token ids [B, T]."""
     loss = torch.compile(cross_entropy, dynamic=False) if compiled else cross_entropy
-    return loss(model(tokens_BT), tokens_BT.roll(-1, 1))
+    return lambda model, tokens_BT: loss(model(tokens_BT), tokens_BT.roll(-1, 1))
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def ddp(config: Config, compiled: bool, device: torch.device) -> Step:
     model = plain(config, compiled, DTYPES[config.training.precision], device)
     optimizer = torch.optim.AdamW(parameter_groups(model), **adamw_settings(fused=True))
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return trained_by(wrapped, optimizer, partial(loss_of, compiled))
+    return trained_by(wrapped, optimizer, whole_loss(compiled))
 
 
 def fsdp(config: Config, compiled: bool, device: torch.device) -> Step:
@@ -143,7 +144,7 @@ def fsdp(config: Config, compiled: bool, device: torch.device) -> Step:
     mesh = build_mesh(require(config, 1).parallel, device).shards().mesh
     for unit in (model.embed_in, *model.layers.values(), [model.readout.final_layer_norm, model.readout.embed_out], model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-    return trained_by(model, torch.optim.AdamW(parameter_groups(model), **adamw_settings(fused=True)), partial(loss_of, compiled))
+    return trained_by(model, torch.optim.AdamW(parameter_groups(model), **adamw_settings(fused=True)), whole_loss(compiled))
 
 
 def measured(
@@ -152,21 +153,23 @@ def measured(
     """A row's figures; memory that runs out is one of them."""
     forget(device)
     try:
-        step = make(device)
-        tokens_BT = tokens_of(config, device)
-        seconds = seconds_per_step(step, tokens_BT, device, steps)
-        reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory_bytes(device)
-        waits = what_waits(step, tokens_BT, device)
+        seconds, reserved, waits = trained(config, device, steps, make)
     except Exception as error:
         return [f"failed: {first_line(error)}"]
-    finally:
-        step = None
-        forget(device)
-    speed, peak = tokens_BT.numel() / seconds, peak_flops_per_second(device_name(device), config.training.precision)
+    speed = config.training.micro_batch_size * config.model.seq_length / seconds
+    peak = peak_flops_per_second(device_name(device), config.training.precision)
     counted = (model_flops_per_token(config.model, causal=causal) for causal in (False, True))
     mfu = ["?" if peak is None else f"{speed * flops / peak:.1%}" for flops in counted]
     memory = [f"{reserved / 2**30:.1f}", "" if planned is None else f"{planned / 2**30:.1f}"]
     return [f"{seconds * 1e3:.1f}", f"{speed:,.0f}", *mfu, *memory, waits]
+
+
+def trained(config: Config, device: torch.device, steps: int, make: Callable[[torch.device], Step]) -> tuple[float, int, str]:
+    """Seconds per step, bytes reserved at most and what waits. The model lives no longer than this call."""
+    step, tokens_BT = make(device), tokens_of(config, device)
+    seconds = seconds_per_step(step, tokens_BT, device, steps)
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory_bytes(device)
+    return seconds, reserved, what_waits(step, tokens_BT, device)
 
 
 def tokens_of(config: Config, device: torch.device) -> Tensor:

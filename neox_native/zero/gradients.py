@@ -16,7 +16,6 @@ hold the gradient that was applied, until the next training forward makes use of
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -74,8 +73,9 @@ class GradientSum:
         """The same in fp32, once it is settled."""
         self.filled: set[int] = set()
         """Parameters that have contributed to the matrix."""
-        self.missing: Counter[int] = Counter()
-        """For each parameter, how many of its gradients the current backward pass has yet to deliver: one for each reader."""
+        self.readers = [len(spec.parameters) for spec in specs]
+        self.missing, self.num_missing = [0] * len(specs), 0
+        """For each parameter, and in all, how many gradients the current backward pass has yet to deliver: one for each reader."""
         # In stages 2 and 3 one matrix is filled while another is reduced. Pairwise exchanges need memory of their own, and sums over
         # replicas begin when the reduction before them has finished.
         bounded = layout.world > 1 and (collectives.pairwise(group) or replicas is not None)
@@ -93,12 +93,18 @@ class GradientSum:
 
     def begin(self) -> None:
         """A backward pass begins."""
-        self.missing = Counter({position: len(self.specs[position].parameters) for position in range(len(self.specs))})
+        self.missing, self.num_missing = list(self.readers), sum(self.readers)
+
+    def arrive(self, position: int) -> bool:
+        """Autograd has finished a gradient of one parameter. Returns whether the current backward pass will deliver no other."""
+        self.missing[position] -= 1
+        self.num_missing -= 1
+        return not self.missing[position]
 
     @property
     def complete(self) -> bool:
         """Whether the current backward pass has delivered every gradient."""
-        return not self.missing.total()
+        return not self.num_missing
 
     def take(self, position: int) -> None:
         """Copy or add the whole gradients that lie in a parameter's `.grad`, if there are any, into the matrix."""
@@ -111,9 +117,12 @@ class GradientSum:
         assert self.num_reductions == 0 or not self.keeps_matrix, "the step's reduction has begun"
         if self.matrix is None:
             self.matrix = self._new_matrix()
-        gradient, places = local_gradient(self.specs[position], parameter.grad).flatten(), self.places[position]
-        for place, piece in zip(places, gradient.split([place.numel() for place in places])):
-            self._put(place, piece.view(place.shape), add=position in self.filled)
+        gradient, places, add = local_gradient(self.specs[position], parameter.grad), self.places[position], position in self.filled
+        if len(places) == 1:
+            self._put(places[0], gradient.reshape(places[0].shape), add)
+        else:
+            for place, piece in zip(places, gradient.flatten().split([place.numel() for place in places])):
+                self._put(place, piece.view(place.shape), add)
         self.filled.add(position)
         parameter.grad = None
 

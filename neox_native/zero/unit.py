@@ -208,8 +208,7 @@ class ShardedUnit:
     def arrive(self, position: int) -> None:
         """Autograd has finished a gradient of one parameter. If it was the last, every node of the backward pass that reads the
         parameter has run: stage 3 releases it, before the gradient asks for memory."""
-        self.gradients.missing[position] -= 1
-        if self.releases and not self.gradients.missing[position]:
+        if self.gradients.arrive(position) and self.releases:
             self.storages[position].untyped_storage().resize_(0)
             if self.gradients.complete and not self.has_frozen:
                 self.drop()
@@ -217,13 +216,14 @@ class ShardedUnit:
 
 
 def unpack(matrix: Tensor, layout: Layout, storages: Sequence[Tensor]) -> None:
-    """Copy the slots of a matrix [W, S] into flat storages [W * width], all at once: on a GPU it is one kernel."""
-    sizes, chunks, end = [], [], 0
-    for slot, storage in zip(layout.slots, storages):
-        if padding := slot.offset - end:
-            sizes.append(padding)
-            chunks.append(matrix.new_empty(layout.world, padding))
+    """Copy the slots of a matrix [W, S] into flat storages [W * width], all at once: on a GPU it is one kernel, for a matrix
+    without gaps. So what pads the rows is copied, too."""
+    starts = [slot.offset for slot in layout.slots[1:]] + [layout.size]
+    sizes, chunks = [], []
+    for slot, storage, start in zip(layout.slots, storages, starts):
         sizes.append(slot.width)
         chunks.append(storage.view(layout.world, slot.width))
-        end = slot.offset + slot.width
-    torch.split_with_sizes_copy(matrix[:, :end], sizes, dim=1, out=chunks)
+        if padding := start - slot.offset - slot.width:
+            sizes.append(padding)
+            chunks.append(matrix.new_empty(layout.world, padding))
+    torch.split_with_sizes_copy(matrix, sizes, dim=1, out=chunks)

@@ -85,17 +85,24 @@ def pick_device(setting: str, launch: Launch) -> torch.device:
     return device
 
 
-def start_process_group(device: torch.device, launch: Launch) -> None:
-    """Join the other ranks: NCCL for GPU tensors, gloo for CPU tensors. A lone process needs no launcher."""
-    backend, timeout, options = "gloo", dist.default_pg_timeout, None
+def start_process_group(
+    device: torch.device, launch: Launch, store: dist.Store | None = None, timeout: timedelta = dist.default_pg_timeout
+) -> None:
+    """Join the other ranks: NCCL for GPU tensors, gloo for CPU tensors. A lone process needs no launcher.
+
+    Args:
+        store: where the ranks meet; None for the launcher's.
+        timeout: of every collective.
+    """
+    backend, options = "gloo", None
     if device.type == "cuda":
         # Small kernels of a collective must not wait behind all the blocks of a large product. Groups that are split off this one
         # inherit its options.
         backend, options = "cpu:gloo,cuda:nccl", dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         options._timeout = timeout
-    if launch.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        store: dist.Store = dist.HashStore()
-    else:
+    if store is None and launch.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        store = dist.HashStore()
+    elif store is None:
         store = fresh_store(launchers_store(launch), launch)
     # `device_id` is load-bearing. With it NCCL puts all messages of a pipeline on the group's one communicator, in the order
     # in which each rank issues them, and `tests/parallel/test_messages.py` shows that no schedule can hang there. Without it

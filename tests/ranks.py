@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from neox_native.launch import Launch, pick_device
+from neox_native.launch import Launch, pick_device, start_process_group
 
 GRACE_SECONDS = 2.0
 """How long the other ranks may go on after one has failed."""
@@ -83,14 +83,10 @@ def _rank_main(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     try:
-        dist.init_process_group(
-            "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
-            init_method=f"file://{folder}/rendezvous",
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout_seconds),
-            device_id=None if device == "cpu" else pick_device(device, Launch.from_environment()),
-        )
+        launch, timeout = Launch.from_environment(), datetime.timedelta(seconds=timeout_seconds)
+        store = dist.FileStore(str(folder / "rendezvous"), world_size)
+        store.set_timeout(timeout)
+        start_process_group(pick_device(device, launch), launch, store, timeout)  # as training does
         result = pickle.dumps(function(*args))
         (folder / f"{rank}.result").write_bytes(result)
         dist.destroy_process_group()

@@ -7,6 +7,9 @@ from dataclasses import replace
 import pytest
 
 from neox_native.config.schema import Parallel, Run
+from neox_native.launch import Launch, pick_device
+from neox_native.mesh import build_mesh
+from tests.ranks import run_ranks
 from tests.train.runs import compare, config_of
 from tests.train.test_layouts import SCHEDULES, layout
 
@@ -22,6 +25,17 @@ def on(parallel: Parallel, *values: object) -> object:
 @pytest.mark.parametrize("parallel", [on(layout(*mesh, sequence_parallel=sequence)) for mesh in MESHES for sequence in (False, True)])
 def test_every_axis_draws_the_curve_of_a_cpu(parallel: Parallel) -> None:
     compare(parallel, "tied", run=EXACT, relative=1e-4)
+
+
+@pytest.mark.parametrize("parallel", [on(layout(1, 2, 1)), on(layout(1, 2, 2))])
+def test_groups_inherit_streams_of_high_priority(parallel: Parallel) -> None:
+    def high_priority() -> bool:
+        device = pick_device("cuda", Launch.from_environment())
+        backend = build_mesh(parallel, device).shards().group._get_backend(device)
+        return backend.options.is_high_priority_stream
+
+    ranks = parallel.dp * parallel.tp
+    assert run_ranks(ranks, high_priority, device="cuda") == [True] * ranks
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -35,7 +35,8 @@ def dry_run(options: argparse.Namespace, overrides: list[str]) -> None:
     from neox_native.plan import dry_run
 
     with named_as("torchrun started", "--world-size is"):
-        config = on_device(require(load(options.config, overrides), options.world_size), "cuda")
+        config = require(load(options.config, overrides), options.world_size)
+        config = on_device(config, "cpu" if config.run.device == "cpu" else "cuda")
     if options.rank is not None and not 0 <= options.rank < options.world_size:
         raise UserError(f"--rank {options.rank} is none of the ranks 0 to {options.world_size - 1} of --world-size.")
     ranks = dry_run.distinct_ranks(config, options.world_size) if options.rank is None else [options.rank]

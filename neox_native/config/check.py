@@ -155,9 +155,10 @@ def notices(config: Config, world_size: int, device_type: str) -> list[str]:
     stage, count = parallel.zero_stage, config.training.num_microbatches(parallel.dp)
     if stage >= 2 and count > 1:
         volume = count + 1 if stage == 2 else 3 * count
+        upto = "up to " if stage == 3 else ""
         where = f"inside groups of {parallel.zero_shard_size} ranks" if parallel.zero_shard_size else "over the dp axis"
         found.append(
-            f"parallel.zero_stage = {stage} with {count} microbatches per step moves {volume} times the "
+            f"parallel.zero_stage = {stage} with {count} microbatches per step moves {upto}{volume} times the "
             f"parameters per step {where}, where stage 1 moves 2 times."
         )
     if config.run.determinism == "elastic" and device_type == "cpu":

@@ -49,9 +49,11 @@ def require_possible(config: Config) -> None:
     kinds_of_layers(config.model)
     objective_of(config.objective)
     parallel, schedule = config.parallel, config.parallel.pipeline_schedule
-    if config.run.determinism == "elastic" and parallel.tp > 1 and schedule in ZERO_BUBBLE and TorchVersion(torch.__version__) < SUMS_PARTS_LATE:
+    rounds = TorchVersion(torch.__version__) < SUMS_PARTS_LATE
+    if config.run.determinism == "elastic" and parallel.tp > 1 and schedule in ZERO_BUBBLE and rounds:
         raise UserError(
-            f'run.determinism = "elastic" cannot hold with parallel.tp = {parallel.tp} and parallel.pipeline_schedule = "{schedule}" in torch '
+            f'run.determinism = "elastic" cannot hold with parallel.tp = {parallel.tp} and '
+            f'parallel.pipeline_schedule = "{schedule}" in torch '
             f"{torch.__version__}, which adds parts of gradients over tp in floating point there; take torch 2.13 or another schedule."
         )
 

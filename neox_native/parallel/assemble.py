@@ -1,7 +1,17 @@
 """The one order in which a model is taken apart: split, shard, compile, recompute. Materialising comes last and is
-the optimizer's, which knows what this rank keeps."""
+the optimizer's, which knows what this rank keeps.
+
+[Note: variants] torch keeps what it compiles with the code object, tries one variant after the other in each call, and refuses the
+ninth. So each sort of block, by its kinds and its backend, has a code object of its own: its layers share its variants, which
+are two, for training and for evaluation.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -12,7 +22,8 @@ from neox_native.config.layout_rules import ZERO_BUBBLE, head_gradients_in_forwa
 from neox_native.config.schema import Compile, Model, Parallel, Training
 from neox_native.dtypes import DTYPES
 from neox_native.mesh import Mesh
-from neox_native.model.kinds import dealt
+from neox_native.model.block import Block
+from neox_native.model.kinds import Kind, dealt, kinds_of_layers
 from neox_native.model.transformer import Transformer
 from neox_native.parallel import async_tp, tensor
 from neox_native.parallel.recompute import recompute, within_budget
@@ -30,6 +41,7 @@ def assemble(
     num_stages = parallel.pp * parallel.virtual_stages
     overlaps = parallel.async_tp and compilation.on
     compiler = async_tp.overlapping if overlaps else None
+    kinds = kinds_of_layers(model)
     layers = stage_layers(model, num_stages, parallel.stage_layers)
     parts = {}
     for number in stages_of_rank(mesh.pipeline.rank, parallel.pp, parallel.virtual_stages, parallel.pipeline_schedule):
@@ -54,9 +66,18 @@ def assemble(
                 budget = training.activation_memory_budget if forgets == "selective" else 0.0
                 backend = within_budget(budget, compiler) if inside else compiler or "inductor"
                 # The bound method, not the module: names stay, and hooks on the block run outside the graph.
-                block.compute = torch.compile(block.compute, fullgraph=True, dynamic=False, backend=backend)
+                compute = _code_of_its_own(kinds[int(number_of_layer)], backend).__get__(block)
+                block.compute = torch.compile(compute, fullgraph=True, dynamic=False, backend=backend)
         parts[number] = part
     return parts
+
+
+@cache
+def _code_of_its_own(kinds: tuple[Kind, ...], backend: str | Callable[..., Any]) -> Any:
+    """`Block.compute` for one sort of blocks. See [Note: variants]."""
+    compute = Block.compute
+    name = "_".join(["compute", *(kind.name for kind in kinds)])
+    return FunctionType(compute.__code__.replace(co_name=name), compute.__globals__, name)
 
 
 def local_slice(full: Tensor, parameter: Tensor, rows: tuple[range, range] | None = None) -> Tensor:

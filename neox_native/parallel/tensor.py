@@ -244,6 +244,9 @@ def in_one_product(model: Model, kinds: tuple[Kind, ...], block: dict[str, Rule]
         for kind in kinds
         if kind.enclosed
     }
+    for branch, cuts in weights.items():
+        known = set(cuts.values()) <= {0, 1} and 1 in cuts.values()
+        assert known, f"{branch} is enclosed: each of its matrices needs a cut, 0 or 1, and one is cut 1, but they are {cuts}"
     first = {branch: [name for name, cut in cuts.items() if cut == 0] for branch, cuts in weights.items()}
     last = {branch: next(name for name, cut in cuts.items() if cut == 1) for branch, cuts in weights.items()}
     laid = [f"{branch}.{name}" for branch, cuts in weights.items() for name in cuts]

@@ -110,7 +110,7 @@ def report_of(config: Config, started: int) -> str:
     """The distinct ranks of a config's own mesh, for people; where dp is left open, of as many as were started."""
     parallel = config.parallel
     world_size = parallel.pp * parallel.dp * parallel.tp if parallel.dp > 0 else started
-    config = on_device(require(config, world_size), "cuda")
+    config = on_device(require(config, world_size), "cpu" if config.run.device == "cpu" else "cuda")
     return text([dry_run(config, rank, world_size) for rank in distinct_ranks(config, world_size)])
 
 

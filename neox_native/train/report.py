@@ -147,8 +147,8 @@ class Report:
         config, training = self.config, self.config.training
         tokens = training.global_batch_size * config.model.seq_length
         return (
-            f"{count(total_parameters(config.model))} parameters in {training.precision}, {'compiled' if config.compile.on else 'eager'}, on {self.ranks.size} x "
-            f"{device_name(self.device)}; {tokens:,} tokens a step, {count(tokens * training.steps)} in {counted(training.steps, 'step')}; "
+            f"{count(total_parameters(config.model))} parameters in {training.precision}, {'compiled' if config.compile.on else 'eager'}, "
+            f"on {self.ranks.size} x {device_name(self.device)}; {tokens:,} tokens a step, {count(tokens * training.steps)} in {counted(training.steps, 'step')}; "
             f"run folder {config.run.dir}"
         )
 

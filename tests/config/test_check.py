@@ -299,7 +299,7 @@ def test_slow_choices_say_their_number() -> None:
     assert "1 GFLOP/s" in fp16
     assert notices(load(QUICKSTART, ["--training.precision=fp16"]), 2, "cuda") == []
     assert "1 thread a rank" in " ".join(notices(load(QUICKSTART, ["--run.determinism=elastic"]), 2, "cpu"))
-    for stage, volume in ((2, "moves 5 times"), (3, "moves 12 times")):
+    for stage, volume in ((2, "moves 5 times"), (3, "moves up to 12 times")):
         (zero,) = notices(load(QUICKSTART, [f"--parallel.zero_stage={stage}"]), 2, "cpu")
         assert "4 microbatches" in zero and volume in zero
     assert notices(load(QUICKSTART, ["--parallel.zero_stage=3"]), 1, "cpu") == []

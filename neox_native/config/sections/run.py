@@ -30,7 +30,8 @@ class Run:
     process that stands still is noticed after 300 seconds, whatever it does."""
     check_replicas_every: int = 0
     """Compare what replicas hold alike after every so many steps and before each save, by hash; 0 never does [steps]. With
-    ZeRO, data-parallel ranks have no copies that could drift apart, but for frozen weights."""
+    ZeRO over all of dp, data-parallel ranks have no copies that could drift apart, but for frozen weights; with
+    parallel.zero_shard_size, the groups hold the same shards, which are compared."""
     profile: str = ""
     """"10:13" profiles steps 10, 11 and 12, the end left out as in a slice: in the folder `profile` of the run, each rank writes
     a Chrome trace, for ui.perfetto.dev, and a table of its dearest kernels. Those steps are slower. Empty: none [steps]."""

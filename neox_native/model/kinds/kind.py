@@ -33,4 +33,5 @@ class Kind:
     rows must be copied (see `RowGroups`)."""
     enclosed: bool = False
     """Whether its module only calls its first projections, those cut between rows, on what it reads, and returns what its
-    `OutputLinear` gives: then a layout may compute them together with those of its neighbours."""
+    `OutputLinear` gives: then a layout may compute them together with those of its neighbours. Each of its
+    matrices has a cut, and one has cut 1."""

@@ -4,7 +4,8 @@
     python tools/convert.py from-hf FOLDER OUT                              Hugging Face -> ours
     python tools/convert.py from-neox global_step150000 OUT --config configs/20b.toml    GPT-NeoX (DeepSpeed) -> ours
 
-`python tools/convert.py to-hf --help` lists the options of to-hf, and so on. Weights that are not finite are refused by name. OUT of the last two is a checkpoint; train from it with --checkpoint.initialize_from OUT.
+`python tools/convert.py to-hf --help` lists the options of to-hf, and so on. Weights that are not finite are refused by name.
+OUT of the last two is a checkpoint; train from it with --checkpoint.initialize_from OUT.
 """
 
 from __future__ import annotations

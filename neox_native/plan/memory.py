@@ -156,8 +156,8 @@ def _backward(sizes: _Sizes, moment: Moment) -> Iterator[dict[str, int]]:
 
 def _head(sizes: _Sizes, moment: Moment, lingering: int) -> Iterator[dict[str, int]]:
     """Head and loss, [Note: slices] in `model/cross_entropy.py`: a slice's softmax in fp32, in low precision a rounded copy of its
-    gradient, too (compiled, its logits alone), and its product with x; then the backward pass converts the sums; then they have taken the place of what was
-    made in fp32, and the unit's matrix begins."""
+    gradient, too (compiled, its logits alone), and its product with x; then the backward pass converts the sums; then they
+    have taken the place of what was made in fp32, and the unit's matrix begins."""
     stage = sizes.stages[moment.turn]
     follows, converted = stage.layers[-1].unit, sizes.head_gradient + sizes.whole
     made, low = (0 if sizes.early else sizes.made), sizes.e < FP32_BYTES

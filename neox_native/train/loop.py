@@ -178,7 +178,8 @@ class Trainer:
         before = -(-step // settings.every) - 1 if settings.rotate else 0  # evaluations, in every layout and after every resume
         losses = self.train_step.losses
         with self.report.throughput.paused():
-            batches = self.while_listening(batches_of(self.data.valid, self.config, self.mesh, losses.device, before * size, settings.batches))
+            chosen = batches_of(self.data.valid, self.config, self.mesh, losses.device, before * size, settings.batches)
+            batches = self.while_listening(chosen)
             loss = evaluate(self.train_step.engine, losses, batches)
         found = f"no validation loss: none of the tokens in its {settings.batches} batches is to be predicted"
         if loss is not None:

@@ -70,6 +70,7 @@ class ShardedUnit:
         self.zero_stage = zero_stage if size > 1 else ZeroStage.NONE
         self.rank, world = (dist.get_rank(unit.group), size) if self.zero_stage else (0, 1)
         assert unit.replicas is None or zero_stage, "stage 0 has one group, whose ranks are all replicas"
+        # Replicas hold the same shards: in stage 0 all ranks of the group do, from stage 1 on those of `unit.replicas`.
         alike = unit.replicas if self.zero_stage or unit.replicas else unit.group
         self.num_replicas = 1 if alike is None else dist.get_world_size(alike)
         self.replicas = alike if self.num_replicas > 1 else None

@@ -145,11 +145,11 @@ class Report:
     def _opening(self) -> str:
         """What trains where, and for how long."""
         config, training = self.config, self.config.training
-        tokens = training.global_batch_size * config.model.seq_length
+        tokens, code = training.global_batch_size * config.model.seq_length, "compiled" if config.compile.on else "eager"
         return (
-            f"{count(total_parameters(config.model))} parameters in {training.precision}, {'compiled' if config.compile.on else 'eager'}, "
-            f"on {self.ranks.size} x {device_name(self.device)}; {tokens:,} tokens a step, {count(tokens * training.steps)} in {counted(training.steps, 'step')}; "
-            f"run folder {config.run.dir}"
+            f"{count(total_parameters(config.model))} parameters in {training.precision}, {code}, on {self.ranks.size} x "
+            f"{device_name(self.device)}; {tokens:,} tokens a step, {count(tokens * training.steps)} in "
+            f"{counted(training.steps, 'step')}; run folder {config.run.dir}"
         )
 
     def finished(self, checkpoint: Path) -> None:

@@ -24,7 +24,6 @@ def test_sorts_of_blocks_do_not_share_torchs_limit_of_recompilations(monkeypatch
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_with(function, **options | {"backend": count}))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     torch._dynamo.reset()
     pattern = ["attention", "feed_forward", "attention+feed_forward"]
     model = replace(MODEL, num_layers=12, pattern=pattern)
@@ -33,9 +32,10 @@ def test_sorts_of_blocks_do_not_share_torchs_limit_of_recompilations(monkeypatch
     with fake_process_group(0, 1):
         (part,) = assemble(model, parallel, training, Compile(True), build_mesh(parallel, CPU)).values()
         fill(part)
-    for trains in True, False:
-        x = torch.randn(1, model.seq_length, model.hidden_size, requires_grad=trains)
-        with torch.set_grad_enabled(trains):
-            for block in part.layers.values():
-                x = block(x, part.context(model.seq_length, None, None, None))
+    with torch._dynamo.config.patch(recompile_limit=2):  # a monkeypatch would take the setting away when it ends
+        for trains in True, False:
+            x = torch.randn(1, model.seq_length, model.hidden_size, requires_grad=trains)
+            with torch.set_grad_enabled(trains):
+                for block in part.layers.values():
+                    x = block(x, part.context(model.seq_length, None, None, None))
     assert len(compiled) == len(pattern) * 2 * 2

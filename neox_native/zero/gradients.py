@@ -30,6 +30,7 @@ from neox_native.zero.layout import Layout, Slot, local_view
 from neox_native.zero.spec import ParameterSpec, local_gradient
 
 MANY = 1 << 30
+"""More reductions than a step has."""
 
 
 class GradientSum:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from neox_native.config.schema import Config, Parallel, Training
 from neox_native.data.loader import StepBatch
@@ -19,6 +21,7 @@ from neox_native.mesh import build_mesh
 from neox_native.optim.loss_scale import LossScale
 from neox_native.reliability.replicas import check_replicas
 from neox_native.train.state import copies
+from neox_native.zero.optimizer import ShardedOptimizer
 from tests.ranks import run_ranks
 from tests.train.runs import CPU, batch, close, config_of, serial, shards, train
 
@@ -93,20 +96,22 @@ def test_a_spike_skips_the_update_on_all_ranks():
     assert all(skipped == 0 and moved for skipped, _, _, moved in run_ranks(8, first_step, config))
 
 
+def difference_after(config: Config, name: str, drift: Callable[[Tensor, ShardedOptimizer], None]) -> str | None:
+    """What the comparison of replicas says when rank 3 alone has let its shard of parameter `name`, or its state, drift."""
+    mesh = build_mesh(config.parallel, CPU)
+    _, optimizer = build_model(config, mesh, CPU)
+    ranks = Ranks()
+    assert check_replicas(copies(config, mesh, optimizer), ranks) is None
+    if ranks.rank == 3:
+        (shard,) = [t.shard for t in optimizer.trained if t.spec.name == name]
+        drift(shard, optimizer)
+    return check_replicas(copies(config, mesh, optimizer), ranks)
+
+
 def test_copies_of_a_key_value_head_are_compared():
     config = config_of(Parallel(dp=1, tp=4), "grouped odd tied")
-
-    def first_difference() -> str | None:
-        mesh = build_mesh(config.parallel, CPU)
-        _, optimizer = build_model(config, mesh, CPU)
-        ranks = Ranks()
-        assert check_replicas(copies(config, mesh, optimizer), ranks) is None
-        if ranks.rank == 3:
-            (projection,) = [t.shard for t in optimizer.trained if t.spec.name == "layers.2.attention.query_key_value.weight"]
-            projection[-1, -1] += 1
-        return check_replicas(copies(config, mesh, optimizer), ranks)
-
-    for found in run_ranks(4, first_difference):
+    name = "layers.2.attention.query_key_value.weight"
+    for found in run_ranks(4, difference_after, config, name, lambda shard, _: shard[-1, -1].add_(1)):
         assert found.startswith("layers.2.attention.query_key_value.weight differs between the tp replicas [2, 3]")
 
 
@@ -115,17 +120,10 @@ def test_copies_of_a_key_value_head_are_compared():
 def test_masters_and_moments_of_groups_are_compared(kind, name, stage):
     config = config_of(Parallel(dp=4, zero_stage=stage, zero_shard_size=2), optimizer="adamw", precision="bf16")
 
-    def first_difference() -> str | None:
-        mesh = build_mesh(config.parallel, CPU)
-        _, optimizer = build_model(config, mesh, CPU)
-        ranks = Ranks()
-        assert check_replicas(copies(config, mesh, optimizer), ranks) is None
-        if ranks.rank == 3:
-            (shard,) = [t.shard for t in optimizer.trained if t.spec.name == "layers.2.mlp.dense_h_to_4h.weight"]
-            (shard if kind == "shard" else optimizer.optimizer.state[shard][kind]).view(-1)[-1] += 1e-5
-        return check_replicas(copies(config, mesh, optimizer), ranks)
+    def drift(shard: Tensor, optimizer: ShardedOptimizer) -> None:
+        (shard if kind == "shard" else optimizer.optimizer.state[shard][kind]).view(-1)[-1] += 1e-5
 
-    for found in run_ranks(4, first_difference):
+    for found in run_ranks(4, difference_after, config, "layers.2.mlp.dense_h_to_4h.weight", drift):
         assert found == f"{name}layers.2.mlp.dense_h_to_4h.weight differs between the dp replicas [1, 3]: rank 3 is not like the others"
 
 
